@@ -1,0 +1,74 @@
+# `make demo` and `make test` work from a fresh clone: they create .venv and install the pinned versions first.
+# `make gpu PYTHON=python3` uses that interpreter as it is: no virtual environment, nothing installed.
+
+ifneq ($(origin PYTHON),undefined)
+GPU_PY := $(PYTHON)
+else
+GPU_PY = $(BIN)/python
+GPU_SETUP = $(STAMP)
+endif
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+OUT ?= results
+JOBS ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --durations-min=5
+REPORTS := build/reports
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint unit bench gpu docs wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(STAMP)  ## create .venv with the package (editable) and the pinned, tested versions
+
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+	@echo "installing the versions of $(CONSTRAINTS) into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c $(CONSTRAINTS) setuptools
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[bench,docs,test]'
+	@touch $@
+
+demo: $(STAMP)  ## decode a held-out prompt with the shipped model, by TiDAR and autoregressively
+	$(BIN)/tidar-kernels generate --demo
+
+test: lint unit  ## lint, types, and every test that needs no GPU
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Triton decides when a kernel is decorated whether it is interpreted: hence two processes, one after the other.
+unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the kernels in Triton's interpreter
+	@mkdir -p $(REPORTS)
+	TRITON_INTERPRET=0 $(PYTEST) --junitxml=$(REPORTS)/cpu.xml
+	TRITON_INTERPRET=1 $(PYTEST) --junitxml=$(REPORTS)/interpreter.xml
+	@$(BIN)/python .ci/summary.py $(REPORTS)/cpu.xml $(REPORTS)/interpreter.xml
+
+bench: $(STAMP)  ## benchmarks on this machine, as JSON under OUT
+	@mkdir -p $(OUT)
+	$(BIN)/python -m benchmarks --out $(OUT)
+
+# Parity first: no timing is taken on kernels that compute something else.
+gpu: $(GPU_SETUP)  ## all that needs a CUDA GPU: parity, then benchmarks, as files under OUT
+	@$(GPU_PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+	    || { echo "make gpu: expected a PyTorch that sees a CUDA GPU, got none from $(GPU_PY)" >&2; exit 1; }
+	@mkdir -p $(OUT)
+	PYTHONPATH=. $(GPU_PY) -m pytest -m cuda --junitxml=$(OUT)/parity.xml
+	PYTHONPATH=. $(GPU_PY) -m benchmarks.gpu --out $(OUT)
+
+docs: $(STAMP)  ## regenerate the pictures and tables of docs/ and README.md
+	$(BIN)/python docs/generate.py
+
+wheel: $(STAMP)  ## source archive and wheel, under dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:  ## remove what the other targets built, except .venv
+	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find tidar_kernels benchmarks tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

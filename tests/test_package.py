@@ -1,0 +1,241 @@
+"""The package as a whole: what importing it costs, who imports whom, what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import tidar_kernels
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "tidar_kernels"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up; a module imports from its own floor and from those below. "__init__" is the package's front door.
+FLOORS = (
+    {"_checks", "drawing", "patterns"},
+    {"eager"},
+    {"kernels"},
+    {"cpu", "cpu_attention", "ops"},
+    {"cache"},
+    {"sampling"},
+    {"layers"},
+    {"decoding"},
+    {"models"},
+    {"integrations"},
+    {"testing"},
+    {"__init__"},
+    {"__main__", "cli"},
+)
+
+# Modules whose import the blocker turns into an ImportError, as on a machine without them.
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run_python(code: str, *blocked: str) -> str:
+    """Standard output of `code` in a fresh interpreter in which the `blocked` packages cannot be imported."""
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKER.format(blocked=blocked) + code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_cheap_and_needs_no_triton() -> None:
+    code = """
+import json, torch
+before = set(sys.modules)
+import tidar_kernels
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    loaded = json.loads(run_python(code, "triton", "matplotlib", "safetensors", "transformers"))
+    others = [name for name in loaded if name.split(".")[0] != "tidar_kernels"]
+    # Beyond `import torch` the package may cost a few small modules of torch and the standard library, no framework.
+    assert {name.split(".")[0] for name in others} <= {"torch", "numpy"} | set(sys.stdlib_module_names)
+    assert len(others) <= 20
+    assert not any(name.startswith(("torch._dynamo", "torch._inductor")) for name in others)
+
+
+def test_only_kernels_need_triton() -> None:
+    """Every module but those in `kernels` and `integrations` imports where there is no Triton, no matplotlib."""
+    names = [
+        name
+        for name in module_names()
+        if name.split(".")[1:2] not in (["kernels"], ["integrations"]) and not name.endswith("__main__")
+    ]
+    assert "tidar_kernels.ops" in names
+    run_python(f"import importlib\nfor name in {names!r}: importlib.import_module(name)", "triton", "matplotlib")
+
+
+def module_names() -> list[str]:
+    return ["tidar_kernels", *(found.name for found in pkgutil.walk_packages([str(PACKAGE)], "tidar_kernels."))]
+
+
+@pytest.mark.parametrize("name", [name for name in module_names() if not name.endswith("__main__")])
+def test_public_names_exist(name: str) -> None:
+    if name.startswith("tidar_kernels.kernels"):
+        pytest.importorskip("triton")
+    module = importlib.import_module(name)
+    missing = [public for public in getattr(module, "__all__", []) if not hasattr(module, public)]
+    assert not missing
+
+
+def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """`(line, dotted name)` of all that a file imports from the package, at the top or inside functions."""
+    package = path.relative_to(REPOSITORY).parent.parts
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "tidar_kernels":
+                yield node.lineno, name
+
+
+def room(dotted: str) -> str:
+    """The top-level module or subpackage that a dotted name lies in; `__init__` if it is a name of the package."""
+    first = [*dotted.split("."), ""][1]
+    return first if first and ((PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()) else "__init__"
+
+
+def floor(name: str) -> int:
+    for height, rooms in enumerate(FLOORS):
+        if name in rooms:
+            return height
+    raise AssertionError(f"{name}: expected a place in FLOORS, got none")
+
+
+def upward_imports(path: Path, source: str) -> list[str]:
+    own = room(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    return [
+        f"{path.name}:{line}: {own} imports {name} from above"
+        for line, name in imported(path, ast.parse(source))
+        if floor(room(name)) > floor(own)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_imports_upward(path: Path) -> None:
+    assert upward_imports(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [
+        ("eager.py", "from . import ops"),
+        ("eager.py", "from .ops import attention"),
+        ("eager.py", "def f():\n    import tidar_kernels.cache"),
+        ("models/transformer.py", "from ..cli import main"),
+        ("models/transformer.py", "from tidar_kernels import Pattern"),
+        ("kernels/common.py", "from .. import cache"),
+    ],
+)
+def test_upward_imports_are_found(file: str, statement: str) -> None:
+    assert len(upward_imports(PACKAGE / file, statement)) == 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_in_the_package(path: Path) -> None:
+    """`python -O` removes asserts, so checks are not written with them."""
+    lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+    assert lines == []
+
+
+def test_versions_agree() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tidar_kernels.__version__)
+    assert f"## [{tidar_kernels.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_every_requirement_is_pinned() -> None:
+    """What `make venv` installs has one version in the constraints file; `hf` is the user's choice of version."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = project["dependencies"] + extras["bench"] + extras["docs"] + extras["test"]
+    names = {re.match(r"[\w-]+", requirement).group() for requirement in required} - {project["name"]}
+    pinned = set(re.findall(r"^([\w-]+)==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    assert names <= pinned
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("build") is None, reason="needs the build package")
+def test_wheel_runs_elsewhere(tmp_path: Path) -> None:
+    """The wheel, made from the source archive, holds the whole package and nothing else, and runs without the tree."""
+    source = copy_of_the_tree(tmp_path / "source")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+
+    def run(*arguments: str, cwd: Path, **variables: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=cwd,
+            env={**environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    run("build", "--no-isolation", "--outdir", str(tmp_path / "dist"), cwd=source)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {path.relative_to(source).as_posix() for path in package_files(source)}
+    metadata = zipfile.ZipFile(wheel).read(f"tidar_kernels-{tidar_kernels.__version__}.dist-info/METADATA").decode()
+    assert f"\nVersion: {tidar_kernels.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+    site = tmp_path / "site"
+    run("pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
+    (tmp_path / "where.py").write_text("import tidar_kernels; print(tidar_kernels.__file__)")
+    assert Path(run("where", cwd=tmp_path, PYTHONPATH=str(site)).strip()).is_relative_to(site)
+    assert "generate" in run("tidar_kernels", "--help", cwd=tmp_path, PYTHONPATH=str(site))
+
+
+def package_files(root: Path) -> list[Path]:
+    """What a wheel must hold: sources, the typing marker, and the shipped checkpoint with its figures."""
+    package = root / "tidar_kernels"
+    shipped = [path for suffix in ("json", "safetensors") for path in package.glob(f"models/shipped/*.{suffix}")]
+    return [*package.rglob("*.py"), package / "py.typed", *shipped]
+
+
+def copy_of_the_tree(target: Path) -> Path:
+    """Copies of the files that make the package, so that building leaves nothing behind in the repository."""
+    names = ["CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"]
+    for path in [*(REPOSITORY / name for name in names), *package_files(REPOSITORY), Path(__file__).resolve()]:
+        copy = target / path.relative_to(REPOSITORY)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return target

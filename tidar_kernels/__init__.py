@@ -1,0 +1,55 @@
+"""Fused kernels for models that draft by diffusion and verify autoregressively in one forward pass.
+
+Names are imported when they are first used, so that importing the package, and asking its command for help, costs
+nothing. The operators `torch.ops.tidar_kernels.*` are registered with the first name, or by `import tidar_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import eager, patterns
+    from .cache import KVCache
+    from .decoding import Decoder, GenerationResult
+    from .layers import TiDARAttention
+    from .ops import append_kv, attention, step_attention
+    from .patterns import Pattern
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decoder",
+    "GenerationResult",
+    "KVCache",
+    "Pattern",
+    "TiDARAttention",
+    "append_kv",
+    "attention",
+    "eager",
+    "patterns",
+    "step_attention",
+]
+
+_MODULES = {
+    "cache": ("KVCache",),
+    "decoding": ("Decoder", "GenerationResult"),
+    "layers": ("TiDARAttention",),
+    "ops": ("append_kv", "attention", "step_attention"),
+    "patterns": ("Pattern",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("eager", "patterns"):
+        return import_module(f".{name}", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

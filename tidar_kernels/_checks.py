@@ -1,0 +1,69 @@
+"""Argument checks shared by the public operators: every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(name: str, value: Any, rank: int) -> None:
+    """`value` is a tensor of this rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(value.shape)}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """`value` has exactly this shape."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+
+
+def same_kind(reference: Tensor, **others: Tensor) -> None:
+    """Every tensor has the float dtype and the device of `reference` (which is called q or k_cache in errors)."""
+    if reference.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {reference.dtype}")
+    for name, value in others.items():
+        if value.dtype != reference.dtype:
+            raise TypeError(f"{name}: expected dtype {reference.dtype} like the other operands, got {value.dtype}")
+        if value.device != reference.device:
+            raise ValueError(f"{name}: expected device {reference.device} like the other operands, got {value.device}")
+
+
+def heads(q: Tensor, num_kv_heads: int) -> None:
+    """Query heads are a multiple of key/value heads."""
+    if num_kv_heads < 1 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {q.shape[1]} heads")
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """The softmax scale, 1/sqrt(head_dim) by default."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"scale: expected a float, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"scale: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:
+    """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too."""
+    tensor("lengths", value, 1)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: expected dtype int32 or int64, got {value.dtype}")
+    shape("lengths", value, (batch,))
+    if value.device != device:
+        raise ValueError(f"lengths: expected device {device} like the other operands, got {value.device}")
+    if device.type == "cpu" and type(value) is Tensor and batch:
+        for sequence, length in enumerate(value.tolist()):
+            if not 0 <= length <= limit:
+                raise ValueError(
+                    f"lengths: expected 0 <= length <= {what} = {limit}, got {length} in sequence {sequence}"
+                )

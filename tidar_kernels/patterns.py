@@ -1,0 +1,259 @@
+"""Attention patterns: context + two intervals of in-flight keys per query row.
+
+Every mask of the "draft by diffusion, verify autoregressively" family is an instance of one rule
+(TiDAR, arXiv 2511.08923; block diffusion; I-DLM, arXiv 2604.11035; self-speculation):
+
+    visible(q, context key k)   = k < P
+    visible(q, in-flight key k) = lead_lo[q] <= k < lead_hi[q]  or  own_lo[q] <= k < own_hi[q]
+
+*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block. A `Pattern` holds
+these intervals and nothing else, so it costs 16 bytes a row where a dense mask costs `kv_len` a row, and it is
+built once and reused at every prefix length `P`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pattern", "Role", "causal", "tidar_prefill", "tidar_step", "tidar_training"]
+
+
+class Role(IntEnum):
+    """What the token of an in-flight row is. Attention never reads it; drawing and decoding do."""
+
+    CLEAN = 0  # a known token: a prompt token, or the clean half of training
+    DRAFT = 1  # a drafted token that this forward pass verifies
+    MASK = 2  # a mask token that this forward pass fills
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which keys each query row sees: all of the cached context, and two intervals of in-flight keys.
+
+    Args:
+        lead: int32 `[q_len, 2]`, half-open intervals over in-flight key indices.
+        own: int32 `[q_len, 2]`, half-open; disjoint from `lead` in every row.
+        positions: int32 `[q_len]`, the RoPE position of each row minus the context length `P`.
+        kv_len: number of in-flight keys.
+        roles: int8 `[q_len]`, a `Role` per row; default all `Role.CLEAN`.
+        name: shown in drawings and errors.
+
+    Raises:
+        TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
+        ValueError: shapes disagree, an interval is reversed or leaves `[0, kv_len]`, `lead` and `own` of a row
+            overlap (a key would count twice), or a role is not one of `Role`.
+    """
+
+    lead: Tensor
+    own: Tensor
+    positions: Tensor
+    kv_len: int
+    roles: Tensor = None  # type: ignore[assignment]  # None stands for all clean; never None once built
+    name: str = "pattern"
+    _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kv_len, int) or isinstance(self.kv_len, bool):
+            raise TypeError(f"kv_len: expected an int, got {type(self.kv_len).__name__}")
+        for name in ("lead", "own", "positions"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device.type != "cpu":
+                got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name}: expected an int32 CPU tensor, got {got}")
+        rows = self.positions.numel()
+        for name, shape in (("lead", (rows, 2)), ("own", (rows, 2)), ("positions", (rows,))):
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(getattr(self, name).shape)}")
+        roles: Any = self.roles
+        if roles is None:
+            object.__setattr__(self, "roles", torch.zeros(rows, dtype=torch.int8))
+        elif not isinstance(roles, Tensor) or roles.dtype != torch.int8 or roles.device.type != "cpu":
+            got = f"{roles.dtype} on {roles.device}" if isinstance(roles, Tensor) else type(roles).__name__
+            raise TypeError(f"roles: expected an int8 CPU tensor, got {got}")
+        elif roles.shape != (rows,):
+            raise ValueError(f"roles: expected shape [{rows}], got {list(roles.shape)}")
+        elif not set(roles.tolist()) <= set(Role):
+            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {sorted(set(roles.tolist()))}")
+        for name in ("lead", "own"):
+            lo, hi = getattr(self, name).unbind(1)
+            bad = (lo < 0) | (hi < lo) | (hi > self.kv_len)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"{name}: expected 0 <= lo <= hi <= kv_len = {self.kv_len}, "
+                    f"got [{int(lo[row])}, {int(hi[row])}) in row {row}"
+                )
+        (lead_lo, lead_hi), (own_lo, own_hi) = self.lead.unbind(1), self.own.unbind(1)
+        both = (torch.maximum(lead_lo, own_lo) < torch.minimum(lead_hi, own_hi)).nonzero()
+        if both.numel():
+            row = int(both[0])
+            raise ValueError(
+                f"own: expected an interval disjoint from lead, got lead {self.lead[row].tolist()} "
+                f"and own {self.own[row].tolist()} in row {row}"
+            )
+
+    @property
+    def q_len(self) -> int:
+        """Number of query rows."""
+        return self.positions.numel()
+
+    @cached_property
+    def causal_len(self) -> int:
+        """Number of leading rows that are plainly causal: row i sees in-flight keys `[0, i]`, at position P + i.
+
+        Exactly these rows compute what autoregressive decoding would, so exactly their K/V may enter the cache.
+        """
+        rows = torch.arange(self.q_len, dtype=torch.int32)
+        causal = (self.lead[:, 0] == 0) & (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1])
+        causal &= self.positions == rows
+        return int(causal.to(torch.int32).cumprod(0).sum())
+
+    @cached_property
+    def lead_end(self) -> int:
+        """One past the last in-flight key that any row's lead sees."""
+        seen = self.lead[self.lead[:, 1] > self.lead[:, 0], 1]
+        return int(seen.max()) if seen.numel() else 0
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """`(lead, own, positions)` on `device`; copied once, then kept."""
+        device = torch.device(device)
+        if device not in self._on_device:
+            with torch.inference_mode(False):  # a copy made while decoding must still serve training
+                self._on_device[device] = (self.lead.to(device), self.own.to(device), self.positions.to(device))
+        return self._on_device[device]
+
+    def dense(self, context_len: int = 0) -> Tensor:
+        """The mask as booleans, `[q_len, context_len + kv_len]`, context columns first: the oracle of every test.
+
+        Raises:
+            TypeError, ValueError: `context_len` is not an int >= 0.
+        """
+        check_int("context_len", context_len, 0)
+        key = torch.arange(self.kv_len, dtype=torch.int32)
+        in_flight = torch.zeros(self.q_len, self.kv_len, dtype=torch.bool)
+        for interval in (self.lead, self.own):
+            in_flight |= (interval[:, :1] <= key) & (key < interval[:, 1:])
+        context = torch.ones(self.q_len, context_len, dtype=torch.bool)
+        return torch.cat([context, in_flight], dim=1)
+
+    def draw(self, path: Any = None, context_len: int = 0) -> str:
+        """The pattern as text; with `path`, also as a PNG (needs matplotlib). See `tidar_kernels.drawing`."""
+        from tidar_kernels import drawing
+
+        if path is not None:
+            drawing.save_png(self, path, context_len)
+        return drawing.as_text(self, context_len)
+
+
+def check_int(name: str, value: Any, at_least: int) -> int:
+    """`value`, if it is an int >= `at_least`; else the TypeError or ValueError that says what came instead."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name}: expected >= {at_least}, got {value}")
+    return value
+
+
+def _intervals(lo: Tensor, hi: Tensor, live: Tensor) -> Tensor:
+    """Stack `[lo, hi)`, written as `[0, 0)` where `live` is false."""
+    return torch.where(live[:, None], torch.stack([lo, hi], dim=1), 0).to(torch.int32)
+
+
+def causal(length: int) -> Pattern:
+    """Plain causal rows: autoregressive decoding (`length = 1`), verification, or a chunk of prefill.
+
+    Raises:
+        TypeError, ValueError: `length` is not an int >= 1.
+    """
+    row = torch.arange(check_int("length", length, 1))
+    live = torch.ones_like(row, dtype=torch.bool)
+    return Pattern(
+        lead=_intervals(torch.zeros_like(row), row + 1, live),
+        own=_intervals(row, row, ~live),
+        positions=row.to(torch.int32),
+        kv_len=length,
+        name=f"causal(length={length})",
+    )
+
+
+def tidar_prefill(prompt_len: int, block_size: int) -> Pattern:
+    """Prompt and first draft in one forward pass: `[prompt (n) | M x B]` (TiDAR, "prefill").
+
+    Prompt rows are causal and blind to the masks; mask rows, at positions n..n+B-1, see the whole prompt and each
+    other. With a cached context the same pattern is the last chunk of a chunked prefill.
+
+    Raises:
+        TypeError, ValueError: `prompt_len` or `block_size` is not an int >= 1.
+    """
+    n, block = check_int("prompt_len", prompt_len, 1), check_int("block_size", block_size, 1)
+    row = torch.arange(n + block)
+    is_mask = row >= n
+    zero = torch.zeros_like(row)
+    return Pattern(
+        lead=_intervals(zero, (row + 1).clamp(max=n), row >= 0),
+        own=_intervals(zero + n, zero + n + block, is_mask),
+        positions=row.to(torch.int32),
+        kv_len=n + block,
+        roles=torch.where(is_mask, int(Role.MASK), int(Role.CLEAN)).to(torch.int8),
+        name=f"tidar_prefill(prompt_len={n}, block_size={block})",
+    )
+
+
+def tidar_step(block_size: int, bidirectional: bool = True) -> Pattern:
+    """One TiDAR decode step: `[d_0 .. d_{B-1} | block 1 | ... | block B]`, B + B*B rows (arXiv 2511.08923).
+
+    With g = q // B and m = q % B: draft row m (g = 0) sees drafts `[0, m]`; row m of block g sees the first g
+    drafts, on whose acceptance it is conditioned, and its own block. There is no block 0: the first draft is
+    always accepted.
+
+    Args:
+        block_size: B, tokens drafted and verified a step.
+        bidirectional: mask rows see their whole block (the paper); False for checkpoints trained with causal blocks.
+
+    Raises:
+        TypeError, ValueError: `block_size` is not an int >= 1, or `bidirectional` is not a bool.
+    """
+    block = check_int("block_size", block_size, 1)
+    if not isinstance(bidirectional, bool):
+        raise TypeError(f"bidirectional: expected a bool, got {type(bidirectional).__name__}")
+    row = torch.arange(block + block * block)
+    g, m = row // block, row % block
+    is_mask = g >= 1
+    zero = torch.zeros_like(row)
+    return Pattern(
+        lead=_intervals(zero, torch.where(is_mask, g, m + 1), row >= 0),
+        own=_intervals(g * block, g * block + (block if bidirectional else m + 1), is_mask),
+        positions=(g + m).to(torch.int32),
+        kv_len=row.numel(),
+        roles=torch.where(is_mask, int(Role.MASK), int(Role.DRAFT)).to(torch.int8),
+        name=f"tidar_step(block_size={block}{'' if bidirectional else ', bidirectional=False'})",
+    )
+
+
+def tidar_training(seq_len: int, block_size: int) -> Pattern:
+    """The doubled training sequence `[x_0 .. x_{S-1} | M x S]`, 2S rows (TiDAR, "training").
+
+    Clean rows are causal and never see masks. The mask rows of block b see strictly earlier clean blocks, `[0, b*B)`,
+    and their own block: a mask row that saw its own block's clean tokens would read its labels.
+
+    Raises:
+        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+    """
+    s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
+    row = torch.arange(2 * s)
+    is_mask = row >= s
+    start = torch.where(is_mask, (row - s) // block * block, 0)
+    return Pattern(
+        lead=_intervals(torch.zeros_like(row), torch.where(is_mask, start, row + 1), row >= 0),
+        own=_intervals(s + start, s + (start + block).clamp(max=s), is_mask),
+        positions=(row % s).to(torch.int32),
+        kv_len=2 * s,
+        roles=torch.where(is_mask, int(Role.MASK), int(Role.CLEAN)).to(torch.int8),
+        name=f"tidar_training(seq_len={s}, block_size={block})",
+    )
