@@ -1,0 +1,84 @@
+"""Device functions shared by the attention kernels: tile loads, the softmax update, and the safe epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_pointers(x, base, rows, BLOCK_D: tl.constexpr):
+    """Addresses `[len(rows), BLOCK_D]` in a `[.., row, head_dim]` operand; `base` is the offset of its (batch, head).
+
+    Offsets are int64: 2^20 tokens of 64 heads of 128 do not fit 32 bits.
+    """
+    dim = tl.arange(0, BLOCK_D).to(tl.int64)
+    return x.ptr + base + rows.to(tl.int64)[:, None] * x.stride[2] + dim[None, :] * x.stride[3]
+
+
+@triton.jit
+def load_tile(at, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
+    """The tile at `row_pointers`; rows outside `seen` (None: all are in) and columns past HEAD_DIM are 0."""
+    BLOCK_D: tl.constexpr = at.shape[1]
+    in_head = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    if seen is None:
+        if HEAD_DIM == BLOCK_D:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=in_head, other=0.0)
+    else:
+        tile = tl.load(at, mask=seen[:, None] & in_head, other=0.0)
+    if UPCAST:  # Triton's interpreter multiplies bfloat16 operands wrongly; float32 holds them exactly
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def softmax_update(acc, m, l, q, k, v, scale, visible):
+    """One tile of online softmax: `(acc, m, l)` after keys k, values v (base 2; m in units of `scale * score`).
+
+    Three choices make a tile that a row does not see an exact no-op, and a tile that it sees wholly the same bits with
+    and without a mask: the mask goes onto the raw scores, so that scaling and subtracting are one explicit fma either
+    way; a row that has seen nothing pivots at 0; and a tile without a visible key leaves the maximum, so alpha is 1.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(tl.fma(scores, scale, -pivot[:, None]))
+    alpha = tl.exp2(m - pivot)
+    l = tl.fma(l, alpha, tl.sum(p, 1))
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l
+
+
+@triton.jit
+def softmax_finish(acc, m, l):
+    """`(out, lse)` with lse in base 2; a row that saw no key gives 0 and -inf, never NaN."""
+    empty = l == 0.0
+    out = acc / tl.where(empty, 1.0, l)[:, None]
+    lse = tl.where(empty, float("-inf"), m + tl.log2(tl.where(empty, 1.0, l)))
+    return out, lse
+
+
+@triton.jit
+def load_interval(intervals, row, live):
+    """`(lo, hi)` of each row; empty intervals and dead rows as (0, 0), so that `hi` bounds what is visited."""
+    lo = tl.load(intervals + 2 * row, mask=live, other=0)
+    hi = tl.load(intervals + 2 * row + 1, mask=live, other=0)
+    return tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
+
+
+@triton.jit
+def tile_bounds(lo, hi, live, kv_len, BLOCK_N: tl.constexpr):
+    """Which key tiles a row tile visits: `(first, full, full_end, last)`, counted in tiles of BLOCK_N keys.
+
+    Some row sees a key of tiles `[first, last)` (their hull, where rows see separate runs); every live row sees all of
+    tiles `[full, full_end)`, which lie within. Intervals come from `load_interval`.
+    """
+    last = tl.cdiv(tl.max(hi, 0), BLOCK_N)
+    first = tl.minimum(tl.min(tl.where(lo < hi, lo, kv_len), 0) // BLOCK_N, last)
+    full = tl.minimum(tl.maximum(tl.cdiv(tl.max(lo, 0), BLOCK_N), first), last)
+    full_end = tl.min(tl.where(live, hi, kv_len), 0) // BLOCK_N
+    return first, full, tl.minimum(tl.maximum(full_end, full), last), last

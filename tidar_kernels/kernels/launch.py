@@ -1,0 +1,49 @@
+"""How a kernel is launched: operands with their strides, and a launch that can be run, or compiled without a GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+# Triton reads the same variable when a kernel is decorated, that is when these modules are imported.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+class Strided(NamedTuple):
+    """A tensor operand of a kernel: `x.ptr`, and `x.stride[i]` in elements. Stride 1 is specialised by Triton."""
+
+    ptr: Any
+    stride: Any
+
+
+def strided(tensor: Tensor) -> Strided:
+    """`tensor` as a kernel operand; any strides, no copy."""
+    return Strided(tensor, tensor.stride())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and arguments. `options` holds constexpr arguments, `num_warps` and `num_stages`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch on the current stream; nothing to do for an empty grid."""
+        if all(self.grid):
+            self.kernel[self.grid](*self.args, **self.options)
+
+    def compile(self) -> triton.compiler.CompiledKernel:
+        """Compile exactly the specialisation that `run` would use, for Triton's active target, without launching."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.options)
+
+
+def block_dim(head_dim: int) -> int:
+    """Tile width that holds `head_dim`: the next power of two, at least the 16 that `tl.dot` needs."""
+    return max(16, triton.next_power_of_2(head_dim))

@@ -1,0 +1,262 @@
+"""Step attention: the rows of one decode step against the cached context and each other.
+
+Computes, for every row of every sequence (twin: `tidar_kernels.eager.step_attention`):
+
+    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead and own of the row
+
+Keys lie on one line of absolute positions: key n comes from the cache below P and from the in-flight tensors at and
+above it, so that tiles and splits mean the same whether a draft is in flight or already committed. Only a row's *own*
+block, whose keys no other row of the line shares, is a tile of its own. A program takes BLOCK_M packed rows
+(q_len x heads of one kv head) and one split of the line:
+
+    1. whole tiles below P             no mask at all
+    2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
+    3. split 0 only: the own blocks    in-flight tiles, masked by own
+
+Programs whose split starts past their rows' last key return at once. With more than one split a second kernel merges
+the partial results by log-sum-exp, in split order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import load_tile, row_pointers, softmax_finish, softmax_update
+from .configs import chip_of, split_size, step_config
+from .launch import INTERPRET, Launch, block_dim, strided
+
+
+@triton.jit
+def _context_len(lengths, b, max_context):
+    """Tokens of context, never outside the cache whatever `lengths` holds."""
+    return tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), max_context)
+
+
+@triton.jit
+def _interval(intervals, row, live):
+    """`(lo, hi)` of each row; empty intervals and dead rows as (0, 0), so that `hi` bounds what is visited."""
+    lo = tl.load(intervals + 2 * row, mask=live, other=0)
+    hi = tl.load(intervals + 2 * row + 1, mask=live, other=0)
+    return tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
+
+
+# Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
+@triton.jit(
+    do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own"],
+)
+def step_attention_kernel(
+    q, k, v, k_cache, v_cache, lengths, lead, own, out, lse,
+    q_len, num_kv_heads, group, kv_len, max_context, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
+
+    `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial.
+    """
+    row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
+    kv_sequence = tl.program_id(0) // row_tiles
+    b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
+    packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = packed // group
+    head = kv_head * group + packed % group
+    live = row < q_len
+
+    context = _context_len(lengths, b, max_context)
+    lead_lo, lead_hi = _interval(lead, row, live)
+    own_lo, own_hi = _interval(own, row, live)
+    end = context + tl.max(lead_hi, 0)
+    start = split * SPLIT
+    if (start >= end) & (split > 0):
+        return
+
+    b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    at = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
+    q_tile = load_tile(at, live, HEAD_DIM, UPCAST)
+    k_base = b64 * k.stride[0] + kv_head64 * k.stride[1]
+    v_base = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    k_cache_base = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
+    v_cache_base = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    key = tl.arange(0, BLOCK_N)
+
+    # 1. whole tiles of context
+    whole_end = tl.minimum(start + SPLIT, context // BLOCK_N * BLOCK_N)
+    for n0 in tl.range(start, whole_end, BLOCK_N):
+        k_tile = load_tile(row_pointers(k_cache, k_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
+        v_tile = load_tile(row_pointers(v_cache, v_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
+        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, None)
+
+    # 2. the tiles where the context ends and the drafts begin
+    for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(start + SPLIT, end), BLOCK_N, num_stages=1):
+        n = n0 + key
+        cached, fly = n < context, n - context
+        k_old, k_new = row_pointers(k_cache, k_cache_base, n, BLOCK_D), row_pointers(k, k_base, fly, BLOCK_D)
+        v_old, v_new = row_pointers(v_cache, v_cache_base, n, BLOCK_D), row_pointers(v, v_base, fly, BLOCK_D)
+        k_tile = load_tile(tl.where(cached[:, None], k_old, k_new), n < end, HEAD_DIM, UPCAST)
+        v_tile = load_tile(tl.where(cached[:, None], v_old, v_new), n < end, HEAD_DIM, UPCAST)
+        in_lead = (fly[None, :] >= lead_lo[:, None]) & (fly[None, :] < lead_hi[:, None])
+        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, cached[None, :] | in_lead)
+
+    # 3. the rows' own blocks, in tiles aligned to in-flight indices so that a row's bits do not depend on its mates
+    if split == 0:
+        has_own = own_lo < own_hi
+        own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
+        own_end = tl.max(own_hi, 0)
+        for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
+            n = n0 + key
+            k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
+            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, visible)
+
+    result, lse2 = softmax_finish(acc, m, l)
+    batch = tl.num_programs(0) // row_tiles // num_kv_heads
+    at_row = ((split * batch + b).to(tl.int64) * num_kv_heads * group + head64) * q_len + row
+    if PARTIAL:
+        tl.store(lse + at_row, lse2, mask=live)
+    else:
+        tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
+    at = out.ptr + split.to(tl.int64) * out.stride[0] + b64 * out.stride[1] + head64 * out.stride[2]
+    at = at + row.to(tl.int64) * out.stride[3]
+    at = at[:, None] + dim.to(tl.int64)[None, :] * out.stride[4]
+    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (dim[None, :] < HEAD_DIM))
+
+
+@triton.jit(do_not_specialize=["num_heads", "q_len", "max_context"], do_not_specialize_on_alignment=["lengths", "lead"])
+def combine_splits_kernel(
+    part, part_lse, lengths, lead, out, lse,
+    num_heads, q_len, max_context,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, splits in ascending order.
+
+    A row reads exactly the splits that its own keys reach: what other rows of the launch needed does not enter.
+    """
+    b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = row < q_len
+    _, lead_hi = _interval(lead, row, live)
+    splits = tl.cdiv(_context_len(lengths, b, max_context) + lead_hi, SPLIT)
+    splits = tl.where(live, tl.maximum(splits, 1), 0)
+    last = tl.max(splits, 0)
+
+    dim = tl.arange(0, BLOCK_D)
+    in_head = dim[None, :] < HEAD_DIM
+    at_row = tl.program_id(0).to(tl.int64) * q_len + row
+    rows_per_split = tl.num_programs(0).to(tl.int64) * q_len
+
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    for s in range(0, last):
+        top = tl.maximum(top, tl.load(part_lse + s * rows_per_split + at_row, mask=s < splits, other=float("-inf")))
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for s in range(0, last):
+        at = s * rows_per_split + at_row
+        weight = tl.exp2(tl.load(part_lse + at, mask=s < splits, other=float("-inf")) - pivot)
+        at = at[:, None] * HEAD_DIM + dim[None, :]
+        acc = tl.fma(tl.load(part + at, mask=(weight > 0.0)[:, None] & in_head, other=0.0), weight[:, None], acc)
+        total += weight
+    result, lse2 = softmax_finish(acc, pivot, total)
+    tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
+    at = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
+    at = at + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
+    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & in_head)
+
+
+def plan_step_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    lead: Tensor,
+    own: Tensor,
+    scale: float,
+    max_context: int,
+    chip: int | None,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """Allocate results and lay out the launches of one step: `(launches, out, lse)`.
+
+    Raises:
+        TypeError: float64, which only the eager twin and the CPU path compute.
+    """
+    if q.dtype == torch.float64:
+        raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    config, split = step_config(chip, q.dtype, head_dim), split_size(chip, max_len)
+    # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
+    # Without any key there is still one split: it writes the zeros.
+    num_splits = max(1, triton.cdiv(max_len + kv_len, split))
+    launched = max(1, min(num_splits, triton.cdiv(max_context + kv_len, split)))
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    part, part_lse = out.unsqueeze(0), lse
+    if num_splits > 1:
+        part = torch.empty((launched, *q.shape), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((launched, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
+    attend = Launch(
+        step_attention_kernel,
+        (triton.cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
+        (
+            *map(strided, (q, k, v, k_cache, v_cache)),
+            *(lengths, lead, own, strided(part), part_lse),
+            *(q_len, num_kv_heads, group, kv_len, max_context, scale * math.log2(math.e)),
+        ),
+        {
+            **shapes,
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "PARTIAL": num_splits > 1,
+            "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
+    if num_splits == 1:
+        return [attend], out, lse
+    combine = Launch(
+        combine_splits_kernel,
+        (batch * num_heads, triton.cdiv(q_len, 16)),
+        (part, part_lse, lengths, lead, strided(out), lse, num_heads, q_len, max_context),
+        {**shapes, "BLOCK_R": 16, "num_warps": 4},
+    )
+    return [attend, combine], out, lse
+
+
+def step_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    lead: Tensor,
+    own: Tensor,
+    scale: float,
+    max_context: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels: `(out [batch, heads, q_len, head_dim], lse [batch, heads, q_len])`; arguments are checked."""
+    launches, out, lse = plan_step_attention(
+        q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context, chip_of(q.device)
+    )
+    for launch in launches:
+        launch.run()
+    return out, lse
