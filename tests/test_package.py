@@ -25,12 +25,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports from its own floor and from those below. "__init__" is the package's front door.
 FLOORS = (
-    {"_checks", "drawing", "patterns"},
+    {"_checks", "drawing", "families", "patterns"},
     {"eager"},
     {"kernels"},
     {"cpu", "cpu_attention", "ops"},
     {"cache"},
-    {"sampling"},
+    {"loss", "sampling"},
     {"layers"},
     {"decoding"},
     {"models"},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .cache import KVCache
     from .decoding import Decoder, GenerationResult
     from .layers import TiDARAttention
+    from .loss import TiDARLoss, tidar_loss
     from .ops import append_kv, attention, step_attention
     from .patterns import Pattern
 
@@ -25,17 +26,20 @@ __all__ = [
     "KVCache",
     "Pattern",
     "TiDARAttention",
+    "TiDARLoss",
     "append_kv",
     "attention",
     "eager",
     "patterns",
     "step_attention",
+    "tidar_loss",
 ]
 
 _MODULES = {
     "cache": ("KVCache",),
     "decoding": ("Decoder", "GenerationResult"),
     "layers": ("TiDARAttention",),
+    "loss": ("TiDARLoss", "tidar_loss"),
     "ops": ("append_kv", "attention", "step_attention"),
     "patterns": ("Pattern",),
 }

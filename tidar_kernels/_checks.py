@@ -61,7 +61,7 @@ def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str)
     shape("lengths", value, (batch,))
     if value.device != device:
         raise ValueError(f"lengths: expected device {device} like the other operands, got {value.device}")
-    if device.type == "cpu" and type(value) is Tensor and batch:
+    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
         for sequence, length in enumerate(value.tolist()):
             if not 0 <= length <= limit:
                 raise ValueError(

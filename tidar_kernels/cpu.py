@@ -87,10 +87,10 @@ def step_attention(
         # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
         both = torch.lerp(out[at].to(lse_dtype), ctx.to(lse_dtype), weight).to(q.dtype)
         merged.append((both, torch.logaddexp(ctx_lse, lse[at])))
-    if not merged:
-        return out.reshape(q.shape), lse.reshape(q.shape[:-1])
-    out, lse = merged[0] if len(merged) == 1 else (torch.cat([o for o, _ in merged]), torch.cat([s for _, s in merged]))
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    if merged:
+        out, lse = map(torch.cat, zip(*merged, strict=True)) if len(merged) > 1 else merged[0]
+    # contiguous, as the schema's fake tensors are: ATen's results are transposed
+    return out.reshape(q.shape).contiguous(), lse.reshape(q.shape[:-1]).contiguous()
 
 
 def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:

@@ -42,6 +42,8 @@ class Pattern:
         positions: int32 `[q_len]`, the RoPE position of each row minus the context length `P`.
         kv_len: number of in-flight keys.
         roles: int8 `[q_len]`, a `Role` per row; default all `Role.CLEAN`.
+        predicts: int32 `[q_len]`, index of the clean token that training wants the row to predict, -1 for none;
+            default none. Labels are gathered by it, so a shift lives in the pattern and nowhere else.
         name: shown in drawings and errors.
 
     Raises:
@@ -55,6 +57,7 @@ class Pattern:
     positions: Tensor
     kv_len: int
     roles: Tensor = None  # type: ignore[assignment]  # None stands for all clean; never None once built
+    predicts: Tensor = None  # type: ignore[assignment]
     name: str = "pattern"
     _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -67,6 +70,17 @@ class Pattern:
                 got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected an int32 CPU tensor, got {got}")
         rows = self.positions.numel()
+        predicts: Any = self.predicts
+        if predicts is None:
+            object.__setattr__(self, "predicts", torch.full((rows,), -1, dtype=torch.int32))
+        elif not isinstance(predicts, Tensor) or predicts.dtype != torch.int32 or predicts.device.type != "cpu":
+            got = f"{predicts.dtype} on {predicts.device}" if isinstance(predicts, Tensor) else type(predicts).__name__
+            raise TypeError(f"predicts: expected an int32 CPU tensor, got {got}")
+        elif predicts.shape != (rows,) or bool(((predicts < -1) | (predicts >= self.kv_len)).any()):
+            raise ValueError(
+                f"predicts: expected {rows} clean token indices in [-1, {self.kv_len}), got shape "
+                f"{list(predicts.shape)}, values {predicts.min() if rows else 0} to {predicts.max() if rows else 0}"
+            )
         for name, shape in (("lead", (rows, 2)), ("own", (rows, 2)), ("positions", (rows,))):
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name}: expected shape {list(shape)}, got {list(getattr(self, name).shape)}")
@@ -240,7 +254,8 @@ def tidar_training(seq_len: int, block_size: int) -> Pattern:
     """The doubled training sequence `[x_0 .. x_{S-1} | M x S]`, 2S rows (TiDAR, "training").
 
     Clean rows are causal and never see masks. The mask rows of block b see strictly earlier clean blocks, `[0, b*B)`,
-    and their own block: a mask row that saw its own block's clean tokens would read its labels.
+    and their own block: a mask row that saw its own block's clean tokens would read its labels. Clean row i predicts
+    token i + 1, the mask row at p predicts token p.
 
     Raises:
         TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
@@ -255,5 +270,6 @@ def tidar_training(seq_len: int, block_size: int) -> Pattern:
         positions=(row % s).to(torch.int32),
         kv_len=2 * s,
         roles=torch.where(is_mask, int(Role.MASK), int(Role.CLEAN)).to(torch.int8),
+        predicts=torch.where(is_mask, row - s, torch.where(row < s - 1, row + 1, -1)).to(torch.int32),
         name=f"tidar_training(seq_len={s}, block_size={block})",
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -35,8 +37,14 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> None:
-        """Launch on the current stream; nothing to do for an empty grid."""
-        if all(self.grid):
+        """Launch on the current stream of the operands' device; nothing to do for an empty grid."""
+        if not all(self.grid):
+            return
+        first = self.args[0]
+        device = (first.ptr if isinstance(first, Strided) else first).device
+        # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
             self.kernel[self.grid](*self.args, **self.options)
 
     def compile(self) -> triton.compiler.CompiledKernel:

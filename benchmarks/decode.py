@@ -1,0 +1,109 @@
+"""Decoding with the shipped model on held-out prompts: TiDAR at several block lengths against autoregression.
+
+    python -m benchmarks.decode --out DIR [--new-tokens N] [--block-sizes 1 2 4 8 16]
+
+Every TiDAR output is compared with the autoregressive one, token for token, before its speed is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar_kernels import Decoder
+from tidar_kernels.models import data, shipped
+
+from . import record
+
+PROMPT_BYTES = 256
+
+
+def prompts() -> list[list[int]]:
+    """One prompt a held-out module: 256 bytes from the end of its first quarter, where the code is."""
+    texts = data.held_out_texts().values()
+    return [list(text[len(text) // 4 :][:PROMPT_BYTES]) for text in texts]
+
+
+def run(new_tokens: int, block_sizes: list[int], repeats: int = 2) -> list[dict[str, Any]]:
+    """One row a block length, the autoregressive baseline (block_size 0) first.
+
+    Each prompt is decoded alone, `repeats` times, the modes taking turns so that a drift of the machine meets all of
+    them; the faster of the repeats counts.
+
+    Raises:
+        RuntimeError: an output differs from the autoregressive one.
+    """
+    model, _ = shipped.load_shipped()
+    decoders = {0: Decoder(model, mode="autoregressive")} | {b: Decoder(model, b) for b in block_sizes}
+    seconds: dict[int, list[float]] = {b: [] for b in decoders}
+    forwards, steps = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0)
+    identical = dict.fromkeys(decoders, True)
+    batch = prompts()
+    for decoder in decoders.values():
+        decoder.generate(batch[0], 16)
+    for prompt in batch:
+        best = dict.fromkeys(decoders, float("inf"))
+        for repeat in range(repeats):
+            reference: list[list[int]] = []
+            for block, decoder in decoders.items():
+                result = decoder.generate(prompt, new_tokens)
+                reference = reference or result.tokens
+                identical[block] &= result.tokens == reference
+                best[block] = min(best[block], result.seconds)
+                if repeat == 0:
+                    forwards[block] += result.forwards
+                    steps[block] += sum(map(len, result.accepted))
+        for block in decoders:
+            seconds[block].append(best[block])
+    rows = []
+    for block in decoders:
+        tokens = new_tokens * len(batch)
+        speedups = [a / b for a, b in zip(seconds[0], seconds[block], strict=True)]
+        rows.append(
+            {
+                "operator": "decode",
+                "mode": "tidar" if block else "autoregressive",
+                "block_size": block,
+                "rows": block * (block + 1) or 1,
+                "prompts": len(batch),
+                "prompt_tokens": PROMPT_BYTES,
+                "new_tokens": tokens,
+                "forwards": forwards[block],
+                "tokens_per_forward": round(tokens / steps[block], 4),
+                "tokens_per_second": round(tokens / sum(seconds[block]), 2),
+                "step_ms": round(sum(seconds[block]) / forwards[block] * 1e3, 4),
+                "speedup": round(sum(seconds[0]) / sum(seconds[block]), 4),
+                "speedup_median": round(statistics.median(speedups), 4),
+                "identical": identical[block],
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for decode-cpu.json")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's own choice")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = run(options.new_tokens, options.block_sizes)
+    for line in rows:
+        print(
+            f"{line['mode']:15} B={line['block_size']:<3} {line['tokens_per_forward']:6.2f} tokens/forward"
+            f" {line['tokens_per_second']:8.1f} tokens/s  {line['speedup']:5.2f} x  identical: {line['identical']}",
+            flush=True,
+        )
+    record.write(options.out / "decode-cpu.json", "decode", "cpu", rows)
+    return 0 if all(line["identical"] for line in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Micro-benchmarks of the operators on the CPU, under pytest-benchmark: checked against the eager twin, then timed.
+
+python -m pytest benchmarks --benchmark-json=FILE
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tidar_kernels as tk
+
+from .step import Operands, Workload
+
+STEPS = [Workload("Qwen2.5-1.5B", 12, 2, 128, block, context) for block in (0, 4, 8) for context in (512, 4096)]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+@pytest.mark.parametrize("implementation", ["ours", "dense_sdpa"])
+def test_step_attention(benchmark: Any, case: Workload, implementation: str) -> None:
+    operands = Operands(case, "cpu", torch.float32)
+    operands.check()
+    benchmark.extra_info.update(vars(case))
+    benchmark(getattr(operands, implementation))
+
+
+@pytest.mark.parametrize("block_size", [4, 8, 16])
+def test_append_kv(benchmark: Any, block_size: int) -> None:
+    k_cache, v_cache = cache = torch.zeros(2, 4, 8, 4096, 128)
+    k, v = new = torch.randn(2, 4, 8, block_size, 128)
+    lengths = torch.tensor([0, 17, 1024, 4000], dtype=torch.int32)
+    tk.append_kv(k_cache, v_cache, k, v, lengths)
+    for b, length in enumerate(lengths.tolist()):
+        if not torch.equal(cache[:, b, :, length : length + block_size], new[:, b]):
+            pytest.fail("append_kv wrote something else; no speed is reported")
+    benchmark(tk.append_kv, k_cache, v_cache, k, v, lengths)

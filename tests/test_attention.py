@@ -1,0 +1,197 @@
+"""The training operator against its eager twin, forward and backward: interpreted, on the CPU path, on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tidar_kernels as tk
+from tidar_kernels import eager, families, patterns
+from tidar_kernels.models.transformer import Transformer, TransformerConfig
+from tidar_kernels.testing import attention as testing
+
+PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
+REPEATED = ("batch", "lse_grad", "irregular_fp16", "packed", "shared_heads")
+
+
+def on_every_path() -> Iterator[Any]:
+    """As `tidar_kernels.testing.Suite.cases_on` has it: float64 for the CPU path, bfloat16 and large cases on a GPU."""
+    for path, device, marks in PATHS:
+        large = testing.ATTENTION_CASES_LARGE if path == "triton" else ()
+        for index, case in enumerate((*testing.ATTENTION_CASES, *large)):
+            if path == "cpu" and case.dtype == torch.float32 and index % 3 == 0:
+                case = replace(case, dtype=torch.float64)
+            elif path == "triton" and case.dtype == torch.float16 and case not in large:
+                case = replace(case, dtype=torch.bfloat16)
+            yield pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
+
+
+EVERY_CASE = list(on_every_path())
+
+
+@pytest.mark.parametrize(("device", "case"), EVERY_CASE)
+def test_parity(device: str, case: testing.AttentionCase) -> None:
+    testing.check_attention(case, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "case"), [x for x in EVERY_CASE if x.values[1].name in REPEATED or x.values[1].name.startswith("large")]
+)
+def test_two_runs_give_the_same_bits(device: str, case: testing.AttentionCase) -> None:
+    testing.check_attention_repeats(case, device)
+
+
+def operands(pattern: patterns.Pattern, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Two heads of one kv head, two sequences, as a projection gives them."""
+    shapes = ((pattern.q_len, 2), (pattern.kv_len, 1), (pattern.kv_len, 1))
+    return [torch.randn(2, rows, heads, 4, dtype=dtype).transpose(1, 2).requires_grad_() for rows, heads in shapes]
+
+
+@pytest.mark.parametrize("attend", [eager.attention, tk.attention], ids=["eager", "operator"])
+@pytest.mark.parametrize("pattern", [patterns.tidar_training(6, 4), families.idlm_training(5, 2)], ids=str)
+def test_gradcheck(attend: Any, pattern: patterns.Pattern) -> None:
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, 0.6, return_lse=True), operands(pattern))
+
+
+@pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
+def test_opcheck(path: str) -> None:
+    pattern = patterns.tidar_training(20, 8)
+    q, k, v = operands(pattern, torch.float32)
+    lead, own, _ = pattern.on("cpu")
+    torch.library.opcheck(torch.ops.tidar_kernels.attention.default, (q, k, v, lead, own, 0.5))
+    saved = [x.detach() for x in (q, k, v, *torch.ops.tidar_kernels.attention(q, k, v, lead, own, 0.5))]
+    for grad_lse in (None, torch.randn_like(saved[4])):
+        args = (torch.randn_like(saved[3]), grad_lse, *saved, lead, own, 0.5)
+        torch.library.opcheck(torch.ops.tidar_kernels.attention_backward.default, args)
+
+
+def test_second_derivatives_are_an_error() -> None:
+    pattern = patterns.tidar_training(6, 4)
+    q, k, v = operands(pattern)
+    (grad,) = torch.autograd.grad(tk.attention(q, k, v, pattern).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^attention: expected at most first derivatives"):
+        grad.sum().backward()
+
+
+def test_a_loss_of_lse_alone() -> None:
+    pattern = patterns.tidar_training(6, 4)
+    leaves = operands(pattern)
+    found, exact = (
+        torch.autograd.grad(attend(*leaves, pattern, return_lse=True)[1].sin().sum(), leaves[:2])
+        for attend in (tk.attention, eager.attention)
+    )
+    torch.testing.assert_close(found, exact)
+
+
+def small_model() -> Transformer:
+    config = TransformerConfig(64, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
+    return Transformer(config)
+
+
+def gradients(loss: Tensor, model: torch.nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_training_step_compiles_whole_and_once() -> None:
+    """One graph forward and backward for every batch of a shape, and for another pattern of the same shape."""
+    model, pattern, other = small_model(), patterns.tidar_training(24, 4), patterns.tidar_training(24, 8)
+    for each in (pattern, other):
+        each.on("cpu")  # its memo is Python state that a graph is guarded on: fill it before compiling
+
+    def step(tokens: Tensor, pattern: patterns.Pattern) -> Tensor:
+        return model(tokens, pattern).pow(2).mean()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for each in (pattern, pattern, other):
+        tokens = torch.randint(64, (3, 48))
+        loss, expected = compiled(tokens, each), step(tokens, each)
+        torch.testing.assert_close(loss, expected)
+        for found, exact in zip(gradients(loss, model), gradients(expected, model), strict=True):
+            torch.testing.assert_close(found, exact)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_activation_checkpointing() -> None:
+    model, pattern = small_model(), patterns.tidar_training(24, 4)
+    tokens = torch.randint(64, (3, 48))
+    plain = gradients(model(tokens, pattern).pow(2).mean(), model)
+    hidden = checkpoint(model, tokens, pattern, use_reentrant=False)
+    for found, exact in zip(gradients(hidden.pow(2).mean(), model), plain, strict=True):
+        assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize(("block_size", "j"), [(4, 0), (4, 3), (4, 9), (5, 10), (1, 6), (16, 20)])
+def test_no_label_leaks(block_size: int, j: int) -> None:
+    """Through a whole model: clean token j reaches no mask row of block <= j // B and no clean row before j."""
+    s, model = 24, small_model()
+    pattern = patterns.tidar_training(s, block_size)
+    embedded: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        embedded.append(output)
+
+    model.embed_tokens.register_forward_hook(keep)
+    row = torch.arange(2 * s)
+    blind = torch.where(row < s, row < j, (row - s) // block_size <= j // block_size)
+    for rows, reached in ((blind, False), (~blind, True)):
+        hidden = model(torch.randint(64, (1, 2 * s)), pattern)
+        (hidden[:, rows] * torch.randn(int(rows.sum()), hidden.shape[-1])).sum().backward()
+        assert bool(embedded[-1].grad[0, j].any()) == reached
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    pattern = patterns.tidar_training(20, 4)
+    q, k, v = operands(pattern, torch.float32)
+    with torch.autocast("cpu", dtype):
+        out = tk.attention(q, k.to(dtype), v, pattern)
+    assert out.dtype == dtype
+    assert torch.equal(out, tk.attention(q.to(dtype), k.to(dtype), v.to(dtype), pattern))
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+PATTERN = patterns.tidar_training(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(1, 6, 4)}, ValueError, r"^q: expected 4 dimensions, got shape \[1, 6, 4\]$"),
+        (
+            {"k": torch.zeros(1, 1, 6, 4).double()},
+            TypeError,
+            r"^k: expected dtype torch.float32 like the other operands",
+        ),
+        ({"q": torch.zeros(1, 3, 6, 4)}, ValueError, r"^q: expected a multiple of 2 kv_heads in dimension 1, got 3"),
+        ({"v": torch.zeros(1, 2, 5, 4)}, ValueError, r"^v: expected shape \[1, 2, 6, 4\], got \[1, 2, 5, 4\]$"),
+        ({"k": torch.zeros(1, 2, 6, 5)}, ValueError, r"^k: expected shape \[1, 2, 6, 4\], got \[1, 2, 6, 5\]$"),
+        ({"q": torch.zeros(1, 2, 5, 4)}, ValueError, r"^q: expected 6 rows for tidar_training"),
+        ({"pattern": torch.zeros(6, 6)}, TypeError, r"^pattern: expected a tidar_kernels.Pattern, got Tensor$"),
+        ({"scale": -1.0}, ValueError, r"^scale: expected a positive finite number, got -1.0$"),
+        ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
+        ({"backend": "sdpa"}, ValueError, r"^backend: expected None"),
+        ({"v": None}, TypeError, r"^v: expected a torch.Tensor, got NoneType$"),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {name: torch.zeros(1, 2, 6, 4) for name in "qkv"} | {"pattern": PATTERN} | change
+    with pytest.raises(error, match=message):
+        tk.attention(**arguments)
+
+
+@pytest.mark.interpret
+def test_kernels_refuse_float64() -> None:
+    with pytest.raises(TypeError, match=r"^q: expected float32, float16 or bfloat16 for the Triton kernels"):
+        tk.attention(*(torch.zeros(1, 1, 6, 4).double() for _ in "qkv"), PATTERN)

@@ -1,0 +1,177 @@
+"""Training masks of the family: every pattern's dense form against a predicate written from its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tidar_kernels import families, patterns
+from tidar_kernels.patterns import Pattern, Role
+
+FIELDS = ("lead", "own", "positions", "roles", "predicts")
+SIZES = [(1, 1), (1, 4), (7, 3), (12, 4), (13, 1), (20, 32), (33, 8)]
+
+
+def check(pattern: Pattern, visible: Callable[[int, int], bool], rows: int, keys: int) -> None:
+    expected = torch.tensor([[visible(q, k) for k in range(keys)] for q in range(rows)], dtype=torch.bool)
+    assert torch.equal(pattern.dense(), expected.view(rows, keys))
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_idlm(n: int, block: int) -> None:
+    def visible(q: int, k: int) -> bool:
+        q_noisy, k_noisy, q_block, k_block = q < n, k < n, q % n // block, k % n // block
+        if q_noisy and k_noisy:
+            return q_block == k_block and q >= k
+        if q_noisy:
+            return k_block < q_block
+        return not k_noisy and q >= k
+
+    pattern = families.idlm_training(n, block)
+    check(pattern, visible, 2 * n, 2 * n)
+    assert pattern.positions.tolist() == [*range(n), *range(n)]
+    assert pattern.roles.tolist() == [Role.MASK] * n + [Role.CLEAN] * n
+    assert pattern.predicts.tolist() == [*range(1, n), -1] * 2
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_block_diffusion(n: int, block: int) -> None:
+    def visible(q: int, k: int) -> bool:
+        q_block, k_block = q % n // block, k % n // block
+        if q < n:
+            return q_block == k_block if k < n else k_block < q_block
+        return k >= n and k_block <= q_block
+
+    pattern = families.block_diffusion_training(n, block)
+    check(pattern, visible, 2 * n, 2 * n)
+    assert pattern.positions.tolist() == [*range(n), *range(n)]
+    assert pattern.predicts.tolist() == [*range(n)] + [-1] * n
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_set_block_is_tidar_with_the_halves_swapped(n: int, block: int) -> None:
+    def visible(q: int, k: int) -> bool:
+        q_block, k_block = q % n // block, k % n // block
+        if q < n:
+            return q_block == k_block if k < n else k_block < q_block
+        return n <= k <= q
+
+    pattern = families.set_block_training(n, block)
+    check(pattern, visible, 2 * n, 2 * n)
+    tidar = patterns.tidar_training(n, block)
+    assert torch.equal(pattern.dense(), tidar.dense().roll((n, n), (0, 1)))
+    for name in ("positions", "roles", "predicts"):
+        assert torch.equal(getattr(pattern, name), getattr(tidar, name).roll(n))
+
+
+@pytest.mark.parametrize(
+    ("n", "anchors", "block"), [(20, [0, 3, 20, 7], 4), (1, [1], 1), (9, [2, 2, 8], 5), (0, [0], 3)]
+)
+def test_dflash(n: int, anchors: list[int], block: int) -> None:
+    def visible(q: int, k: int) -> bool:
+        return k < anchors[q // block] if k < n else (k - n) // block == q // block
+
+    pattern = families.dflash_training(n, anchors, block)
+    check(pattern, visible, len(anchors) * block, n + len(anchors) * block)
+    positions = [anchor + m for anchor in anchors for m in range(block)]
+    assert pattern.positions.tolist() == positions
+    assert pattern.predicts.tolist() == [position if position < n else -1 for position in positions]
+
+
+@pytest.mark.parametrize(("n", "blocks", "block"), [(5, 3, 4), (0, 2, 3), (7, 1, 1), (1, 4, 2)])
+def test_jacobi_forcing(n: int, blocks: int, block: int) -> None:
+    """The definition in blocks: noisy block j sees the prompt, noisy blocks before j, and itself causally."""
+    s = blocks * block
+
+    def part(x: int) -> tuple[str, int, int]:
+        if x < n:
+            return "prompt", 0, x
+        copy, x = ("noisy", x - n) if x < n + s else ("clean", x - n - s)
+        return copy, x // block, x % block
+
+    def visible(q: int, k: int) -> bool:
+        (q_copy, q_block, q_at), (k_copy, k_block, k_at) = part(q), part(k)
+        if k_copy == "prompt":
+            return q_copy != "prompt" or k_at <= q_at
+        return q_copy == k_copy and (k_block < q_block or (k_block == q_block and k_at <= q_at))
+
+    pattern = families.jacobi_forcing_training(n, s)
+    check(pattern, visible, n + 2 * s, n + 2 * s)
+    assert pattern.positions.tolist() == [*range(n + s), *range(n, n + s)]
+    assert pattern.roles.tolist() == [Role.CLEAN] * n + [Role.MASK] * s + [Role.CLEAN] * s
+    response = [*range(n + 1, n + s), -1]
+    assert pattern.predicts.tolist() == ([-1] * (n - 1) + [n] if n else []) + response + response
+
+
+DOCUMENTS = [([1], [0]), ([5, 1, 9], [0, 0, 0]), ([7, 4, 8], [3, 4, 0]), ([6, 6], [6, 1]), ([13, 2, 3], [2, 1, 2])]
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+@pytest.mark.parametrize(("lengths", "prompts"), DOCUMENTS)
+def test_packed_documents_and_prompts(lengths: list[int], prompts: list[int], block: int) -> None:
+    """(document, position) of every row, and from these alone what it may see."""
+    tokens = [(d, at) for d, length in enumerate(lengths) for at in range(length)]
+    masks = [(d, at) for d, at in tokens if at >= prompts[d]]
+    rows = [(*token, False) for token in tokens] + [(*mask, True) for mask in masks]
+
+    def block_of(document: int, at: int) -> int:
+        return (at - prompts[document]) // block
+
+    def visible(q: int, k: int) -> bool:
+        (q_document, q_at, q_mask), (k_document, k_at, k_mask) = rows[q], rows[k]
+        if q_document != k_document or (k_mask and not q_mask):
+            return False
+        if not q_mask:
+            return k_at <= q_at
+        same = block_of(k_document, k_at) == block_of(q_document, q_at)
+        return same if k_mask else k_at < prompts[q_document] + block * block_of(q_document, q_at)
+
+    pattern = families.tidar_packed_training(lengths, block, prompts)
+    check(pattern, visible, len(rows), len(rows))
+    assert pattern.positions.tolist() == [at for _, at, _ in rows]
+    assert pattern.roles.tolist() == [Role.MASK if mask else Role.CLEAN for *_, mask in rows]
+
+    def predicted(document: int, at: int, mask: bool) -> int:
+        wanted = (document, at if mask else at + 1)
+        return tokens.index(wanted) if wanted in masks else -1
+
+    assert pattern.predicts.tolist() == [predicted(*row) for row in rows]
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_one_document_without_a_prompt_is_tidar_training(n: int, block: int) -> None:
+    one, plain = families.tidar_packed_training([n], block), patterns.tidar_training(n, block)
+    assert all(torch.equal(getattr(one, name), getattr(plain, name)) for name in FIELDS)
+
+
+def test_packed_patterns_are_block_diagonal() -> None:
+    parts = [patterns.tidar_training(5, 2), patterns.causal(3), families.dflash_training(4, [2], 3)]
+    whole = families.packed(parts)
+    assert torch.equal(whole.dense(), torch.block_diag(*(part.dense() for part in parts)).bool())
+    for name in ("positions", "roles"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    # 5 clean tokens of the first; causal rows predict nothing; of the third, tokens 2 and 3.
+    assert whole.predicts.tolist() == [1, 2, 3, 4, -1, 0, 1, 2, 3, 4, -1, -1, -1, 7, 8, -1]
+
+
+BAD = [
+    (lambda: families.idlm_training(0, 1), ValueError, r"^seq_len: expected >= 1, got 0$"),
+    (lambda: families.block_diffusion_training(4, 0), ValueError, r"^block_size: expected >= 1, got 0$"),
+    (lambda: families.set_block_training(4.0, 1), TypeError, r"^seq_len: expected an int, got float$"),
+    (lambda: families.dflash_training(4, [5], 1), ValueError, r"^anchors: expected <= context_len = 4, got 5$"),
+    (lambda: families.jacobi_forcing_training(-1, 2), ValueError, r"^prompt_len: expected >= 0, got -1$"),
+    (lambda: families.packed([]), ValueError, r"^patterns: expected at least one, got none$"),
+    (lambda: families.packed([3]), TypeError, r"^patterns: expected tidar_kernels.Pattern, got int at 0$"),
+    (lambda: families.tidar_packed_training([3], 2, [4]), ValueError, r"expected <= the document's length 3, got 4$"),
+    (lambda: families.tidar_packed_training([3], 2, [1, 1]), ValueError, r"one for each of 1 >= 1 documents, got 2$"),
+    (lambda: families.tidar_packed_training([], 2), ValueError, r"one for each of 0 >= 1 documents, got 0$"),
+    (lambda: families.tidar_packed_training([3, 0], 2), ValueError, r"^document_lengths: expected >= 1, got 0$"),
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), BAD)
+def test_bad_input(build: Callable[[], Pattern], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()

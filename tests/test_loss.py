@@ -1,0 +1,122 @@
+"""tidar_loss against the formula with whole logits; labels row by row against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tidar_kernels as tk
+from tidar_kernels.loss import tidar_loss
+
+VOCAB, HIDDEN = 23, 12
+
+
+def plain(hidden, head, tokens, seq_len: int, alpha: float, ignore: int):
+    """The objective as the paper writes it, from whole logits: clean half shifted by one, mask half not."""
+    logits = (hidden @ head.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    clean, masked = logits[:, :seq_len], logits[:, seq_len:]
+    ar = F.cross_entropy(clean[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=ignore)
+    diffusion = F.cross_entropy(masked.flatten(0, 1), tokens.flatten(), ignore_index=ignore)
+    return (alpha * ar + diffusion) / (1 + alpha), ar, diffusion
+
+
+def operands(seq_len: int, batch: int = 2, dtype: torch.dtype = torch.float64):
+    hidden = torch.randn(batch, 2 * seq_len, HIDDEN, dtype=dtype, requires_grad=True)
+    head = torch.randn(VOCAB, HIDDEN, dtype=dtype, requires_grad=True)
+    return hidden, head, torch.randint(0, VOCAB, (batch, seq_len))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0, 3.0])
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_value_and_gradients_are_the_formulas(alpha: float, chunk_size: int, ignored: bool) -> None:
+    hidden, head, tokens = operands(11)
+    if ignored:
+        tokens[0, 4:] = -100
+    got = tidar_loss(hidden, head, tokens, tk.patterns.tidar_training(11, 4), alpha=alpha, chunk_size=chunk_size)
+    grads = torch.autograd.grad(got.loss * 1.7, (hidden, head))
+    expected = plain(hidden, head, tokens, 11, alpha, -100)
+    expected_grads = torch.autograd.grad(expected[0] * 1.7, (hidden, head))
+    for a, b in zip((*got, *grads), (*expected, *expected_grads), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_dtypes_within_twice_the_plain_error(dtype: torch.dtype) -> None:
+    hidden, head, tokens = operands(40, dtype=dtype)
+    pattern = tk.patterns.tidar_training(40, 8)
+    exact = plain(hidden.double(), head.double(), tokens, 40, 1.0, -100)[0]
+    exact_grads = torch.autograd.grad(exact, (hidden, head))
+    ours = tidar_loss(hidden, head, tokens, pattern, chunk_size=16).loss
+    half = plain(hidden, head, tokens, 40, 1.0, -100)[0]
+    for mine, eager, true in zip(
+        torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(half, (hidden, head)), exact_grads, strict=True
+    ):
+        error, budget = (mine.double() - true.double()).norm(), (eager.double() - true.double()).norm()
+        # the exact gradient is itself rounded to the leaf's dtype: half an ulp of slack, as for eager
+        assert error <= 2 * budget + torch.finfo(dtype).eps * true.double().norm()
+    assert abs(ours.double() - exact) <= 2 * abs(half.double() - exact) + 1e-3
+
+
+def test_every_row_predicts_the_token_of_its_definition() -> None:
+    for seq_len, block in ((1, 1), (5, 2), (12, 4)):
+        predicts = tk.patterns.tidar_training(seq_len, block).predicts.tolist()
+        for row in range(2 * seq_len):
+            if row >= seq_len:
+                assert predicts[row] == row - seq_len
+            else:
+                assert predicts[row] == (row + 1 if row + 1 < seq_len else -1)
+
+
+def test_the_first_draft_row_of_a_kind_without_labels_counts_nothing() -> None:
+    hidden, head, tokens = operands(1)
+    got = tidar_loss(hidden, head, tokens, tk.patterns.tidar_training(1, 4))
+    assert got.autoregressive == 0.0
+    torch.testing.assert_close(got.loss.double(), got.diffusion.double() / 2)
+    everything_ignored = tidar_loss(hidden, head, torch.full_like(tokens, -100), tk.patterns.tidar_training(1, 4))
+    assert everything_ignored.loss == 0.0
+
+
+def test_frozen_operands_get_no_gradient() -> None:
+    hidden, head, tokens = operands(6)
+    pattern = tk.patterns.tidar_training(6, 2)
+    tidar_loss(hidden, head.detach(), tokens, pattern).loss.backward()
+    assert hidden.grad is not None
+    assert head.grad is None
+    assert not tidar_loss(hidden.detach(), head.detach(), tokens, pattern).loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"hidden": torch.zeros(2, 10, HIDDEN)},
+            ValueError,
+            r"hidden: expected shape \[batch, 12, 12\].*got \[2, 10, 12\]",
+        ),
+        ({"hidden": torch.zeros(12, HIDDEN)}, ValueError, "hidden: expected 3 dimensions, got shape"),
+        (
+            {"head": torch.zeros(VOCAB, HIDDEN).half()},
+            TypeError,
+            "head: expected dtype torch.float32.*got torch.float16",
+        ),
+        ({"tokens": torch.zeros(2, 6)}, TypeError, "tokens: expected dtype int64, got torch.float32"),
+        ({"tokens": torch.zeros(2, 5).long()}, ValueError, r"tokens: expected shape \[2, >= 6\], got \[2, 5\]"),
+        ({"tokens": torch.full((2, 6), VOCAB)}, ValueError, r"tokens: expected labels in \[0, 23\) or -100, got 23"),
+        ({"pattern": tk.patterns.causal(12)}, ValueError, "pattern: expected a training pattern.*got causal"),
+        ({"pattern": "causal"}, TypeError, "pattern: expected a tidar_kernels.Pattern, got str"),
+        ({"alpha": -1.0}, ValueError, "alpha: expected >= 0, got -1.0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(change, error, message: str) -> None:
+    arguments = {
+        "hidden": torch.zeros(2, 12, HIDDEN),
+        "head": torch.zeros(VOCAB, HIDDEN),
+        "tokens": torch.zeros(2, 6).long(),
+        "pattern": tk.patterns.tidar_training(6, 2),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        tidar_loss(**arguments)

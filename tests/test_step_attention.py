@@ -1,0 +1,123 @@
+"""Step attention against its eager twin, and the bits that it promises: interpreted, on the CPU path, on CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tidar_kernels import eager, ops, patterns, testing
+
+PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
+DEVICES = [pytest.param(device, id=path, marks=marks) for path, device, marks in PATHS]
+KERNELS = DEVICES[1:]
+
+
+def on_every_path(operator: str) -> list[object]:
+    """`(device, case)` over the tables of `tidar_kernels.testing`."""
+    (suite,) = (suite for suite in testing.SUITES if suite.operator == operator)
+    return [
+        pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
+        for path, device, marks in PATHS
+        for case in suite.cases_on(path)
+    ]
+
+
+@pytest.mark.parametrize(("device", "case"), on_every_path("step_attention"))
+def test_parity(device: str, case: testing.StepCase) -> None:
+    testing.check_step_attention(case, device)
+
+
+@pytest.mark.parametrize(("device", "case"), on_every_path("row_bits"))
+def test_draft_row_is_single_token_decoding(device: str, case: testing.StepCase) -> None:
+    """Row m of a step at length P has the bits of `causal(1)` at length P + m."""
+    testing.check_row_bits(case, device)
+
+
+@pytest.mark.parametrize(("device", "case"), on_every_path("launch_bits"))
+def test_bits_do_not_depend_on_the_launch(device: str, case: testing.StepCase) -> None:
+    testing.check_launch_bits(case, device)
+
+
+@pytest.mark.parametrize("device", KERNELS)
+def test_lengths_outside_the_cache_are_clamped(device: str) -> None:
+    """On a GPU nobody reads `lengths` before the kernel does, so the kernel itself stays inside the cache."""
+    lengths = (-1, -(2**31), 2**31 - 1, 31, 30)
+    case = testing.StepCase("clamped", patterns.tidar_step(2), (0, 0, 30, 30, 30), 2, 1, 16, max_len=30)
+    operands = testing.step_operands(case, device)
+    lead, own, _ = case.pattern.on(device)
+
+    def run(values: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        at = torch.tensor(values, dtype=torch.int32, device=device)
+        return torch.ops.tidar_kernels.step_attention(*operands.tensors[:5], at, lead, own, 0.25, case.cache_len)
+
+    with testing.poisoned_allocations():
+        out, lse = run(lengths)
+    expected, expected_lse = run(case.lengths)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def far_apart(device: str, folder: Path, rows: int, head_dim: int, stride: int) -> Tensor:
+    """A cache `[1, 1, rows, head_dim]` of float16 whose rows lie `stride` elements apart.
+
+    On the CPU it is a sparse file: only the pages that are touched exist.
+    """
+    numel = (rows - 1) * stride + head_dim
+    if device == "cpu":
+        path = folder / f"{len(list(folder.iterdir()))}.bin"
+        memory = torch.from_file(str(path), shared=True, size=numel, dtype=torch.float16)
+    else:
+        memory = torch.empty(numel, dtype=torch.float16, device=device)
+    return memory.as_strided((1, 1, rows, head_dim), (numel, numel, stride, 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_past_2_31_elements(device: str, tmp_path: Path) -> None:
+    """Slots on both sides of the 2^31st element, in whole tiles of context and in the tile where the drafts begin."""
+    whole_tile = 64 if device == "cuda" else 16
+    rows, head_dim = 2 * whole_tile + 6, 16
+    k_cache, v_cache = (far_apart(device, tmp_path, rows, head_dim, 2**31 // whole_tile) for _ in "kv")
+    assert k_cache.stride(2) * (rows - 1) > 2**32
+    pattern, committed = patterns.tidar_step(2), 2 * whole_tile + 3
+    new = torch.randn(2, 1, 1, committed, head_dim).half().to(device)
+    nothing, lengths = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, committed))
+    ops.append_kv(k_cache, v_cache, *new, nothing)
+    assert torch.equal(k_cache[:, :, :committed], new[0])
+    assert torch.equal(v_cache[:, :, :committed], new[1])
+    q, k, v = torch.randn(3, 1, 1, pattern.q_len, head_dim).half().to(device).unbind(0)
+    out = ops.step_attention(q, k, v, k_cache, v_cache, lengths, pattern)
+    near = (q, k, v, *new)
+    reference = eager.step_attention(*(x.double() for x in near), lengths, pattern)
+    testing.budget(out, reference, eager.step_attention(*near, lengths, pattern))
+
+
+@pytest.mark.cuda
+def test_repeats_have_the_same_bits() -> None:
+    """A race shows as a rare difference."""
+    case = testing.StepCase("race", patterns.tidar_step(8), (2000, 511, 0), 16, 4, 128, torch.bfloat16, max_len=2048)
+    tensors = testing.step_operands(case, "cuda").tensors
+    first, first_lse = ops.step_attention(*tensors, case.pattern, return_lse=True)
+    for _ in range(250):
+        out, lse = ops.step_attention(*tensors, case.pattern, return_lse=True)
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
+
+
+@pytest.mark.cuda
+def test_one_cuda_graph_serves_every_length() -> None:
+    """Lengths are read on the device: a step captured once is replayed at other lengths."""
+    case = testing.StepCase("graph", patterns.tidar_step(4), (700, 700), 8, 2, 64, torch.bfloat16, max_len=1024)
+    tensors = testing.step_operands(case, "cuda").tensors
+    lengths = tensors[5]
+    ops.step_attention(*tensors, case.pattern)  # compiles, which a capture cannot do
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.step_attention(*tensors, case.pattern)
+    for values in ([0, 1], [64, 513], [700, 699]):
+        lengths.copy_(torch.tensor(values))
+        graph.replay()
+        assert torch.equal(out, ops.step_attention(*tensors, case.pattern))

@@ -1,0 +1,172 @@
+"""`tidar-kernels draw`: an attention pattern as text or as a PNG."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .common import OK, PROGRAM, UserError, add_json_argument, import_torch, print_json, user_errors, whole_number
+
+if TYPE_CHECKING:
+    from ..patterns import Pattern
+
+SUMMARY = "draw an attention pattern as text, or as a PNG"
+
+USAGE = "PATTERN [options]"
+
+EPILOG = f"""\
+examples:
+  {PROGRAM} draw step --block-size 4
+  {PROGRAM} draw step --block-size 8 --context-len 100 --out step.png
+  {PROGRAM} draw training --seq-len 16 --block-size 4
+  {PROGRAM} draw causal --length 8 --json
+
+`{PROGRAM} draw PATTERN --help` lists the parameters of a pattern.
+PNG files need matplotlib.
+"""
+
+# Rows beyond this are a slip of the keyboard: a million rows take seconds, and any pattern is binned to fit a page.
+MAX_ROWS = 2**20
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A whole number that a pattern is made from: its option, its default and what it means."""
+
+    option: str
+    default: int
+    help: str
+
+    @property
+    def name(self) -> str:
+        return self.option.removeprefix("--").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class _Drawable:
+    """A pattern that can be drawn.
+
+    Attributes:
+        constructor: its name in `tidar_kernels.patterns`.
+        rows: how many rows it has, from its parameters; known before anything is allocated.
+        flags: options without a value, `{option: (keyword arguments of the constructor, help)}`.
+    """
+
+    summary: str
+    constructor: str
+    parameters: tuple[_Parameter, ...]
+    rows: Callable[..., int]
+    flags: dict[str, tuple[dict[str, Any], str]]
+
+
+_BLOCK_SIZE = _Parameter("--block-size", 4, "B, tokens of a block")
+
+PATTERNS = {
+    "step": _Drawable(
+        "one TiDAR decode step: B drafts, and a block of B masks for every number of accepted drafts",
+        "tidar_step",
+        (_BLOCK_SIZE,),
+        lambda block_size: block_size * (block_size + 1),
+        {"--causal-blocks": ({"bidirectional": False}, "mask rows see their own block only up to themselves")},
+    ),
+    "prefill": _Drawable(
+        "prompt and first draft in one forward pass",
+        "tidar_prefill",
+        (_Parameter("--prompt-len", 8, "tokens of the prompt"), _BLOCK_SIZE),
+        lambda prompt_len, block_size: prompt_len + block_size,
+        {},
+    ),
+    "training": _Drawable(
+        "the doubled training sequence: clean tokens, then as many masks",
+        "tidar_training",
+        (_Parameter("--seq-len", 16, "S, clean tokens"), _BLOCK_SIZE),
+        lambda seq_len, block_size: 2 * seq_len,
+        {},
+    ),
+    "causal": _Drawable(
+        "plain causal rows",
+        "causal",
+        (_Parameter("--length", 8, "number of rows"),),
+        lambda length: length,
+        {},
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    patterns = parser.add_subparsers(metavar="PATTERN", title="patterns", dest="pattern", required=True)
+    for name, drawable in PATTERNS.items():
+        pattern = patterns.add_parser(
+            name,
+            usage=f"{PROGRAM} draw {name} [options]",
+            help=drawable.summary,
+            description=drawable.summary[0].upper() + drawable.summary[1:] + ".",
+            epilog=f"example:\n  {PROGRAM} draw {name} "
+            + " ".join(f"{p.option} {p.default}" for p in drawable.parameters)
+            + f" --out {name}.png",
+        )
+        for parameter in drawable.parameters:
+            pattern.add_argument(
+                parameter.option,
+                type=whole_number(1),
+                default=parameter.default,
+                metavar="N",
+                help=f"{parameter.help} (default: {parameter.default})",
+            )
+        for option, (_, text) in drawable.flags.items():
+            pattern.add_argument(option, action="store_true", help=text)
+        pattern.add_argument(
+            "--context-len",
+            type=whole_number(0),
+            default=0,
+            metavar="N",
+            help="P, cached keys that every row sees, drawn before the others (default: 0)",
+        )
+        pattern.add_argument("--out", metavar="FILE.png", help="write a PNG instead of text")
+        add_json_argument(pattern)
+
+
+def run(options: argparse.Namespace) -> int:
+    drawable = PATTERNS[options.pattern]
+    arguments = {parameter.name: getattr(options, parameter.name) for parameter in drawable.parameters}
+    rows = drawable.rows(**arguments)
+    if rows > MAX_ROWS:
+        given = ", ".join(f"{parameter.option} {arguments[parameter.name]}" for parameter in drawable.parameters)
+        raise UserError(f"{given}: expected a pattern of at most {MAX_ROWS} rows, got {rows}")
+    for option, (flag, _) in drawable.flags.items():
+        if getattr(options, option.removeprefix("--").replace("-", "_")):
+            arguments.update(flag)
+
+    import_torch()
+    from .. import patterns
+
+    pattern: Pattern = getattr(patterns, drawable.constructor)(**arguments)
+    with user_errors(ImportError, ValueError, rename={"path": "--out"}):
+        text = pattern.draw(options.out, context_len=options.context_len)
+    if options.json:
+        print_json(_described(pattern, options.context_len) | {"png": options.out})
+    elif options.out is not None:
+        print(f"{pattern.name}: wrote {options.out}")
+    else:
+        print(text, end="")
+    return OK
+
+
+def _described(pattern: Pattern, context_len: int) -> dict[str, Any]:
+    """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, positions relative to the context."""
+    from ..patterns import Role
+
+    fields = (pattern.roles, pattern.positions, pattern.lead, pattern.own)
+    return {
+        "pattern": pattern.name,
+        "q_len": pattern.q_len,
+        "kv_len": pattern.kv_len,
+        "context_len": context_len,
+        "visible_pairs": int((pattern.lead + pattern.own).diff().sum()) + pattern.q_len * context_len,
+        "rows": [
+            {"role": Role(role).name.lower(), "position": position, "lead": lead, "own": own}
+            for role, position, lead, own in zip(*(field.tolist() for field in fields), strict=True)
+        ],
+    }

@@ -1,0 +1,384 @@
+"""`tidar-kernels generate`: decode a prompt, streaming the text, and say what it took."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    FAILED,
+    OK,
+    PROGRAM,
+    Terminal,
+    UserError,
+    add_device_argument,
+    add_json_argument,
+    import_torch,
+    one_line,
+    print_json,
+    resolve_device,
+    table,
+    user_errors,
+    versions,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from ..decoding import Decoder, GenerationResult, Mode
+    from ..models import Transformer
+
+SUMMARY = "decode a prompt, several tokens a forward pass"
+
+USAGE = "(--prompt TEXT | --prompt-file PATH | --demo) [options]"
+
+EPILOG = f"""\
+Decoding is greedy, so --mode tidar gives what --mode autoregressive gives, token
+for token; --compare runs both and checks it. Figures count decode steps only,
+after a warm-up; the prompt's forward pass is reported apart.
+
+examples:
+  {PROGRAM} generate --demo
+  {PROGRAM} generate --prompt 'def mean(values):' --max-new-tokens 64
+  {PROGRAM} generate --prompt-file module.py --compare --threads 2
+  head -c 500 module.py | {PROGRAM} generate --prompt-file - --json
+"""
+
+# The demo's prompt: the beginning of a module that the shipped model was not trained on.
+DEMO_MODULE = "graphlib.py"
+DEMO_BYTES = 256
+
+# Enough steps of either mode that allocations, masks and compiled kernels are there before a clock runs.
+_WARM_UP_TOKENS = 24
+
+_TITLES: dict[Mode, str] = {"tidar": "TiDAR", "autoregressive": "autoregressive"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("prompt").add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    source.add_argument("--prompt-file", metavar="PATH", help="a file of UTF-8 text, or - for standard input")
+    source.add_argument(
+        "--demo", action="store_true", help="the beginning of a module that the shipped model has never seen"
+    )
+
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument(
+        "--max-new-tokens", type=whole_number(1), default=256, metavar="N", help="tokens to decode (default: 256)"
+    )
+    decoding.add_argument(
+        "--block-size",
+        type=whole_number(1),
+        metavar="B",
+        help="tokens drafted a step; default what the model was trained with (no effect on autoregressive decoding)",
+    )
+    decoding.add_argument(
+        "--mode", choices=tuple(_TITLES), default="tidar", help="how the streamed text is decoded (default: tidar)"
+    )
+    decoding.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="decode in the other mode too, compare outputs and speed; exit with 1 if the outputs differ "
+        "(default: only with --demo)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", metavar="PATH", help="a safetensors checkpoint; default the shipped model")
+    add_device_argument(model)
+    model.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads; default PyTorch's choice")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--show-steps",
+        action=argparse.BooleanOptionalAction,
+        help="mark what each forward pass accepted: alternating colours on a terminal, | elsewhere "
+        "(default: only with --demo on a terminal)",
+    )
+    add_json_argument(output)
+
+
+def run(options: argparse.Namespace) -> int:
+    given = None if options.demo else _read_prompt(options)
+    import_torch()
+    import torch
+
+    prompt = _Prompt(*(given or _demo_prompt()))
+    compare = options.demo if options.compare is None else options.compare
+    terminal = Terminal()
+    show_steps = (options.demo and terminal.colour) if options.show_steps is None else options.show_steps
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, device = _load_model(options)
+    other: Mode = "autoregressive" if options.mode == "tidar" else "tidar"
+    modes: list[Mode] = [options.mode, other] if compare else [options.mode]
+    tasks = [_Task(model, prompt, mode, options.block_size, options.max_new_tokens) for mode in modes]
+    for task in tasks:
+        task.warm_up()
+
+    if options.json:
+        passes = [task.run() for task in tasks]
+    else:
+        _print_prompt(terminal, prompt, options.demo, terminal.colour and show_steps)
+        passes = [tasks[0].run(_Printer(terminal, show_steps)), *(t.run(_Progress(terminal, t)) for t in tasks[1:])]
+
+    identical = all(one.tokens == passes[0].tokens for one in passes)
+    setting = {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    if options.json:
+        print_json(_as_json(passes, identical, prompt, options, setting))
+    else:
+        _print_report(terminal, passes, identical, setting)
+    return OK if identical else FAILED
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    source: str
+
+    @property
+    def tokens(self) -> list[int]:
+        from ..models import ByteTokenizer
+
+        return ByteTokenizer().encode(self.text)
+
+
+def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
+    """The prompt and where it comes from; anything wrong with it shows before PyTorch is loaded."""
+    if options.prompt is not None:
+        text, source = options.prompt, "--prompt"
+    else:
+        source = "standard input" if options.prompt_file == "-" else options.prompt_file
+        try:
+            raw = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
+            text = raw.decode("utf-8")
+        except OSError as error:
+            raise UserError(f"--prompt-file: expected a readable file, got {source} ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file: expected UTF-8 text, got {source} ({error})") from error
+    if not text:
+        raise UserError(f"prompt: expected at least one character, got none from {source}")
+    return text, source
+
+
+def _demo_prompt() -> tuple[str, str]:
+    """The first lines of a held-out module of this interpreter's standard library."""
+    from ..models.data import held_out_texts, stdlib_folder
+
+    texts = held_out_texts()
+    if not texts:
+        raise UserError(f"--demo: expected the standard library's sources in {stdlib_folder()}, got none")
+    name = DEMO_MODULE if DEMO_MODULE in texts else sorted(texts)[0]
+    text = texts[name][:DEMO_BYTES]
+    text = text[: text.rfind(b"\n") + 1] or text
+    return text.decode("utf-8", errors="ignore"), f"the first {len(text)} bytes of {name}, held out of training"
+
+
+def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
+    """The byte-level model to decode with, and its device."""
+    from ..models import load_checkpoint, load_shipped
+    from ..models.tokenizer import VOCAB_SIZE
+
+    device = resolve_device(options.device)
+    with user_errors(OSError, ValueError, RuntimeError, rename={"path": "--checkpoint"}):
+        if options.checkpoint is None:
+            model, _ = load_shipped(device=device)
+        else:
+            model = load_checkpoint(options.checkpoint, device=device)
+    if model.config.vocab_size != VOCAB_SIZE:
+        raise UserError(
+            f"--checkpoint: expected a byte-level model of {VOCAB_SIZE} tokens, got {model.config.vocab_size} tokens"
+        )
+    return model, device
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A finished generation in one mode."""
+
+    mode: Mode
+    block_size: int
+    text: str
+    result: GenerationResult
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.result.tokens[0]
+
+    @property
+    def title(self) -> str:
+        return f"TiDAR, B = {self.block_size}" if self.mode == "tidar" else _TITLES[self.mode]
+
+    def figures(self) -> dict[str, Any]:
+        """What `--json` says about one mode."""
+        result = self.result
+        return {
+            "mode": self.mode,
+            "block_size": self.block_size,
+            "text": self.text,
+            "tokens": self.tokens,
+            "forwards": result.forwards,
+            "tokens_per_forward": result.tokens_per_forward,
+            "tokens_per_second": result.tokens_per_second,
+            "seconds": result.seconds,
+            "accepted": result.accepted[0],
+            "prefill_forwards": result.prefill_forwards,
+            "prefill_seconds": result.prefill_seconds,
+        }
+
+
+class _Watcher:
+    """Follows a generation: `step` sees the text that a forward pass added, `finish` the end of it."""
+
+    def step(self, text: str, num_tokens: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Task:
+    """One prompt to decode in one mode."""
+
+    def __init__(
+        self, model: Transformer, prompt: _Prompt, mode: Mode, block_size: int | None, max_new_tokens: int
+    ) -> None:
+        from ..decoding import Decoder
+        from ..models.tokenizer import EOS_ID, MASK_ID
+
+        if mode == "tidar" and block_size is None and model.config.block_size is None:
+            raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
+        mask = MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id
+        self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
+        with user_errors(ValueError):
+            self.decoder: Decoder = Decoder(model, block_size, mask, mode=mode)
+        self.stop_tokens = (EOS_ID,)
+
+    def warm_up(self) -> None:
+        self.decoder.generate([self.prompt.tokens], min(_WARM_UP_TOKENS, self.max_new_tokens))
+
+    def run(self, watcher: _Watcher | None = None) -> _Pass:
+        from ..models.tokenizer import StreamDecoder
+
+        watcher = watcher or _Watcher()
+        decoded = StreamDecoder()
+        try:
+            stream = self.decoder.stream([self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens)
+        except RuntimeError as error:  # from PyTorch's allocators
+            raise UserError(
+                f"--max-new-tokens: expected a cache that fits into memory, got {self.max_new_tokens} tokens "
+                f"({one_line(error)})"
+            ) from error
+        parts = []
+        try:
+            for _, tokens in stream:
+                parts.append(decoded.push(tokens))
+                watcher.step(parts[-1], len(tokens))
+            parts.append(decoded.finish())
+            watcher.step(parts[-1], 0)
+        finally:
+            watcher.finish()
+        return _Pass(self.mode, self.decoder.block_size, "".join(parts), stream.result)
+
+
+class _Printer(_Watcher):
+    """Writes the text as it comes."""
+
+    def __init__(self, terminal: Terminal, show_steps: bool) -> None:
+        self.terminal, self.show_steps = terminal, show_steps
+        self.steps = 0
+        self.last = ""
+
+    def step(self, text: str, num_tokens: int) -> None:
+        if not text:
+            return
+        style: Callable[[str], str] = str
+        if self.show_steps and self.terminal.colour:
+            style = self.terminal.cyan if self.steps % 2 else self.terminal.bold
+        elif self.show_steps and self.steps and num_tokens:
+            text = f"|{text}"
+        self.terminal.write(style(self.terminal.safe(text)))
+        self.steps += 1
+        self.last = text[-1]
+
+    def finish(self) -> None:
+        if self.last != "\n":
+            self.terminal.write("\n")
+
+
+class _Progress(_Watcher):
+    """A line that counts, for the mode whose text is not shown."""
+
+    def __init__(self, terminal: Terminal, task: _Task) -> None:
+        self.terminal, self.task = terminal, task
+        self.tokens = 0
+
+    def step(self, text: str, num_tokens: int) -> None:
+        self.tokens += num_tokens
+        self.terminal.status(f"{_TITLES[self.task.mode]}: {self.tokens} of {self.task.max_new_tokens} tokens")
+
+    def finish(self) -> None:
+        self.terminal.status("")
+
+
+def _print_prompt(terminal: Terminal, prompt: _Prompt, demo: bool, show_steps: bool) -> None:
+    """The prompt, dimmed, before its continuation: on a terminal, and where the user did not choose it."""
+    if demo:
+        print(terminal.dim(f"[prompt: {prompt.source}]"))
+    if demo or terminal.live:
+        terminal.write(terminal.dim(terminal.safe(prompt.text)))
+    if demo:
+        print(terminal.dim("[decoded, a new colour with every forward pass]" if show_steps else "[decoded]"))
+
+
+def _print_report(terminal: Terminal, passes: list[_Pass], identical: bool, setting: dict[str, Any]) -> None:
+    rows = [("mode", "new tokens", "forwards", "tokens/forward", "tokens/s", "seconds")]
+    for one in passes:
+        result = one.result
+        rows.append(
+            (
+                one.title,
+                f"{len(one.tokens)}",
+                f"{result.forwards}",
+                f"{result.tokens_per_forward:.2f}",
+                f"{result.tokens_per_second:.1f}",
+                f"{result.seconds:.3f}",
+            )
+        )
+    head, *body = table(rows, "<>>>>>")
+    print()
+    print(terminal.bold(head))
+    print("\n".join(body))
+    print()
+    prefill = ", ".join(f"{one.result.prefill_seconds:.3f} s" for one in passes)
+    threads = setting["threads"]
+    where = f"{setting['gpu'] or setting['device']}, {threads} CPU thread{'s' * (threads > 1)}, {setting['dtype']}"
+    print(terminal.dim(f"decode steps only, after a warm-up; prefill apart: {prefill}; {where}"))
+    if len(passes) > 1:
+        tidar, autoregressive = sorted(passes, key=lambda one: one.mode, reverse=True)
+        ratio = tidar.result.tokens_per_second / autoregressive.result.tokens_per_second
+        print(f"TiDAR decodes {ratio:.2f} x the tokens/s of autoregressive decoding")
+        if not identical:
+            pairs = enumerate(zip(tidar.tokens, autoregressive.tokens, strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), min(len(one.tokens) for one in passes))
+            print(f"first difference: new token {first}")
+        print(f"outputs identical: {terminal.green('yes') if identical else terminal.red('no')}")
+
+
+def _as_json(
+    passes: list[_Pass], identical: bool, prompt: _Prompt, options: argparse.Namespace, setting: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures of the asked mode at the top, and of each mode under `modes` when two are compared."""
+    report = passes[0].figures()
+    if len(passes) > 1:
+        report["modes"] = {one.mode: one.figures() for one in passes}
+        report["identical"] = identical
+    report["prompt"] = {"source": prompt.source, "text": prompt.text, "tokens": len(prompt.tokens)}
+    report["checkpoint"] = options.checkpoint or "shipped"
+    return report | setting | {"versions": versions()}

@@ -1,0 +1,110 @@
+"""What a trained model is worth on modules that it never saw: bits a byte, mask-row accuracy, tokens a forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoding import Decoder
+from ..patterns import tidar_training
+from .transformer import Transformer
+
+__all__ = ["evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
+
+
+def held_out_prompts(texts: dict[str, bytes], prompt_len: int = 256, per_module: int = 3) -> dict[str, list[bytes]]:
+    """Prompts of `prompt_len` bytes at evenly spaced places of each text; texts shorter than a prompt give none."""
+    prompts = {}
+    for name, text in texts.items():
+        room = len(text) - prompt_len
+        if room >= 0:
+            starts = [room * i // (per_module + 1) for i in range(1, per_module + 1)]
+            prompts[name] = [text[start : start + prompt_len] for start in starts]
+    return prompts
+
+
+@torch.inference_mode()
+def evaluate_likelihood(model: Transformer, texts: Iterable[bytes], seq_len: int = 512) -> dict[str, Any]:
+    """Scores of the training objective's two halves, over non-overlapping windows of `seq_len` bytes.
+
+    Returns:
+        `ar_bits_per_byte`, `diffusion_bits_per_byte`; `ar_accuracy`: how often the causal argmax is the next byte;
+        `mask_row_accuracy`: for each of the B mask rows of a block, how often its argmax is the byte at its place when
+        all bytes before the block are given (row 0 is one byte ahead of them, as the causal row is).
+
+    Raises:
+        ValueError: the model has no block size or mask token, or no text fills a window.
+    """
+    block_size, mask_token_id = model.config.block_size, model.config.mask_token_id
+    if block_size is None or mask_token_id is None:
+        raise ValueError("model: expected a config with block_size and mask_token_id, got None")
+    windows = [text[start : start + seq_len + 1] for text in texts for start in range(0, len(text) - seq_len, seq_len)]
+    if not windows:
+        raise ValueError(f"texts: expected at least one longer than seq_len = {seq_len} bytes, got none")
+    pattern = tidar_training(seq_len, block_size)
+    # The first block's masks see nothing; decoding never asks for that, so it is left out of the row figures.
+    rows = torch.arange(block_size, seq_len // block_size * block_size).view(-1, block_size)
+    nats, hits, row_hits = torch.zeros(2, dtype=torch.float64), 0, torch.zeros(block_size, dtype=torch.int64)
+    for window in windows:
+        tokens = torch.tensor(list(window))
+        doubled = torch.cat([tokens[:-1], torch.full((seq_len,), mask_token_id)])
+        logits = model.logits(model(doubled[None], pattern))[0].float()
+        labels = torch.cat([tokens[1:], tokens[:-1]])
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+        right: Tensor = logits.argmax(-1) == labels
+        nats += loss.view(2, seq_len).sum(1)
+        hits += int(right[:seq_len].sum())
+        row_hits += right[seq_len:][rows].sum(0)
+    total, blocks = len(windows) * seq_len, len(windows) * len(rows)
+    ar, diffusion = (nats / total / math.log(2)).tolist()
+    return {
+        "bytes": total,
+        "ar_bits_per_byte": ar,
+        "diffusion_bits_per_byte": diffusion,
+        "ar_accuracy": hits / total,
+        "mask_row_accuracy": (row_hits / blocks).tolist(),
+    }
+
+
+def evaluate_decoding(model: Transformer, prompts: dict[str, list[bytes]], max_new_tokens: int = 128) -> dict[str, Any]:
+    """Greedy decoding of every prompt, one at a time, with drafts and without.
+
+    Returns:
+        For the two modes together `tokens`, `identical` (same output for every prompt) and `speedup`; TiDAR's
+        `tokens_per_forward`, `accepted` (how many steps committed 1, 2, .. B tokens) and `tokens_per_forward_of` each
+        text; `tokens_per_second` of each mode, decode steps only.
+    """
+    decoders = {"tidar": Decoder(model), "autoregressive": Decoder(model, mode="autoregressive")}
+    seconds = dict.fromkeys(decoders, 0.0)
+    accepted = [0] * decoders["tidar"].block_size
+    per_text: dict[str, float] = {}
+    tokens, identical = 0, True
+    for name, group in prompts.items():
+        steps_of_text, tokens_of_text = 0, 0
+        for prompt in group:
+            results = {mode: d.generate([list(prompt)], max_new_tokens) for mode, d in decoders.items()}
+            identical &= results["tidar"].tokens == results["autoregressive"].tokens
+            for mode, result in results.items():
+                seconds[mode] += result.seconds
+            for count in results["tidar"].accepted[0]:
+                accepted[count - 1] += 1
+            steps_of_text += len(results["tidar"].accepted[0])
+            tokens_of_text += len(results["tidar"].tokens[0])
+        per_text[name] = tokens_of_text / steps_of_text
+        tokens += tokens_of_text
+    return {
+        "prompts": sum(map(len, prompts.values())),
+        "prompt_len": len(next(iter(prompts.values()))[0]),
+        "max_new_tokens": max_new_tokens,
+        "tokens": tokens,
+        "identical": identical,
+        "tokens_per_forward": tokens / sum(accepted),
+        "tokens_per_forward_of": per_text,
+        "accepted": accepted,
+        "tokens_per_second": {mode: tokens / spent for mode, spent in seconds.items()},
+        "speedup": seconds["autoregressive"] / seconds["tidar"],
+    }

@@ -1,0 +1,282 @@
+"""Turn a finished training run into what the package ships: weights, figures, the loss curve and `docs/model.md`.
+
+    python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
+
+Without `--run` it draws the curve and writes the page again, from the figures that are shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import HELD_OUT, SKIPPED_FOLDERS, Corpus, held_out_texts
+from .evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
+from .shipped import FIGURES, WEIGHTS, shipped_figures
+from .train import TrainConfig, Trainer
+
+__all__ = ["document", "draw_curve", "main", "publish"]
+
+MAX_BYTES = 8_000_000
+_SHIPPED = Path(__file__).parent / "shipped"
+_CURVE_POINTS = 150
+
+
+def publish(run: Path, shipped: Path = _SHIPPED) -> dict[str, Any]:
+    """Write the weights of a finished run and its figures into `shipped`; returns the figures.
+
+    The weights are rounded to float16 first and measured as they will be loaded, in float32.
+
+    Raises:
+        FileNotFoundError: there is no run. ValueError: it is not finished, or its weights pass 8,000,000 bytes.
+    """
+    corpus = Corpus()
+    trainer = Trainer.resume(run, corpus)
+    config = trainer.config
+    if trainer.done != config.steps:
+        raise ValueError(f"run: expected all {config.steps} steps done, got {trainer.done}")
+    weights = run / WEIGHTS
+    save_checkpoint(trainer.model, weights, _header(config, corpus), dtype=torch.float16)
+    size = weights.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"run: expected weights of at most {MAX_BYTES} bytes, got {size}")
+    model = load_checkpoint(weights)
+    texts = held_out_texts()
+    held_out = {
+        "modules": list(texts),
+        "likelihood": evaluate_likelihood(model, texts.values(), config.seq_len),
+        "decoding": evaluate_decoding(model, held_out_prompts(texts)),
+    }
+    figures = {
+        "model": trainer.model.config.to_dict(),
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "file_bytes": size,
+        "training": asdict(config),
+        "corpus": {"files": corpus.num_files, "tokens": len(corpus.tokens), "sha256": corpus.sha256},
+        "tokens_seen": config.steps * config.batch * config.seq_len,
+        "seconds": round(trainer.seconds, 1),
+        "machine": {
+            "cpu_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": metadata.version("torch").partition("+")[0],
+        },
+        "curve": _thin(trainer.curve),
+        "held_out": held_out,
+    }
+    shipped.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(weights, shipped / WEIGHTS)
+    (shipped / FIGURES).write_text(json.dumps(_rounded(figures), indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def _header(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
+    return {"objective": "tidar", "seed": str(config.seed), "steps": str(config.steps), "corpus_sha256": corpus.sha256}
+
+
+def _thin(curve: list[list[float]]) -> list[list[float]]:
+    """`[last step, mean CE_AR, mean CE_Diff]` over at most `_CURVE_POINTS` equal stretches of the run."""
+    stretch = max(1, -(-len(curve) // _CURVE_POINTS))
+    points = []
+    for start in range(0, len(curve), stretch):
+        part = curve[start : start + stretch]
+        points.append([start + len(part), *(sum(losses) / len(part) for losses in zip(*part, strict=True))])
+    return points
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 5 significant digits: what the measurements can carry, and a file that reads well."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def draw_curve(figures: dict[str, Any], path: Path) -> None:
+    """The loss curve as a PNG; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    steps, ar, diffusion = zip(*figures["curve"], strict=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, diffusion, color="#d1603d", label="diffusion: mask rows, own byte")
+    axes.plot(steps, ar, color="#2f6690", label="autoregressive: clean rows, next byte")
+    training = figures["training"]
+    decay = TrainConfig(**training).stable_steps
+    axes.axvline(decay, color="0.7", lw=0.8, ls="--")
+    axes.annotate(
+        f"S = {training['seq_len'] // 2} → {training['seq_len']}, learning rate decays",
+        (decay, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        ha="right",
+        color="0.4",
+    )
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a byte", ylim=(0, None), xlim=(0, steps[-1]))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+_PAGE = """\
+<!-- Generated from tidar_kernels/models/shipped/training.json by `python -m tidar_kernels.models.publish` -->
+
+# The shipped model
+
+A byte-level decoder of {parameters:,} parameters, trained from scratch with the TiDAR objective on the Python standard
+library's own sources. It is there to show the decoder at work on real text, on any machine, without a download: it
+writes plausible Python, not correct Python.
+
+```python
+from tidar_kernels import Decoder
+from tidar_kernels.models import load_shipped
+
+model, tokenizer = load_shipped()
+prompt = tokenizer.encode("class Queue:\\n    def put(self, item):\\n")
+result = Decoder(model).generate([prompt], max_new_tokens=128)
+print(tokenizer.decode(result.tokens[0]), result.tokens_per_forward)
+```
+
+## Shape
+
+| | |
+|---|---|
+| layers x width | {model[num_layers]} x {model[hidden_size]}, SwiGLU {model[intermediate_size]} |
+| heads | {model[num_heads]} query, {model[num_kv_heads]} key/value, of {model[head_dim]} |
+| vocabulary | {model[vocab_size]}: the bytes, MASK and end of text; tied embedding |
+| block length B | {model[block_size]} |
+| file | `tidar_kernels/models/shipped/{weights}`, float16, {file_bytes:,} bytes |
+
+## Training
+
+![loss curve](images/loss_curve.png)
+
+| | |
+|---|---|
+{facts}
+
+Folders left out: {folders}. Modules held out by name, never trained on: {held_out}.
+
+```
+python -m tidar_kernels.models.train --out runs/stdlib{options}
+python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
+```
+
+The seed fixes the first weights and every window of text. An interrupted run goes on with `--resume` and repeats the
+uninterrupted one bit for bit on the same machine. Another Python version has other sources, so other text.
+
+## Held-out figures
+
+Measured on the shipped file, its weights cast to float32, over {likelihood[bytes]:,} bytes of the held-out modules.
+
+| | causal rows | mask rows |
+|---|---|---|
+| bits a byte | {likelihood[ar_bits_per_byte]:.3f} | {likelihood[diffusion_bits_per_byte]:.3f} |
+| argmax right | {likelihood[ar_accuracy]:.1%} | by row, below |
+
+Greedy decoding of {decoding[prompts]} prompts of {decoding[prompt_len]} bytes, one at a time,
+{decoding[max_new_tokens]} new bytes each:
+
+| | TiDAR | autoregressive |
+|---|---|---|
+| tokens a forward | {decoding[tokens_per_forward]:.2f} | 1 |
+| tokens a second | {tidar_speed:.0f} | {autoregressive_speed:.0f} |
+
+TiDAR is {decoding[speedup]:.2f} x as fast as the autoregressive mode of the same code. Outputs identical: {identical}.
+
+Mask row m of a block guesses the byte m places behind the first unknown one. Beside its accuracy: the share of decode
+steps that committed m + 1 tokens.
+
+| m | argmax right, the true bytes before the block given | steps that committed m + 1 tokens |
+|---|---|---|
+{rows}
+
+| held-out module | tokens a forward |
+|---|---|
+{texts}
+"""
+
+
+def document(figures: dict[str, Any]) -> str:
+    """`docs/model.md` from the figures."""
+    model, training, corpus = figures["model"], figures["training"], figures["corpus"]
+    machine, likelihood = figures["machine"], figures["held_out"]["likelihood"]
+    decoding = figures["held_out"]["decoding"]
+    block, seq_len, stable = model["block_size"], training["seq_len"], TrainConfig(**training).stable_steps
+    options = "".join(
+        f" --{name.replace('_', '-')} {value}"
+        for name, value in training.items()
+        if value != getattr(TrainConfig, name)
+    )
+    facts = {
+        "objective": f"(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha), alpha = {training['alpha']:g}; "
+        "every token of the mask half is MASK",
+        "text": f"{corpus['files']} files, {corpus['tokens']:,} tokens, of Python {machine['python']}; "
+        f"sha256 of the token stream `{corpus['sha256'][:16]}...`",
+        "steps": f"{training['steps']:,} of {training['batch'] * seq_len:,} clean tokens "
+        f"({figures['tokens_seen']:,} in all), seed {training['seed']}",
+        "sequences": f"S = {seq_len // 2} for {stable:,} steps, then {seq_len}",
+        "optimiser": "Muon on the layers' matrices, AdamW on the rest; "
+        f"weight decay {training['weight_decay']:g} on matrices, gradient norm clipped at {training['grad_clip']:g}",
+        "learning rate": f"{training['lr']:g} after {training['warmup']} steps of warm-up; "
+        f"over the last {training['steps'] - stable:,} steps a cosine to {training['final_lr']:.0%} of it",
+        "arithmetic": "bfloat16 autocast, float32 weights" if training["precision"] == "bf16" else "float32",
+        "time": f"{figures['seconds'] / 60:.0f} minutes on {machine['cpu_cores']} CPU cores shared with other work, "
+        f"torch {machine['torch']}",
+    }
+    steps = sum(decoding["accepted"])
+    speed = decoding["tokens_per_second"]
+    return _PAGE.format(
+        weights=WEIGHTS,
+        parameters=figures["parameters"],
+        file_bytes=figures["file_bytes"],
+        model=model,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        folders=", ".join(f"`{name}`" for name in sorted(SKIPPED_FOLDERS)),
+        held_out=", ".join(f"`{name}`" for name in HELD_OUT),
+        options=options,
+        likelihood=likelihood,
+        decoding=decoding,
+        tidar_speed=speed["tidar"],
+        autoregressive_speed=speed["autoregressive"],
+        identical="yes" if decoding["identical"] else "no",
+        rows="\n".join(
+            f"| {m} | {accuracy:.1%} | {count / steps:.1%} |"
+            for m, accuracy, count in zip(
+                range(block), likelihood["mask_row_accuracy"], decoding["accepted"], strict=True
+            )
+        ),
+        texts="\n".join(f"| `{name}` | {rate:.2f} |" for name, rate in decoding["tokens_per_forward_of"].items()),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the shell; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tidar_kernels.models.publish", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--run", type=Path, help="folder that train wrote; without it, the figures are those shipped")
+    parser.add_argument("--docs", type=Path, required=True, help="folder of model.md and images/")
+    options = parser.parse_args(argv)
+    if options.run is not None:
+        publish(options.run)
+    figures = shipped_figures()
+    draw_curve(figures, options.docs / "images" / "loss_curve.png")
+    (options.docs / "model.md").write_text(document(figures), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,40 @@
+"""The trained model that comes with the package; `docs/model.md` says how it was made and what it measures."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+
+from .checkpoint import load_checkpoint
+from .tokenizer import ByteTokenizer
+from .transformer import Transformer
+
+__all__ = ["load_shipped", "shipped_figures"]
+
+WEIGHTS = "model.safetensors"
+FIGURES = "training.json"
+_FOLDER = resources.files("tidar_kernels.models") / "shipped"
+
+
+def load_shipped(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Transformer, ByteTokenizer]:
+    """The shipped model, in eval mode, and its tokenizer.
+
+    Args:
+        dtype: of the weights in memory; they are stored in float16.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data files.
+        ValueError: the file is damaged.
+    """
+    with resources.as_file(_FOLDER / WEIGHTS) as path:
+        return load_checkpoint(path, dtype=dtype, device=device), ByteTokenizer()
+
+
+def shipped_figures() -> dict[str, Any]:
+    """Configuration, loss curve and held-out figures of the shipped model, as measured when it was made."""
+    return json.loads((_FOLDER / FIGURES).read_text(encoding="utf-8"))

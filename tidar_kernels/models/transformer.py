@@ -1,0 +1,133 @@
+"""A small Llama/Qwen-style decoder in plain PyTorch, the model that the package ships and tests itself with.
+
+Pre-norm blocks of `TiDARAttention` and SwiGLU, RMSNorm, rotary positions, tied embeddings. The forward pass returns
+hidden states; `logits` applies the lm_head to the rows that need it, which in a TiDAR step are few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache import KVCache
+from ..layers import RMSNorm, RotaryEmbedding, TiDARAttention
+from ..patterns import Pattern
+
+__all__ = ["Transformer", "TransformerConfig"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a `Transformer`. `mask_token_id` and `block_size` are what the model was trained with."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    mask_token_id: int | None = None
+    block_size: int | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """Raises ValueError naming unknown or missing entries."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config: expected entries among {sorted(known)}, got {unknown}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"config: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: TransformerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = TiDARAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            layer_idx=layer_idx,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), pattern, rotary=rotary, cache=cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer whose attention takes a `Pattern` instead of a mask."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Normal(0, 0.02), residual outputs scaled by 1/sqrt(2 * layers) as in GPT-2."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02)
+
+    def forward(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
+        """Hidden states of every row of `pattern`.
+
+        Args:
+            tokens: int64 `[batch, pattern.q_len]`.
+            pattern: the rows' intervals and positions.
+            cache: context keys and values; the pattern's causal rows are written behind it (not yet committed).
+
+        Returns:
+            `[batch, q_len, hidden_size]`, after the final norm.
+        """
+        positions = pattern.on(tokens.device)[2]
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
+        rotary = self.rotary(positions, self.embed_tokens.weight.dtype)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, rotary, pattern, cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """lm_head, tied to the embedding: `[..., hidden_size] -> [..., vocab_size]`."""
+        return F.linear(hidden, self.embed_tokens.weight)

@@ -1,0 +1,90 @@
+"""Kernel parity as a public harness: run it in your CI, at the shapes of your model, on the machine at hand.
+
+    from dataclasses import replace
+    from tidar_kernels import testing
+
+    results = testing.run_parity("cuda")                       # or "cpu"; TRITON_INTERPRET=1 runs the kernels there
+    assert all(result.passed for result in results)
+
+    case = replace(testing.STEP_CASES[0], name="mine", num_heads=28, num_kv_heads=4, head_dim=128)
+    testing.check_step_attention(case, "cuda")                 # raises ParityError, or returns the measured errors
+
+The rule: compare with the eager twin in float64; the error of a kernel is at most twice that of eager PyTorch in the
+same dtype, plus 1e-5, relative by norm. Inputs are random, outputs and unused cache slots are poisoned with NaN, and
+guard bands lie around every buffer. `tidar_kernels.testing.compilation` reads what the compiler made of a kernel, with
+no GPU.
+"""
+
+from __future__ import annotations
+
+from .cases import (
+    APPEND_CASES,
+    APPEND_CASES_LARGE,
+    BITS_CASES,
+    BITS_CASES_LARGE,
+    LAUNCH_CASES,
+    STEP_CASES,
+    STEP_CASES_LARGE,
+    AppendCase,
+    StepCase,
+    irregular_pattern,
+    pairwise,
+)
+from .checks import (
+    SUITES,
+    Suite,
+    check_append_kv,
+    check_launch_bits,
+    check_row_bits,
+    check_step_attention,
+    path_of,
+    run_parity,
+    step_operands,
+)
+from .harness import (
+    LAYOUTS,
+    Guarded,
+    Measure,
+    ParityError,
+    ParityResult,
+    bits,
+    budget,
+    check_equal,
+    guarded,
+    poisoned_allocations,
+    relative_error,
+)
+
+__all__ = [
+    "APPEND_CASES",
+    "APPEND_CASES_LARGE",
+    "BITS_CASES",
+    "BITS_CASES_LARGE",
+    "LAUNCH_CASES",
+    "LAYOUTS",
+    "STEP_CASES",
+    "STEP_CASES_LARGE",
+    "SUITES",
+    "AppendCase",
+    "Guarded",
+    "Measure",
+    "ParityError",
+    "ParityResult",
+    "StepCase",
+    "Suite",
+    "bits",
+    "budget",
+    "check_append_kv",
+    "check_equal",
+    "check_launch_bits",
+    "check_row_bits",
+    "check_step_attention",
+    "guarded",
+    "irregular_pattern",
+    "pairwise",
+    "path_of",
+    "poisoned_allocations",
+    "relative_error",
+    "run_parity",
+    "step_operands",
+]

@@ -1,0 +1,325 @@
+"""The case tables: which shapes, patterns, lengths, dtypes and strides every operator is checked at.
+
+The same table runs in Triton's interpreter, on the CPU path and on CUDA. A case is data: copy one with
+`dataclasses.replace`, or write your own with the shapes of your model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import patterns
+from ..patterns import Pattern
+
+__all__ = [
+    "APPEND_CASES",
+    "APPEND_CASES_LARGE",
+    "BITS_CASES",
+    "BITS_CASES_LARGE",
+    "LAUNCH_CASES",
+    "STEP_CASES",
+    "STEP_CASES_LARGE",
+    "AppendCase",
+    "StepCase",
+    "irregular_pattern",
+    "pairwise",
+]
+
+
+def _dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One call of `step_attention`.
+
+    Args:
+        name: for messages; `id` adds the dtype.
+        pattern: the in-flight rows.
+        lengths: tokens of context of each sequence; their number is the batch size.
+        num_heads, num_kv_heads, head_dim, dtype: of the operands.
+        max_len: slots of the cache; None for the longest context and the causal rows behind it, exactly.
+        layout: strides of q, k and v (`tidar_kernels.testing.LAYOUTS`).
+        cache_layout: strides of the caches.
+        lengths_dtype: int32 or int64.
+        scale: of the scores; None for the default.
+        max_context: as in `step_attention`.
+    """
+
+    name: str
+    pattern: Pattern
+    lengths: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    max_len: int | None = None
+    layout: str = "bnhd"
+    cache_layout: str = "bhnd"
+    lengths_dtype: torch.dtype = torch.int32
+    scale: float | None = None
+    max_context: int | None = None
+
+    @property
+    def id(self) -> str:
+        """Name and dtype."""
+        return f"{self.name}-{_dtype_id(self.dtype)}"
+
+    @property
+    def cache_len(self) -> int:
+        """Slots of the cache."""
+        return max(self.lengths) + self.pattern.causal_len if self.max_len is None else self.max_len
+
+
+@dataclass(frozen=True)
+class AppendCase:
+    """One call of `append_kv`. Lengths for which not all new tokens fit are given to the operator below its checks.
+
+    Args:
+        name: for messages; `id` adds the dtype.
+        lengths: where the new tokens go, one entry a sequence; any integer.
+        num_new: new tokens a sequence.
+        num_kv_heads, head_dim, dtype, max_len: of the cache.
+        layout, cache_layout: strides of the new K/V and of the caches (`tidar_kernels.testing.LAYOUTS`).
+        lengths_dtype: int32 or int64.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    num_new: int
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    max_len: int = 40
+    layout: str = "bnhd"
+    cache_layout: str = "bhnd"
+    lengths_dtype: torch.dtype = torch.int32
+
+    @property
+    def id(self) -> str:
+        """Name and dtype."""
+        return f"{self.name}-{_dtype_id(self.dtype)}"
+
+    @property
+    def fits(self) -> bool:
+        """All new tokens of all sequences have a slot."""
+        return all(0 <= length <= self.max_len - self.num_new for length in self.lengths)
+
+
+def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Rows that hold every pair of values of every two axes at least once; deterministic, and near the fewest.
+
+    Greedy: each row starts from the first pair still missing, then takes on each further axis the value that adds the
+    most missing pairs.
+    """
+    names = list(axes)
+    missing = {
+        (a, i, b, j): None
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i, j in itertools.product(range(len(axes[names[a]])), range(len(axes[names[b]])))
+    }
+    turn = 0
+    while missing:
+        a, i, b, j = next(iter(missing))
+        row = {a: i, b: j}
+        for axis in range(len(names)):
+            if axis in row:
+                continue
+            count = len(axes[names[axis]])
+            # Ties go to a different value each time, so that no value hogs the rows that are already covered.
+            values = [(value + turn) % count for value in range(count)]
+            row[axis] = max(values, key=lambda value: sum(pair in missing for pair in _pairs(row, axis, value)))
+            turn += 1
+        for axis, value in row.items():
+            for pair in _pairs(row, axis, value):
+                missing.pop(pair, None)
+        yield {name: axes[name][row[axis]] for axis, name in enumerate(names)}
+
+
+def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, int, int]]:
+    """The pairs that `value` on `axis` makes with what the row holds on other axes."""
+    return [
+        (axis, value, other, theirs) if axis < other else (other, theirs, axis, value)
+        for other, theirs in row.items()
+        if other != axis
+    ]
+
+
+def irregular_pattern(q_len: int, kv_len: int, seed: int = 0) -> Pattern:
+    """Random intervals: leads that do not start at 0, own blocks on either side of them, rows that see no key."""
+    draw = torch.Generator().manual_seed(seed)
+    lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
+    for row in range(q_len):
+        cuts = torch.randint(0, kv_len + 1, (4,), generator=draw).sort().values.to(torch.int32)
+        lead[row], own[row] = (cuts[:2], cuts[2:]) if row % 2 else (cuts[2:], cuts[:2])
+    lead[::5] = 0
+    own[::3] = 0
+    return Pattern(lead, own, torch.arange(q_len, dtype=torch.int32), kv_len, name=f"irregular({q_len}, {kv_len})")
+
+
+def _covering_cases() -> Iterator[StepCase]:
+    """Every two of: block size, heads, head dim, context lengths, dtype, strides, spare slots, width of lengths.
+
+    The interpreter's tiles are 32 rows by 16 keys and its splits 64 keys (`kernels/configs.py`): the lengths lie on,
+    before and behind these edges. Single splits need `max_len + kv_len <= 64`, so only small blocks have them.
+    """
+    rows = pairwise(
+        lengths=((0,), (1,), (13,), (0, 5, 37), (15, 17), (16,), (63, 1), (64,), (65, 0), (127,), (128, 31)),
+        block_size=(1, 2, 4, 8, 16),
+        heads=((2, 2), (4, 1), (6, 1), (7, 1)),
+        head_dim=(16, 64, 80, 128),
+        layout=("bnhd", "bhnd", "gaps", "bhdn", "shared_heads"),
+        cache_layout=("bhnd", "bnhd", "gaps", "bhdn", "shared_heads"),
+        dtype=(torch.float32, torch.float16),
+        spare=(0, 20),
+        lengths_dtype=(torch.int32, torch.int64),
+    )
+    for row in rows:
+        num_heads, num_kv_heads = row["heads"]
+        block, lengths = row["block_size"], row["lengths"]
+        yield StepCase(
+            name=f"B{block}-h{num_heads}_{num_kv_heads}-d{row['head_dim']}-P{'_'.join(map(str, lengths))}"
+            f"-{row['layout']}-{row['cache_layout']}",
+            pattern=patterns.tidar_step(block),
+            lengths=lengths,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=row["head_dim"],
+            dtype=row["dtype"],
+            max_len=max(lengths) + row["spare"],
+            layout=row["layout"],
+            cache_layout=row["cache_layout"],
+            lengths_dtype=row["lengths_dtype"],
+        )
+
+
+_STEP = StepCase("step", patterns.tidar_step(4), lengths=(21, 64), num_heads=8, num_kv_heads=2)
+_NO_KEYS = replace(_STEP, name="no_keys", pattern=irregular_pattern(6, 0))
+_HAND_MADE_STEPS = (
+    replace(_STEP, name="head_dim_96", head_dim=96),
+    replace(_STEP, name="head_dim_256", head_dim=256, dtype=torch.float16),
+    replace(_STEP, name="head_dim_20", head_dim=20),
+    replace(_STEP, name="bfloat16", dtype=torch.bfloat16),
+    replace(_STEP, name="bfloat16_split", dtype=torch.bfloat16, lengths=(0, 140), num_heads=6, head_dim=80),
+    replace(_STEP, name="scale", scale=0.5),
+    replace(_STEP, name="sharp_softmax", scale=8.0),
+    replace(_STEP, name="max_context", lengths=(3, 40), max_len=200, max_context=40),
+    replace(_STEP, name="causal_blocks", pattern=patterns.tidar_step(4, bidirectional=False)),
+    replace(_STEP, name="one_slot", lengths=(0, 1), max_len=1),
+    replace(_STEP, name="no_cache", lengths=(0, 0), max_len=0),
+    replace(_STEP, name="prefill", pattern=patterns.tidar_prefill(19, 4), lengths=(0,)),
+    replace(_STEP, name="prefill_long", pattern=patterns.tidar_prefill(70, 8), lengths=(0, 0), dtype=torch.float16),
+    replace(_STEP, name="prefill_chunk", pattern=patterns.tidar_prefill(33, 4), lengths=(31, 64)),
+    replace(_STEP, name="prefill_last_token", pattern=patterns.tidar_prefill(1, 8), lengths=(16, 0, 130)),
+    replace(_STEP, name="decode", pattern=patterns.causal(1), lengths=(0, 15, 16, 63, 64, 200)),
+    replace(_STEP, name="decode_single_split", pattern=patterns.causal(1), lengths=(0, 15, 16, 47), max_len=63),
+    replace(_STEP, name="verify", pattern=patterns.causal(5), lengths=(14, 62)),
+    replace(_STEP, name="prompt_chunk", pattern=patterns.causal(40), lengths=(0, 24, 100), dtype=torch.float16),
+    replace(_STEP, name="irregular", pattern=irregular_pattern(23, 37), lengths=(0, 50)),
+    replace(_STEP, name="irregular_long", pattern=irregular_pattern(9, 150, seed=1), lengths=(0, 33)),
+    replace(_STEP, name="empty_rows", pattern=irregular_pattern(11, 5, seed=2), lengths=(0, 0), max_len=3),
+    replace(_NO_KEYS, lengths=(0, 0, 5), max_len=70),
+    replace(
+        _STEP, name="no_keys_no_context", pattern=irregular_pattern(6, 0), lengths=(0,), max_len=130, max_context=0
+    ),
+    replace(_STEP, name="no_keys_no_cache", pattern=irregular_pattern(6, 0), lengths=(0, 0), max_len=0),
+)
+STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS)
+
+# A GPU's tiles are 64 keys and its splits 512 to 4096 keys: edges lie elsewhere, and only real dtypes show the rest.
+_LARGE = StepCase("large", patterns.tidar_step(16), (8192, 0, 511), 32, 8, 128, torch.bfloat16, max_len=8300)
+STEP_CASES_LARGE: tuple[StepCase, ...] = (
+    _LARGE,
+    replace(_LARGE, name="large_fp16", dtype=torch.float16),
+    replace(_LARGE, name="large_fp32", num_heads=8, num_kv_heads=2, dtype=torch.float32, lengths=(8191, 513)),
+    replace(_LARGE, name="batch_16", pattern=patterns.tidar_step(4), lengths=tuple(range(0, 8192, 512))),
+    replace(_LARGE, name="edges", pattern=patterns.tidar_step(8), lengths=(63, 64, 65, 127, 128, 511, 512, 513, 1024)),
+    replace(_LARGE, name="qwen_group_7", num_heads=28, num_kv_heads=4, lengths=(4097, 1023)),
+    replace(_LARGE, name="head_dim_64", pattern=patterns.tidar_step(32), head_dim=64, lengths=(2000,)),
+    replace(_LARGE, name="head_dim_80", head_dim=80, lengths=(1500, 449)),
+    replace(_LARGE, name="head_dim_96", head_dim=96, lengths=(1500, 449)),
+    replace(_LARGE, name="head_dim_256", num_heads=8, num_kv_heads=1, head_dim=256, lengths=(1500, 449)),
+    replace(_LARGE, name="prefill", pattern=patterns.tidar_prefill(1000, 8), lengths=(0, 0)),
+    replace(_LARGE, name="prefill_chunk", pattern=patterns.tidar_prefill(333, 8), lengths=(512, 1000)),
+    replace(_LARGE, name="long_context", pattern=patterns.tidar_step(4), lengths=(130_000, 70_001), max_len=131_072),
+)
+
+# Row bits: draft row m against single-token decoding at length P + m. Sums of 16, 64 and 512 are edges of tiles and
+# splits, in the interpreter and on GPUs; with 16 drafts, P = 50 has its edge inside the drafts.
+_BITS = StepCase("bits", patterns.tidar_step(2), (0, 1, 14, 15, 16, 17, 62, 63, 64, 65, 127, 128), 2, 1, 64)
+BITS_CASES: tuple[StepCase, ...] = (
+    replace(_BITS, name="B2"),
+    replace(_BITS, name="B2_fp16", dtype=torch.float16),
+    replace(_BITS, name="B2_group_7", lengths=(0, 15, 63), num_heads=14, num_kv_heads=2, head_dim=80),
+    replace(_BITS, name="B2_single_split", lengths=(0, 15, 30), max_len=40),
+    replace(_BITS, name="B8_tile_edges", pattern=patterns.tidar_step(8), lengths=(0, 1, 9, 15, 16, 17)),
+    replace(_BITS, name="B8_split_edges", pattern=patterns.tidar_step(8), lengths=(55, 57, 63, 64, 65)),
+    replace(_BITS, name="B8_later_splits", pattern=patterns.tidar_step(8), lengths=(121, 127, 128), num_heads=1),
+    replace(_BITS, name="B8_fp16", pattern=patterns.tidar_step(8), lengths=(15, 60, 127), dtype=torch.float16),
+    replace(_BITS, name="B16_tile_edges", pattern=patterns.tidar_step(16), lengths=(0, 1, 15, 16, 17), num_heads=1),
+    replace(_BITS, name="B16_split_edges", pattern=patterns.tidar_step(16), lengths=(50, 63, 64, 65), num_heads=1),
+    replace(_BITS, name="B16_fp16", pattern=patterns.tidar_step(16), lengths=(17, 120), dtype=torch.float16),
+    replace(_BITS, name="prefill_chunk", pattern=patterns.tidar_prefill(20, 4), lengths=(0, 13, 60)),
+)
+_BITS_LARGE = StepCase("large", patterns.tidar_step(16), (), 32, 8, 128, torch.bfloat16, max_len=8300)
+_EDGES = (0, 1, 63, 64, 65, 505, 511, 512, 513, 1020, 4095, 8192)
+BITS_CASES_LARGE: tuple[StepCase, ...] = (
+    replace(_BITS_LARGE, name="large_B16", lengths=_EDGES),
+    replace(_BITS_LARGE, name="large_B16_fp32", lengths=_EDGES, dtype=torch.float32),
+    replace(_BITS_LARGE, name="large_B8_fp16", pattern=patterns.tidar_step(8), lengths=_EDGES, dtype=torch.float16),
+    replace(_BITS_LARGE, name="large_B2_d64", pattern=patterns.tidar_step(2), lengths=_EDGES, head_dim=64),
+    replace(_BITS_LARGE, name="large_B8_d256", pattern=patterns.tidar_step(8), lengths=_EDGES, head_dim=256),
+    replace(_BITS_LARGE, name="large_B8_group_7", pattern=patterns.tidar_step(8), lengths=_EDGES, num_heads=56),
+)
+
+# Launch bits: what a launch can vary without varying a row's bits.
+LAUNCH_CASES: tuple[StepCase, ...] = (
+    StepCase("step_B4", patterns.tidar_step(4), (3, 64, 20), 4, 2, 16, max_len=80),
+    StepCase("step_B4_single_split", patterns.tidar_step(4), (3, 20), 6, 2, 16, torch.float16, max_len=40),
+    StepCase("step_B8", patterns.tidar_step(8), (66, 0), 4, 2, 64, torch.float16, max_len=80),
+    StepCase("prefill", patterns.tidar_prefill(17, 8), (0, 50), 2, 2, 16, max_len=70),
+    # Blocks that do not divide a tile of keys, rows that do not fit one tile of rows: where own tiles must be aligned.
+    StepCase("step_B5", patterns.tidar_step(5), (18,), 4, 2, 16, max_len=30),
+    StepCase("irregular", irregular_pattern(25, 29, seed=3), (0, 50), 4, 2, 16, max_len=70),
+)
+
+_APPEND = AppendCase("append", lengths=(0, 7, 32), num_new=8)
+_INT32, _INT64 = 2**31, 2**63
+APPEND_CASES: tuple[AppendCase, ...] = (
+    _APPEND,
+    replace(_APPEND, name="one_token", num_new=1, lengths=(0, 39, 16), dtype=torch.float16),
+    replace(_APPEND, name="one_tile", num_new=16, lengths=(24, 1), dtype=torch.bfloat16),
+    replace(_APPEND, name="two_tiles", num_new=17, lengths=(23, 5, 0), head_dim=80, dtype=torch.bfloat16),
+    replace(_APPEND, name="whole_cache", num_new=40, lengths=(0, 0), dtype=torch.float64),
+    replace(_APPEND, name="nothing", num_new=0, lengths=(0, 40)),
+    replace(_APPEND, name="int64_lengths", lengths_dtype=torch.int64, num_kv_heads=3, dtype=torch.float16),
+    replace(_APPEND, name="contiguous", layout="bhnd", head_dim=16, dtype=torch.bfloat16),
+    replace(_APPEND, name="gaps", layout="gaps", cache_layout="gaps", head_dim=80, dtype=torch.float16),
+    replace(_APPEND, name="gaps_bf16", layout="gaps", cache_layout="gaps", head_dim=5, dtype=torch.bfloat16),
+    replace(_APPEND, name="bnhd_cache", layout="shared_heads", cache_layout="bnhd"),
+    replace(_APPEND, name="strided_heads", layout="bhdn", cache_layout="bhdn", dtype=torch.float64, head_dim=96),
+    replace(_APPEND, name="head_dim_256", head_dim=256, num_kv_heads=1, dtype=torch.bfloat16),
+    # Below the checks: nothing may land outside [0, max_len), and what is inside lands where it should.
+    replace(_APPEND, name="overflow", lengths=(33, 39, 40, 41, 1000)),
+    replace(_APPEND, name="negative", lengths=(-1, -7, -8, -9, -1000), dtype=torch.bfloat16),
+    replace(_APPEND, name="extremes", lengths=(_INT32 - 1, -_INT32, _INT32 - 8), dtype=torch.float16),
+    replace(
+        _APPEND,
+        name="int64_extremes",
+        lengths=(_INT64 - 1, -_INT64, 2**32 + 3, -(2**32) + 3, 2),
+        lengths_dtype=torch.int64,
+    ),
+    replace(
+        _APPEND, name="overflow_in_gaps", lengths=(38, -2), layout="bhdn", cache_layout="gaps", dtype=torch.float16
+    ),
+)
+APPEND_CASES_LARGE: tuple[AppendCase, ...] = (
+    AppendCase("large", tuple(range(0, 8192, 512)), 16, 8, 128, torch.bfloat16, max_len=8300),
+    AppendCase("large_prefill", (0, 1, 4000), 4096, 8, 128, torch.float16, max_len=8300),
+)

@@ -1,0 +1,379 @@
+"""The checks: one function a property, each takes a case and a device, raises `ParityError`, returns a `ParityResult`.
+
+`SUITES` ties the checks to their case tables; a further operator is a case dataclass, a check and a row there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import eager, ops, patterns
+from .cases import (
+    APPEND_CASES,
+    APPEND_CASES_LARGE,
+    BITS_CASES,
+    BITS_CASES_LARGE,
+    LAUNCH_CASES,
+    STEP_CASES,
+    STEP_CASES_LARGE,
+    AppendCase,
+    StepCase,
+)
+from .harness import (
+    Guarded,
+    Measure,
+    ParityError,
+    ParityResult,
+    bits,
+    budget,
+    check_equal,
+    guarded,
+    poisoned_allocations,
+)
+
+__all__ = [
+    "SUITES",
+    "StepOperands",
+    "Suite",
+    "check_append_kv",
+    "check_launch_bits",
+    "check_row_bits",
+    "check_step_attention",
+    "path_of",
+    "run_parity",
+    "step_operands",
+]
+
+Path = Literal["triton", "interpreter", "cpu"]
+
+
+def path_of(device: torch.device | str) -> Path:
+    """What the operators run on this device: compiled kernels, interpreted kernels, or the CPU path."""
+    if torch.device(device).type == "cuda":
+        return "triton"
+    return "interpreter" if ops.interpreting() else "cpu"
+
+
+@contextmanager
+def _naming(operator: str, case: StepCase | AppendCase, device: torch.device | str) -> Iterator[None]:
+    """Put the operator, the case and the device before the message of a `ParityError`."""
+    try:
+        yield
+    except ParityError as error:
+        raise ParityError(f"{operator}, case {case.id} on {device}: {error}") from error
+
+
+def _result(
+    operator: str, case: StepCase | AppendCase, device: torch.device | str, measures: Iterable[Measure] = ()
+) -> ParityResult:
+    return ParityResult(operator, case.id, str(device), str(case.dtype).removeprefix("torch."), tuple(measures))
+
+
+def _generator(case: StepCase | AppendCase) -> torch.Generator:
+    """A case draws the same numbers on every device and in any order; two cases draw different ones."""
+    return torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+
+
+@dataclass(frozen=True)
+class StepOperands:
+    """The operands of one step, each between guard bands; cache slots past the length hold NaN."""
+
+    q: Guarded
+    k: Guarded
+    v: Guarded
+    k_cache: Guarded
+    v_cache: Guarded
+    lengths: Guarded
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the operator's arguments."""
+        return tuple(memory.tensor for memory in vars(self).values())
+
+    def check_untouched(self) -> None:
+        """Raise `ParityError` if an operand, or the memory around it, was written to."""
+        for name, memory in vars(self).items():
+            memory.check(name)
+
+
+def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOperands:
+    """Fresh random operands of a case."""
+    draw, batch = _generator(case), len(case.lengths)
+
+    def normal(heads: int, rows: int) -> Tensor:
+        return torch.randn(batch, heads, rows, case.head_dim, generator=draw, dtype=torch.float64).to(case.dtype)
+
+    def cache() -> Tensor:
+        values = normal(case.num_kv_heads, case.cache_len)
+        for sequence, length in enumerate(case.lengths):
+            values[sequence, :, length:] = torch.nan
+        return values
+
+    # Query heads differ even where the layout shares one kv head.
+    q_layout = "bnhd" if case.layout == "shared_heads" else case.layout
+
+    def place(values: Tensor, layout: str) -> Guarded:
+        return guarded(values.to(device), layout)
+
+    return StepOperands(
+        q=place(normal(case.num_heads, case.pattern.q_len), q_layout),
+        k=place(normal(case.num_kv_heads, case.pattern.kv_len), case.layout),
+        v=place(normal(case.num_kv_heads, case.pattern.kv_len), case.layout),
+        k_cache=place(cache(), case.cache_layout),
+        v_cache=place(cache(), case.cache_layout),
+        lengths=guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device)),
+    )
+
+
+def _step(
+    case: StepCase, operands: Iterable[Tensor], backend: ops.Backend | None = None, **changes: Any
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of the operator under poisoned allocations."""
+    q, k, v, k_cache, v_cache, lengths = operands
+    options: dict[str, Any] = {"pattern": case.pattern, "scale": case.scale, "max_context": case.max_context} | changes
+    with poisoned_allocations():
+        return ops.step_attention(q, k, v, k_cache, v_cache, lengths, **options, return_lse=True, backend=backend)
+
+
+def check_step_attention(
+    case: StepCase, device: torch.device | str = "cpu", backend: ops.Backend | None = None
+) -> ParityResult:
+    """`step_attention` against its eager twin in float64, by the budget rule; out, its worst row, and lse.
+
+    Also: every output finite where it should be; rows without a key exactly 0; nothing read past a sequence's length
+    (NaN lies there); nothing written but the outputs.
+
+    Raises:
+        ParityError: any of it fails.
+    """
+    operands = step_operands(case, device)
+    with _naming("step_attention", case, device):
+        out, lse = _step(case, operands.tensors, backend)
+        operands.check_untouched()
+
+        def twin(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            cast = [x.to(dtype) if x.is_floating_point() else x for x in operands.tensors]
+            q, k, v, k_cache, v_cache, lengths = cast
+            return eager.step_attention(q, k, v, k_cache, v_cache, lengths, case.pattern, case.scale, return_lse=True)
+
+        (reference, reference_lse), (plain, plain_lse) = twin(torch.float64), twin(case.dtype)
+        if out.dtype != case.dtype:
+            raise ParityError(f"out: expected dtype {case.dtype}, got {out.dtype}")
+        measures = (
+            budget(out, reference, plain),
+            budget(out, reference, plain, "worst row of out", by_row=True),
+            budget(lse, reference_lse, plain_lse, "lse"),
+        )
+        empty = reference_lse == -torch.inf
+        check_equal(out[empty], torch.zeros_like(out[empty]), "rows of out that see no key")
+    return _result("step_attention", case, device, measures)
+
+
+def check_row_bits(
+    case: StepCase, device: torch.device | str = "cpu", backend: ops.Backend | None = "triton"
+) -> ParityResult:
+    """Causal row m of a step at length P has the very bits of single-token decoding at length P + m, lse too.
+
+    The drafts before it are committed as the decoder commits them, by `append_kv`. This is a promise of the kernels:
+    the CPU path does not make it, so "triton" is asked for by name.
+
+    Raises:
+        ParityError: a bit differs, in out or lse, for any m below `pattern.causal_len`.
+    """
+    causal_len = case.pattern.causal_len
+    if case.max_len is None:
+        case = replace(case, max_len=max(case.lengths) + causal_len + 1)
+    q, k, v, k_cache, v_cache, lengths = step_operands(case, device).tensors
+    with _naming("row bits", case, device):
+        out, lse = _step(case, (q, k, v, k_cache, v_cache, lengths), backend)
+        ops.append_kv(k_cache, v_cache, k[:, :, :causal_len], v[:, :, :causal_len], lengths, backend=backend)
+        decode = patterns.causal(1)
+        for m in range(causal_len):
+            row = [x[:, :, m : m + 1] for x in (q, k, v)]
+            alone, alone_lse = _step(case, (*row, k_cache, v_cache, lengths + m), backend, pattern=decode)
+            check_equal(out[:, :, m : m + 1], alone, f"row {m} of out")
+            check_equal(lse[:, :, m : m + 1], alone_lse, f"row {m} of lse")
+    return _result("row_bits", case, device)
+
+
+def check_launch_bits(
+    case: StepCase, device: torch.device | str = "cpu", backend: ops.Backend | None = "triton"
+) -> ParityResult:
+    """What else is in a launch does not change the bits of a row, be it a draft, a prompt or a mask row.
+
+    Varied: the other sequences of the batch, the other heads, `max_context`, the width of `lengths`, the strides of
+    every operand. A promise of the kernels, as in `check_row_bits`.
+
+    Raises:
+        ParityError: a bit differs.
+    """
+    operands = step_operands(case, device).tensors
+    group = case.num_heads // case.num_kv_heads
+
+    def compare(what: str, at: tuple[slice, ...], tensors: Iterable[Tensor], **changes: Any) -> None:
+        changed, changed_lse = _step(case, tensors, backend, **changes)
+        check_equal(changed, out[at], f"out {what}")
+        check_equal(changed_lse, lse[at], f"lse {what}")
+
+    with _naming("launch bits", case, device):
+        out, lse = _step(case, operands, backend)
+        for b in range(len(case.lengths)):
+            one = slice(b, b + 1)
+            compare(f"of sequence {b} alone", (one,), [x[one] for x in operands])
+        for h in range(case.num_heads):
+            head, kv_head = slice(h, h + 1), slice(h // group, h // group + 1)
+            part = [operands[0][:, head], *(x[:, kv_head] for x in operands[1:5]), operands[5]]
+            compare(f"of head {h} alone", (slice(None), head), part)
+        compare("with max_context", (), operands, max_context=max(case.lengths))
+        compare("with int64 lengths", (), [*operands[:5], operands[5].long()])
+        for layout in ("bhnd", "gaps", "bhdn"):
+            moved = [guarded(x, layout).tensor for x in operands[:5]]
+            compare(f"in layout {layout}", (), [*moved, operands[5]])
+    return _result("launch_bits", case, device)
+
+
+def check_append_kv(
+    case: AppendCase, device: torch.device | str = "cpu", backend: ops.Backend | None = None
+) -> ParityResult:
+    """`append_kv` writes exactly the slots `lengths[b] + j` inside `[0, max_len)`, bit for bit, and nothing else.
+
+    Values are random bit patterns, NaN payloads included. All of the memory is compared: written and unwritten slots,
+    what lies between strided slots, and guard bands. A case that does not fit runs below the operator's checks, which
+    would have raised.
+
+    Raises:
+        ParityError: any bit differs.
+        ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
+    """
+    if backend is not None and not case.fits:
+        raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
+    draw, batch = _generator(case), len(case.lengths)
+
+    def noise(rows: int) -> Tensor:
+        shape = (batch, case.num_kv_heads, rows, case.head_dim * case.dtype.itemsize)
+        return torch.randint(256, shape, generator=draw, dtype=torch.uint8).view(case.dtype).to(device)
+
+    caches = [guarded(noise(case.max_len), case.cache_layout) for _ in "kv"]
+    new = [guarded(noise(case.num_new), case.layout) for _ in "kv"]
+    lengths = guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device))
+    expected = [_appended(case, cache, fresh.tensor) for cache, fresh in zip(caches, new, strict=True)]
+    operands = [memory.tensor for memory in (*caches, *new, lengths)]
+    with _naming("append_kv", case, device):
+        if case.fits:
+            ops.append_kv(*operands, backend=backend)
+        else:
+            torch.ops.tidar_kernels.append_kv(*operands)
+        for name, cache, memory in zip(("k_cache", "v_cache"), caches, expected, strict=True):
+            check_equal(bits(cache.buffer), memory, f"memory of {name}")
+        for name, untouched in zip(("k", "v", "lengths"), (*new, lengths), strict=True):
+            untouched.check(name)
+    return _result("append_kv", case, device)
+
+
+def _appended(case: AppendCase, cache: Guarded, new: Tensor) -> Tensor:
+    """The bits of a cache's whole buffer after the append, slot by slot from the operator's definition."""
+    memory = bits(cache.buffer).clone()
+    slots = memory.as_strided(cache.tensor.shape, cache.tensor.stride(), cache.tensor.storage_offset())
+    for b, length in enumerate(case.lengths):
+        for j in range(case.num_new):
+            if 0 <= length + j < case.max_len:
+                slots[b, :, length + j] = bits(new)[b, :, j]
+    return memory
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One property of one operator: the check, and the tables it runs over.
+
+    Args:
+        operator: the name in results.
+        check: `check(case, device) -> ParityResult`.
+        cases: run in the interpreter, on the CPU path and on CUDA.
+        large: run on CUDA as well.
+        quick: names of the cases for a self-check of a few seconds.
+        kernels_only: a promise that the CPU path does not make.
+    """
+
+    operator: str
+    check: Callable[[Any, torch.device | str], ParityResult]
+    cases: tuple[Any, ...]
+    large: tuple[Any, ...] = ()
+    quick: frozenset[str] = frozenset()
+    kernels_only: bool = False
+
+    def cases_on(self, path: Path, *, quick: bool = False) -> list[Any]:
+        """The cases for a path of execution: dtypes are those that the path is for.
+
+        The interpreter's bfloat16 arithmetic is approximate, so tables hold float32 and float16; a GPU takes bfloat16
+        in place of float16, and the CPU path takes float64 in place of the odd float32.
+        """
+        cases = [case for case in self.cases if not quick or case.name in self.quick]
+        if path == "cpu":
+            if self.kernels_only:
+                return []
+            return [
+                replace(case, dtype=torch.float64) if case.dtype == torch.float32 and index % 3 == 0 else case
+                for index, case in enumerate(cases)
+            ]
+        if path == "triton":
+            cases = [replace(case, dtype=torch.bfloat16) if case.dtype == torch.float16 else case for case in cases] + [
+                case for case in self.large if not quick
+            ]
+        return cases
+
+
+SUITES: tuple[Suite, ...] = (
+    Suite("append_kv", check_append_kv, APPEND_CASES, APPEND_CASES_LARGE, frozenset({"append", "gaps", "overflow"})),
+    Suite(
+        "step_attention",
+        check_step_attention,
+        STEP_CASES,
+        STEP_CASES_LARGE,
+        frozenset({"head_dim_96", "bfloat16", "prefill", "decode", "irregular", "empty_rows"}),
+    ),
+    Suite("row_bits", check_row_bits, BITS_CASES, BITS_CASES_LARGE, frozenset({"B2_single_split"}), kernels_only=True),
+    Suite("launch_bits", check_launch_bits, LAUNCH_CASES, (), frozenset({"step_B4_single_split"}), kernels_only=True),
+)
+
+
+def run_parity(
+    device: torch.device | str = "cpu", quick: bool = True, operators: Iterable[str] | None = None
+) -> list[ParityResult]:
+    """Run the tables on this machine: what `tidar-kernels doctor --parity` does.
+
+    Args:
+        device: whose path is checked; on the CPU that is the interpreter under `TRITON_INTERPRET=1`.
+        quick: a few cases of every suite, or all of them.
+        operators: names of suites; None for all.
+
+    Returns:
+        One result a case. A failed case has its message in `failure`; nothing is raised for it.
+
+    Raises:
+        ValueError: an operator is not in `SUITES`.
+    """
+    known = {suite.operator for suite in SUITES}
+    wanted = known if operators is None else set(operators)
+    if not wanted <= known:
+        raise ValueError(f"operators: expected names among {sorted(known)}, got {sorted(wanted - known)}")
+    path = path_of(device)
+    return [
+        _outcome(suite, case, device)
+        for suite in SUITES
+        if suite.operator in wanted
+        for case in suite.cases_on(path, quick=quick)
+    ]
+
+
+def _outcome(suite: Suite, case: Any, device: torch.device | str) -> ParityResult:
+    try:
+        return suite.check(case, device)
+    except ParityError as error:
+        return replace(_result(suite.operator, case, device), failure=str(error))
