@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tidar_kernels.testing import relative_error
 
 import tidar_kernels as tk
+from tidar_kernels.testing import relative_error
 
 from . import timing
 

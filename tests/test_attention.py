@@ -54,7 +54,7 @@ def operands(pattern: patterns.Pattern, dtype: torch.dtype = torch.float64) -> l
 
 
 @pytest.mark.parametrize("attend", [eager.attention, tk.attention], ids=["eager", "operator"])
-@pytest.mark.parametrize("pattern", [patterns.tidar_training(6, 4), families.idlm_training(5, 2)], ids=str)
+@pytest.mark.parametrize("pattern", [patterns.tidar_training(6, 4), families.idlm_training(5, 2)], ids=lambda p: p.name)
 def test_gradcheck(attend: Any, pattern: patterns.Pattern) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, 0.6, return_lse=True), operands(pattern))
 
