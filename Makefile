@@ -45,6 +45,8 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 # Triton decides when a kernel is decorated whether it is interpreted: hence two processes, one after the other.
+# Threads that spin while they wait slow each other down wherever cores are shared.
+unit: export OMP_WAIT_POLICY = passive
 unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the kernels in Triton's interpreter
 	@mkdir -p $(REPORTS)
 	TRITON_INTERPRET=0 $(PYTEST) --junitxml=$(REPORTS)/cpu.xml

@@ -272,7 +272,7 @@ def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
         publish.publish(tmp_path / "run", tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
     trainer.run(tmp_path / "run")
-    figures = publish.publish(tmp_path / "run", tmp_path / "shipped")
+    figures = publish.publish(tmp_path / "run", tmp_path / "shipped", notes=["stopped once"])
     written = json.loads((tmp_path / "shipped" / "training.json").read_text())
     weights = load_checkpoint(tmp_path / "shipped" / "model.safetensors", dtype=None)
     for name, tensor in trainer.model.state_dict().items():
@@ -280,8 +280,16 @@ def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     assert written["tokens_seen"] == 6 * 2 * 16
     assert [point[0] for point in written["curve"]] == [1, 2, 3, 4, 5, 6]
     assert figures["held_out"]["modules"] == ["heapq.py"]
+    written["held_out"] = "stale"
+    (tmp_path / "shipped" / "training.json").write_text(json.dumps(written))
+    publish.measure_again(tmp_path / "shipped")
+    written = json.loads((tmp_path / "shipped" / "training.json").read_text())
+    assert written["held_out"]["decoding"]["tokens"] == figures["held_out"]["decoding"]["tokens"]
+    assert written["notes"] == ["stopped once"]
     page = publish.document(written)
     assert f"{figures['parameters']:,} parameters" in page
     assert "--seq-len 16" in page
+    assert "\nOf this run:\n\n- stopped once\n\n## Held-out" in page
+    assert "Of this run" not in publish.document({**written, "notes": []})
     publish.draw_curve(written, tmp_path / "docs" / "images" / "curve.png")
     assert (tmp_path / "docs" / "images" / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,8 @@
 
     python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
 
-Without `--run` it draws the curve and writes the page again, from the figures that are shipped.
+Without `--run` it draws the curve and writes the page again, from the figures that are shipped; `--measure` first
+measures the shipped weights again, on a machine that should be idle.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -25,17 +27,20 @@ from .evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
 from .shipped import FIGURES, WEIGHTS, shipped_figures
 from .train import TrainConfig, Trainer
 
-__all__ = ["document", "draw_curve", "main", "publish"]
+__all__ = ["document", "draw_curve", "main", "measure", "measure_again", "publish"]
 
 MAX_BYTES = 8_000_000
 _SHIPPED = Path(__file__).parent / "shipped"
 _CURVE_POINTS = 150
 
 
-def publish(run: Path, shipped: Path = _SHIPPED) -> dict[str, Any]:
+def publish(run: Path, shipped: Path = _SHIPPED, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Write the weights of a finished run and its figures into `shipped`; returns the figures.
 
     The weights are rounded to float16 first and measured as they will be loaded, in float32.
+
+    Args:
+        notes: what happened to this run that its configuration does not say; kept with the figures and documented.
 
     Raises:
         FileNotFoundError: there is no run. ValueError: it is not finished, or its weights pass 8,000,000 bytes.
@@ -50,13 +55,6 @@ def publish(run: Path, shipped: Path = _SHIPPED) -> dict[str, Any]:
     size = weights.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"run: expected weights of at most {MAX_BYTES} bytes, got {size}")
-    model = load_checkpoint(weights)
-    texts = held_out_texts()
-    held_out = {
-        "modules": list(texts),
-        "likelihood": evaluate_likelihood(model, texts.values(), config.seq_len),
-        "decoding": evaluate_decoding(model, held_out_prompts(texts)),
-    }
     figures = {
         "model": trainer.model.config.to_dict(),
         "parameters": sum(p.numel() for p in trainer.parameters),
@@ -70,13 +68,37 @@ def publish(run: Path, shipped: Path = _SHIPPED) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": metadata.version("torch").partition("+")[0],
         },
+        "notes": list(notes),
         "curve": _thin(trainer.curve),
-        "held_out": held_out,
+        "held_out": measure(weights, config.seq_len),
     }
     shipped.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, shipped / WEIGHTS)
-    (shipped / FIGURES).write_text(json.dumps(_rounded(figures), indent=1) + "\n", encoding="utf-8")
+    _write(figures, shipped)
     return figures
+
+
+def measure(weights: Path, seq_len: int) -> dict[str, Any]:
+    """Held-out figures of a weights file, loaded in float32; `load_average` says how busy the machine was before."""
+    model, texts = load_checkpoint(weights), held_out_texts()
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {
+        "modules": list(texts),
+        "likelihood": evaluate_likelihood(model, texts.values(), seq_len),
+        "load_average": load,
+        "decoding": evaluate_decoding(model, held_out_prompts(texts)),
+    }
+
+
+def measure_again(shipped: Path = _SHIPPED) -> None:
+    """Replace the held-out figures in `shipped` by new ones of the same weights, as when decoding has become faster."""
+    figures = json.loads((shipped / FIGURES).read_text(encoding="utf-8"))
+    figures["held_out"] = measure(shipped / WEIGHTS, figures["training"]["seq_len"])
+    _write(figures, shipped)
+
+
+def _write(figures: dict[str, Any], shipped: Path) -> None:
+    (shipped / FIGURES).write_text(json.dumps(_rounded(figures), indent=1) + "\n", encoding="utf-8")
 
 
 def _header(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
@@ -175,8 +197,9 @@ python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
 ```
 
 The seed fixes the first weights and every window of text. An interrupted run goes on with `--resume` and repeats the
-uninterrupted one bit for bit on the same machine. Another Python version has other sources, so other text.
-
+uninterrupted one bit for bit on the same machine, as long as the code is the same. Another Python version has other
+sources, so other text.
+{notes}
 ## Held-out figures
 
 Measured on the shipped file, its weights cast to float32, over {likelihood[bytes]:,} bytes of the held-out modules.
@@ -195,6 +218,7 @@ Greedy decoding of {decoding[prompts]} prompts of {decoding[prompt_len]} bytes, 
 | tokens a second | {tidar_speed:.0f} | {autoregressive_speed:.0f} |
 
 TiDAR is {decoding[speedup]:.2f} x as fast as the autoregressive mode of the same code. Outputs identical: {identical}.
+The two modes took turns on every prompt; load average of the machine before: {load}.
 
 Mask row m of a block guesses the byte m places behind the first unknown one. Beside its accuracy: the share of decode
 steps that committed m + 1 tokens.
@@ -213,7 +237,7 @@ def document(figures: dict[str, Any]) -> str:
     """`docs/model.md` from the figures."""
     model, training, corpus = figures["model"], figures["training"], figures["corpus"]
     machine, likelihood = figures["machine"], figures["held_out"]["likelihood"]
-    decoding = figures["held_out"]["decoding"]
+    decoding, load = figures["held_out"]["decoding"], figures["held_out"]["load_average"]
     block, seq_len, stable = model["block_size"], training["seq_len"], TrainConfig(**training).stable_steps
     options = "".join(
         f" --{name.replace('_', '-')} {value}"
@@ -247,8 +271,12 @@ def document(figures: dict[str, Any]) -> str:
         folders=", ".join(f"`{name}`" for name in sorted(SKIPPED_FOLDERS)),
         held_out=", ".join(f"`{name}`" for name in HELD_OUT),
         options=options,
+        notes="".join(["\nOf this run:\n\n", *(f"- {note}\n" for note in notes)])
+        if (notes := figures["notes"])
+        else "",
         likelihood=likelihood,
         decoding=decoding,
+        load="not recorded, other programs were running" if load is None else load,
         tidar_speed=speed["tidar"],
         autoregressive_speed=speed["autoregressive"],
         identical="yes" if decoding["identical"] else "no",
@@ -268,10 +296,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tidar_kernels.models.publish", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--run", type=Path, help="folder that train wrote; without it, the figures are those shipped")
+    parser.add_argument("--note", action="append", default=[], help="a remark on the run, for the page; repeatable")
     parser.add_argument("--docs", type=Path, required=True, help="folder of model.md and images/")
+    parser.add_argument("--measure", action="store_true", help="measure the shipped weights again, without a run")
     options = parser.parse_args(argv)
+    if options.run is not None and options.measure:
+        parser.error("--measure: expected no --run beside it")
+    if options.measure:
+        measure_again()
     if options.run is not None:
-        publish(options.run)
+        publish(options.run, notes=options.note)
     figures = shipped_figures()
     draw_curve(figures, options.docs / "images" / "loss_curve.png")
     (options.docs / "model.md").write_text(document(figures), encoding="utf-8")

@@ -161,7 +161,7 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         layers = [p for name, p in self.model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
         rest = [p for name, p in self.model.named_parameters() if p.ndim != 2 or not name.startswith("layers.")]
-        # In 150-step trials Muon was at 2.24 / 2.93 nats (AR / diffusion) where AdamW alone was at 2.65 / 3.00.
+        # 150 steps of 2,048 tokens, lr 3e-3, one seed: Muon 2.24 / 2.93 nats (AR / diffusion), AdamW 2.65 / 3.00.
         self.optimisers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(layers, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
