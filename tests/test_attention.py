@@ -61,7 +61,7 @@ def test_gradcheck(attend: Any, pattern: patterns.Pattern) -> None:
 
 @pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
 def test_opcheck(path: str) -> None:
-    pattern = patterns.tidar_training(20, 8)
+    pattern = patterns.tidar_training(5, 2)
     q, k, v = operands(pattern, torch.float32)
     lead, own, _ = pattern.on("cpu")
     torch.library.opcheck(torch.ops.tidar_kernels.attention.default, (q, k, v, lead, own, 0.5))

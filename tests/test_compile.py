@@ -63,9 +63,9 @@ def test_step_attention(cc: int, head_dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cc", CHIPS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_step_attention_in_float16(cc: int, head_dim: int) -> None:
-    for report in step(cc, head_dim, torch.float16):
+def test_step_attention_in_float16(cc: int) -> None:
+    """The half dtypes share their table, and their code but for the type of its instructions."""
+    for report in step(cc, 64, torch.float16):
         check(report, torch.float16)
 
 
@@ -82,8 +82,7 @@ def test_step_attention_in_one_split(cc: int, head_dim: int, dtype: torch.dtype)
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"pattern": patterns.causal(1)}, id="decode"),
-        pytest.param({"pattern": patterns.tidar_prefill(4000, 16), "lengths_dtype": torch.int64}, id="prefill"),
+        pytest.param({"pattern": patterns.causal(1), "lengths_dtype": torch.int64}, id="decode"),
         pytest.param({"num_heads": 28, "num_kv_heads": 4, "max_len": 2**20}, id="group_7_long"),
     ],
 )

@@ -97,7 +97,7 @@ class _Edges:
 class _Plan:
     pieces: list[_Piece]
     edges: list[_Edges]
-    bare: Tensor | None  # rows without an edge, int64, unless they are in an `alone` piece
+    bare: Tensor | None  # rows that are neither in an edge tile nor in an `alone` piece, int64
 
 
 def _staircases(interval: Tensor) -> Iterator[tuple[slice, int, int]]:
@@ -172,16 +172,17 @@ def _cut(lead: Tensor, own: Tensor, staircases: bool) -> _Plan:
     pieces = _cut_interval(lead, rest[:, :2], staircases) + _cut_interval(own, rest[:, 2:], staircases)
     rest *= (rest[..., :1] < rest[..., 1:]).to(torch.int32)
     edges = _cut_edges(rest)
-    edged, covered = torch.zeros(len(lead), dtype=torch.bool), torch.zeros(len(lead), dtype=torch.int32)
+    sources = (rest[..., 0] < rest[..., 1]).any(1).to(torch.int32)  # of each row: its edge, and its pieces
+    for piece in pieces:
+        sources[piece.rows] += 1
+    written = torch.zeros(len(lead), dtype=torch.bool)
     for part in edges:
-        edged[part.rows] = True
+        written[part.rows] = True
     for piece in pieces:
-        covered[piece.rows] += 1
-    for piece in pieces:
-        piece.alone = bool((covered[piece.rows] == 1).all()) and not bool(edged[piece.rows].any())
+        piece.alone = bool((sources[piece.rows] == 1).all())
         if piece.alone:
-            edged[piece.rows] = True
-    bare = (~edged).nonzero().flatten()
+            written[piece.rows] = True
+    bare = (~written).nonzero().flatten()
     return _Plan(pieces, edges, bare if len(bare) else None)
 
 
@@ -279,7 +280,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale:
                 continue
             # weights exp(part_lse) : exp(so_far_lse), as a sigmoid of their difference: no overflow, and exact at -inf
             weight = torch.sigmoid(part_lse - so_far_lse).unsqueeze(-1)
-            torch.lerp(so_far, part, weight.to(out.dtype), out=so_far)
+            so_far.copy_(torch.lerp(so_far.to(lse.dtype), part.to(lse.dtype), weight))
             torch.logaddexp(so_far_lse, part_lse, out=so_far_lse)
     return out, lse
 

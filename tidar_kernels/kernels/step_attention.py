@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_tile, row_pointers, softmax_finish, softmax_update
+from .common import load_interval, load_tile, row_pointers, softmax_finish, softmax_update
 from .configs import chip_of, split_size, step_config
 from .launch import INTERPRET, Launch, block_dim, strided
 
@@ -35,14 +35,6 @@ from .launch import INTERPRET, Launch, block_dim, strided
 def _context_len(lengths, b, max_context):
     """Tokens of context, never outside the cache whatever `lengths` holds."""
     return tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), max_context)
-
-
-@triton.jit
-def _interval(intervals, row, live):
-    """`(lo, hi)` of each row; empty intervals and dead rows as (0, 0), so that `hi` bounds what is visited."""
-    lo = tl.load(intervals + 2 * row, mask=live, other=0)
-    hi = tl.load(intervals + 2 * row + 1, mask=live, other=0)
-    return tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
 
 
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
@@ -69,8 +61,8 @@ def step_attention_kernel(
     live = row < q_len
 
     context = _context_len(lengths, b, max_context)
-    lead_lo, lead_hi = _interval(lead, row, live)
-    own_lo, own_hi = _interval(own, row, live)
+    lead_lo, lead_hi = load_interval(lead, row, live)
+    own_lo, own_hi = load_interval(own, row, live)
     end = context + tl.max(lead_hi, 0)
     start = split * SPLIT
     if (start >= end) & (split > 0):
@@ -146,7 +138,7 @@ def combine_splits_kernel(
     b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < q_len
-    _, lead_hi = _interval(lead, row, live)
+    _, lead_hi = load_interval(lead, row, live)
     splits = tl.cdiv(_context_len(lengths, b, max_context) + lead_hi, SPLIT)
     splits = tl.where(live, tl.maximum(splits, 1), 0)
     last = tl.max(splits, 0)
