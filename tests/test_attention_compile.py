@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tidar_kernels import families, patterns
+from tidar_kernels import patterns
 from tidar_kernels.patterns import Pattern
 from tidar_kernels.testing import LAYOUTS
 
@@ -101,8 +101,8 @@ def test_float32(cc: int, head_dim: int) -> None:
         pytest.param(90, 64, {"heads": (12, 12), "lse_grad": True}, id="90-d64-group_1"),
         pytest.param(80, 128, {"heads": (28, 4)}, id="80-d128-group_7"),
         pytest.param(90, 96, {}, id="90-d96"),
-        pytest.param(90, 128, {"pattern": families.tidar_packed_training([333, 700], 8)}, id="90-d128-odd_lengths"),
-        pytest.param(100, 64, {"pattern": families.tidar_packed_training([333, 700], 8)}, id="100-d64-odd_lengths"),
+        pytest.param(90, 128, {"pattern": patterns.tidar_training(1033, 8, [333, 700])}, id="90-d128-odd_lengths"),
+        pytest.param(100, 64, {"pattern": patterns.tidar_training(1033, 8, [333, 700])}, id="100-d64-odd_lengths"),
     ],
 )
 def test_other_launches(cc: int, head_dim: int, changes: dict[str, Any]) -> None:

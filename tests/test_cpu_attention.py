@@ -58,7 +58,7 @@ CUTS: dict[str, Callable[[], Pattern]] = {
     "tidar, blocks of MAX_BEHIND": lambda: patterns.tidar_training(60, 8),
     "tidar, blocks beyond": lambda: patterns.tidar_training(70, 13),
     "block diffusion": lambda: families.block_diffusion_training(52, 6),
-    "documents, long and short": lambda: families.tidar_packed_training([30, 2, 5, 40], 4, [0, 1, 0, 10]),
+    "documents, long and short": lambda: patterns.tidar_training(77, 4, [30, 2, 5, 40], [0, 1, 0, 10]),
     "a prompt before every staircase": lambda: families.jacobi_forcing_training(15, 30),
     "prefill": lambda: patterns.tidar_prefill(50, 3),
     "causal": lambda: patterns.causal(24),
@@ -172,7 +172,7 @@ class LargestTensor(TorchDispatchMode):
     [
         lambda s: patterns.tidar_training(s, 16),
         lambda s: patterns.tidar_training(s, 300),
-        lambda s: families.tidar_packed_training([100] * (s // 100), 8),
+        lambda s: patterns.tidar_training(s, 8, [100] * (s // 100)),
         lambda s: families.packed([patterns.tidar_training(s // 2, 8)] * 2),
     ],
     ids=["tidar", "long_blocks", "documents", "packed"],

@@ -105,47 +105,6 @@ def test_jacobi_forcing(n: int, blocks: int, block: int) -> None:
     assert pattern.predicts.tolist() == ([-1] * (n - 1) + [n] if n else []) + response + response
 
 
-DOCUMENTS = [([1], [0]), ([5, 1, 9], [0, 0, 0]), ([7, 4, 8], [3, 4, 0]), ([6, 6], [6, 1]), ([13, 2, 3], [2, 1, 2])]
-
-
-@pytest.mark.parametrize("block", [1, 2, 4, 16])
-@pytest.mark.parametrize(("lengths", "prompts"), DOCUMENTS)
-def test_packed_documents_and_prompts(lengths: list[int], prompts: list[int], block: int) -> None:
-    """(document, position) of every row, and from these alone what it may see."""
-    tokens = [(d, at) for d, length in enumerate(lengths) for at in range(length)]
-    masks = [(d, at) for d, at in tokens if at >= prompts[d]]
-    rows = [(*token, False) for token in tokens] + [(*mask, True) for mask in masks]
-
-    def block_of(document: int, at: int) -> int:
-        return (at - prompts[document]) // block
-
-    def visible(q: int, k: int) -> bool:
-        (q_document, q_at, q_mask), (k_document, k_at, k_mask) = rows[q], rows[k]
-        if q_document != k_document or (k_mask and not q_mask):
-            return False
-        if not q_mask:
-            return k_at <= q_at
-        same = block_of(k_document, k_at) == block_of(q_document, q_at)
-        return same if k_mask else k_at < prompts[q_document] + block * block_of(q_document, q_at)
-
-    pattern = families.tidar_packed_training(lengths, block, prompts)
-    check(pattern, visible, len(rows), len(rows))
-    assert pattern.positions.tolist() == [at for _, at, _ in rows]
-    assert pattern.roles.tolist() == [Role.MASK if mask else Role.CLEAN for *_, mask in rows]
-
-    def predicted(document: int, at: int, mask: bool) -> int:
-        wanted = (document, at if mask else at + 1)
-        return tokens.index(wanted) if wanted in masks else -1
-
-    assert pattern.predicts.tolist() == [predicted(*row) for row in rows]
-
-
-@pytest.mark.parametrize(("n", "block"), SIZES)
-def test_one_document_without_a_prompt_is_tidar_training(n: int, block: int) -> None:
-    one, plain = families.tidar_packed_training([n], block), patterns.tidar_training(n, block)
-    assert all(torch.equal(getattr(one, name), getattr(plain, name)) for name in FIELDS)
-
-
 def test_packed_patterns_are_block_diagonal() -> None:
     parts = [patterns.tidar_training(5, 2), patterns.causal(3), families.dflash_training(4, [2], 3)]
     whole = families.packed(parts)
@@ -164,10 +123,6 @@ BAD = [
     (lambda: families.jacobi_forcing_training(-1, 2), ValueError, r"^prompt_len: expected >= 0, got -1$"),
     (lambda: families.packed([]), ValueError, r"^patterns: expected at least one, got none$"),
     (lambda: families.packed([3]), TypeError, r"^patterns: expected tidar_kernels.Pattern, got int at 0$"),
-    (lambda: families.tidar_packed_training([3], 2, [4]), ValueError, r"expected <= the document's length 3, got 4$"),
-    (lambda: families.tidar_packed_training([3], 2, [1, 1]), ValueError, r"one for each of 1 >= 1 documents, got 2$"),
-    (lambda: families.tidar_packed_training([], 2), ValueError, r"one for each of 0 >= 1 documents, got 0$"),
-    (lambda: families.tidar_packed_training([3, 0], 2), ValueError, r"^document_lengths: expected >= 1, got 0$"),
 ]
 
 

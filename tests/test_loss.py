@@ -69,6 +69,35 @@ def test_every_row_predicts_the_token_of_its_definition() -> None:
                 assert predicts[row] == (row + 1 if row + 1 < seq_len else -1)
 
 
+def test_packed_documents_with_prompts_are_the_documents_one_by_one() -> None:
+    """Each document's rows by themselves: no label of a prompt, none across a border, padding ignored."""
+    lengths, prompts, block = [5, 1, 7, 3], [2, 0, 0, 3], 3
+    total = sum(lengths)
+    pattern = tk.patterns.tidar_training(total, block, lengths, prompts)
+    hidden = torch.randn(2, pattern.q_len, HIDDEN, dtype=torch.float64)
+    head, tokens = torch.randn(VOCAB, HIDDEN, dtype=torch.float64), torch.randint(0, VOCAB, (2, total))
+    tokens[1, 9:] = -100  # padding
+    logits = hidden @ head.t()
+    terms: dict[str, list[torch.Tensor]] = {"clean": [], "mask": []}
+    for b in range(2):
+        start, mask_row = 0, total
+        for length, prompt in zip(lengths, prompts, strict=True):
+            for at in range(length):
+                wanted = tokens[b, start + at]
+                if at >= prompt:
+                    rows = {"mask": mask_row} | ({"clean": start + at - 1} if at else {})
+                    mask_row += 1
+                    for kind, row in rows.items():
+                        if wanted >= 0:
+                            terms[kind].append(F.cross_entropy(logits[b, row], wanted))
+            start += length
+    expected = {kind: torch.stack(values).mean() for kind, values in terms.items()}
+    got = tidar_loss(hidden, head, tokens, pattern, alpha=0.5, chunk_size=4)
+    torch.testing.assert_close(got.autoregressive.double(), expected["clean"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.diffusion.double(), expected["mask"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.loss.double(), (0.5 * expected["clean"] + expected["mask"]) / 1.5, rtol=1e-5, atol=0)
+
+
 def test_the_first_draft_row_of_a_kind_without_labels_counts_nothing() -> None:
     hidden, head, tokens = operands(1)
     got = tidar_loss(hidden, head, tokens, tk.patterns.tidar_training(1, 4))

@@ -287,3 +287,55 @@ def test_int32_holds_the_largest_training_sequence() -> None:
     pattern = tidar_training(s, block)
     pairs = (pattern.lead[:, 1] - pattern.lead[:, 0]).sum() + (pattern.own[:, 1] - pattern.own[:, 0]).sum()
     assert int(pairs) == s * s + s * (block + 1) // 2
+
+
+DOCUMENTS = [([1], [0]), ([5, 1, 9], [0, 0, 0]), ([7, 4, 8], [3, 4, 0]), ([6, 6], [6, 1]), ([13, 2, 3], [2, 1, 2])]
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 16])
+@pytest.mark.parametrize(("lengths", "prompts"), DOCUMENTS)
+def test_packed_documents_and_prompts(lengths: list[int], prompts: list[int], block: int) -> None:
+    """(document, position) of every row, and from these alone what it may see."""
+    tokens = [(d, at) for d, length in enumerate(lengths) for at in range(length)]
+    masks = [(d, at) for d, at in tokens if at >= prompts[d]]
+    rows = [(*token, False) for token in tokens] + [(*mask, True) for mask in masks]
+
+    def block_of(document: int, at: int) -> int:
+        return (at - prompts[document]) // block
+
+    def visible(q: int, k: int) -> bool:
+        (q_document, q_at, q_mask), (k_document, k_at, k_mask) = rows[q], rows[k]
+        if q_document != k_document or (k_mask and not q_mask):
+            return False
+        if not q_mask:
+            return k_at <= q_at
+        same = block_of(k_document, k_at) == block_of(q_document, q_at)
+        return same if k_mask else k_at < prompts[q_document] + block * block_of(q_document, q_at)
+
+    pattern = tidar_training(sum(lengths), block, lengths, prompts)
+    expected = [[visible(q, k) for k in range(len(rows))] for q in range(len(rows))]
+    assert pattern.dense().tolist() == expected
+    assert pattern.positions.tolist() == [at for _, at, _ in rows]
+    assert pattern.roles.tolist() == [Role.MASK if mask else Role.CLEAN for *_, mask in rows]
+
+    def predicted(document: int, at: int, mask: bool) -> int:
+        wanted = (document, at if mask else at + 1)
+        return tokens.index(wanted) if wanted in masks else -1
+
+    assert pattern.predicts.tolist() == [predicted(*row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("documents", "prompts", "message"),
+    [
+        ([3, 2], None, r"^document_lengths: expected a sum of seq_len = 6, got 5$"),
+        ([], None, r"^document_lengths: expected a sum of seq_len = 6, got 0$"),
+        ([6, 0], None, r"^document_lengths: expected >= 1, got 0$"),
+        ([2, 4], [1], r"^prompt_lengths: expected one for each of 2 documents, got 1$"),
+        ([2, 4], [3, 0], r"^prompt_lengths: expected <= the document's length 2, got 3$"),
+        (None, [-1], r"^prompt_lengths: expected >= 0, got -1$"),
+    ],
+)
+def test_bad_documents(documents: list[int] | None, prompts: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tidar_training(6, 2, documents, prompts)

@@ -21,7 +21,6 @@ __all__ = [
     "jacobi_forcing_training",
     "packed",
     "set_block_training",
-    "tidar_packed_training",
 ]
 
 
@@ -164,7 +163,7 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     predicts, tokens = [], 0
     for pattern in patterns:
         predicts.append(torch.where(pattern.predicts < 0, -1, pattern.predicts + tokens))
-        tokens += max(pattern.predicts.tolist(), default=-1) + 1
+        tokens += pattern.num_labels
     return Pattern(
         shifted[0],
         shifted[1],
@@ -174,53 +173,3 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
         torch.cat(predicts),
         f"packed({', '.join(pattern.name for pattern in patterns)})",
     )
-
-
-def tidar_packed_training(
-    document_lengths: Sequence[int], block_size: int, prompt_lengths: Sequence[int] | None = None
-) -> Pattern:
-    """TiDAR training of documents packed into one sequence: `[clean tokens of all | masks of all]`.
-
-    No row sees another document. Blocks restart at each, positions too. The first `prompt_lengths[i]` tokens of
-    document i have no mask row and are not predicted: its blocks cover the response and see the whole prompt. So the
-    mask half has `sum(document_lengths) - sum(prompt_lengths)` rows; row j of it stands for the j-th token that is not
-    in a prompt, and predicts it. A clean row predicts the next token, if that is in its document's response.
-
-    Args:
-        document_lengths: tokens of each document.
-        block_size: B.
-        prompt_lengths: of each document; default all 0.
-
-    Raises:
-        TypeError, ValueError: `block_size` is not an int >= 1, a length not an int >= 1, a prompt length not an int
-            between 0 and its document's length, or there are not as many prompts as documents.
-    """
-    block = check_int("block_size", block_size, 1)
-    prompts = [0] * len(document_lengths) if prompt_lengths is None else list(prompt_lengths)
-    if not document_lengths or len(prompts) != len(document_lengths):
-        raise ValueError(
-            f"prompt_lengths: expected one for each of {len(document_lengths)} >= 1 documents, got {len(prompts)}"
-        )
-    for length, prompt in zip(document_lengths, prompts, strict=True):
-        if check_int("prompt_lengths", prompt, 0) > check_int("document_lengths", length, 1):
-            raise ValueError(f"prompt_lengths: expected <= the document's length {length}, got {prompt}")
-    lengths = torch.tensor(list(document_lengths))
-    document = torch.arange(len(lengths)).repeat_interleave(lengths)
-    first = (lengths.cumsum(0) - lengths)[document]
-    token = torch.arange(len(document))
-    response = token - first - torch.tensor(prompts)[document]  # index in the response, negative in the prompt
-    masked = response >= 0
-    count = masked.cumsum(0) - 1  # of a token that is not in a prompt, its row in the mask half
-    block_start = (token - response % block)[masked]  # its block's first token
-    block_end = torch.minimum(block_start + block, (first + lengths[document])[masked])
-    own_start = len(token) + count[block_start]
-    clean, masks = torch.ones_like(masked), torch.ones_like(masked[masked])
-    nothing = _intervals(token, token, ~clean)
-    lead = torch.cat([_intervals(first, token + 1, clean), _intervals(first[masked], block_start, masks)])
-    own = torch.cat([nothing, _intervals(own_start, own_start + block_end - block_start, masks)])
-    positions = torch.cat([token - first, (token - first)[masked]])
-    noisy = torch.arange(len(positions)) >= len(token)
-    follows = torch.cat([(document[1:] == document[:-1]) & masked[1:], torch.zeros(1, dtype=torch.bool)])
-    predicts = torch.cat([torch.where(follows, token + 1, -1), token[masked]])
-    name = f"tidar_packed_training({len(lengths)} documents, {len(token)} tokens, block_size={block})"
-    return _pattern(lead, own, positions, noisy, predicts, len(positions), name)

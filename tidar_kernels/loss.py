@@ -104,11 +104,10 @@ def tidar_loss(
     if hidden.shape[1] != pattern.q_len or hidden.shape[2] != head.shape[1]:
         expected = f"[batch, {pattern.q_len}, {head.shape[1]}]"
         raise ValueError(f"hidden: expected shape {expected} for {pattern.name}, got {list(hidden.shape)}")
-    num_clean = int(pattern.predicts.max()) + 1
-    if num_clean < 1:
+    if pattern.num_labels < 1:
         raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {pattern.name}")
-    if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < num_clean:
-        expected = f"[{hidden.shape[0]}, >= {num_clean}]"
+    if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < pattern.num_labels:
+        expected = f"[{hidden.shape[0]}, >= {pattern.num_labels}]"
         raise ValueError(f"tokens: expected shape {expected}, got {list(tokens.shape)}")
     if not alpha >= 0.0:
         raise ValueError(f"alpha: expected >= 0, got {alpha}")

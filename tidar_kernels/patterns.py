@@ -13,6 +13,7 @@ built once and reused at every prefix length `P`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -45,6 +46,7 @@ class Pattern:
         predicts: int32 `[q_len]`, index of the clean token that training wants the row to predict, -1 for none;
             default none. Labels are gathered by it, so a shift lives in the pattern and nowhere else.
         name: shown in drawings and errors.
+        num_labels: derived; one past the last clean token that any row predicts, 0 if none does.
 
     Raises:
         TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
@@ -59,6 +61,7 @@ class Pattern:
     roles: Tensor = None  # type: ignore[assignment]  # None stands for all clean; never None once built
     predicts: Tensor = None  # type: ignore[assignment]
     name: str = "pattern"
+    num_labels: int = field(init=False, default=0)
     _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,8 @@ class Pattern:
                 f"own: expected an interval disjoint from lead, got lead {self.lead[row].tolist()} "
                 f"and own {self.own[row].tolist()} in row {row}"
             )
+        # Eager, unlike the cached properties: the loss asks for it inside compiled graphs, which cannot read tensors.
+        object.__setattr__(self, "num_labels", int(self.predicts.max()) + 1 if rows else 0)
 
     @property
     def q_len(self) -> int:
@@ -250,26 +255,64 @@ def tidar_step(block_size: int, bidirectional: bool = True) -> Pattern:
     )
 
 
-def tidar_training(seq_len: int, block_size: int) -> Pattern:
-    """The doubled training sequence `[x_0 .. x_{S-1} | M x S]`, 2S rows (TiDAR, "training").
+def tidar_training(
+    seq_len: int,
+    block_size: int,
+    document_lengths: Sequence[int] | None = None,
+    prompt_lengths: Sequence[int] | None = None,
+) -> Pattern:
+    """The doubled training sequence `[x_0 .. x_{S-1} | masks]` (TiDAR, "training"): S clean rows, then a mask row each.
 
     Clean rows are causal and never see masks. The mask rows of block b see strictly earlier clean blocks, `[0, b*B)`,
     and their own block: a mask row that saw its own block's clean tokens would read its labels. Clean row i predicts
     token i + 1, the mask row at p predicts token p.
 
+    With `document_lengths` the sequence holds documents that do not see each other; blocks and positions restart at
+    each. The first `prompt_lengths[i]` tokens of document i have no mask row and are not predicted: its blocks cover
+    the response and see the whole prompt. Then row j of the mask half stands for the j-th token not in a prompt.
+
+    Args:
+        seq_len: S, clean tokens.
+        block_size: B.
+        document_lengths: tokens of each document, S in all; default one document.
+        prompt_lengths: of each document; default all 0.
+
     Raises:
-        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+        TypeError, ValueError: `seq_len`, `block_size` or a document's length is not an int >= 1, the lengths do not
+            sum to `seq_len`, a prompt length is not an int between 0 and its document's length, or there are not as
+            many prompts as documents.
     """
     s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
-    row = torch.arange(2 * s)
-    is_mask = row >= s
-    start = torch.where(is_mask, (row - s) // block * block, 0)
+    documents = [s] if document_lengths is None else [check_int("document_lengths", n, 1) for n in document_lengths]
+    if sum(documents) != s:
+        raise ValueError(f"document_lengths: expected a sum of seq_len = {s}, got {sum(documents)}")
+    prompts = [0] * len(documents) if prompt_lengths is None else list(prompt_lengths)
+    if len(prompts) != len(documents):
+        raise ValueError(f"prompt_lengths: expected one for each of {len(documents)} documents, got {len(prompts)}")
+    for length, prompt in zip(documents, prompts, strict=True):
+        if check_int("prompt_lengths", prompt, 0) > length:
+            raise ValueError(f"prompt_lengths: expected <= the document's length {length}, got {prompt}")
+
+    lengths = torch.tensor(documents)
+    document, token = torch.arange(len(documents)).repeat_interleave(lengths), torch.arange(s)
+    first = (lengths.cumsum(0) - lengths)[document]
+    response = token - first - torch.tensor(prompts)[document]  # index in the response, negative in the prompt
+    masked = response >= 0
+    mask_row = s + masked.cumsum(0) - 1  # of a token that is not in a prompt
+    block_start = (token - response % block)[masked]
+    block_len = torch.minimum(block_start + block, (first + lengths[document])[masked]) - block_start
+    own_start = mask_row[block_start]
+    is_mask = torch.arange(s + len(block_start)) >= s
+    lead_lo, lead_hi = torch.cat([first, first[masked]]), torch.cat([token + 1, block_start])
+    own_lo, own_hi = torch.cat([token, own_start]), torch.cat([token, own_start + block_len])
+    follows = torch.cat([(document[1:] == document[:-1]) & masked[1:], torch.zeros(1, dtype=torch.bool)])
+    options = "" if document_lengths is None else f", {len(documents)} documents"
     return Pattern(
-        lead=_intervals(torch.zeros_like(row), torch.where(is_mask, start, row + 1), row >= 0),
-        own=_intervals(s + start, s + (start + block).clamp(max=s), is_mask),
-        positions=(row % s).to(torch.int32),
-        kv_len=2 * s,
+        lead=_intervals(lead_lo, lead_hi, lead_lo < lead_hi),
+        own=_intervals(own_lo, own_hi, is_mask),
+        positions=torch.cat([token - first, (token - first)[masked]]).to(torch.int32),
+        kv_len=len(is_mask),
         roles=torch.where(is_mask, int(Role.MASK), int(Role.CLEAN)).to(torch.int8),
-        predicts=torch.where(is_mask, row - s, torch.where(row < s - 1, row + 1, -1)).to(torch.int32),
-        name=f"tidar_training(seq_len={s}, block_size={block})",
+        predicts=torch.cat([torch.where(follows, token + 1, -1), token[masked]]).to(torch.int32),
+        name=f"tidar_training(seq_len={s}, block_size={block}{options})",
     )

@@ -57,9 +57,9 @@ class AttentionCase:
 def _documents(seq_len: int, block_size: int) -> Pattern:
     """Two documents, the second with a prompt; of one token, one document without."""
     if seq_len == 1:
-        return families.tidar_packed_training([1], block_size)
+        return patterns.tidar_training(1, block_size, [1])
     first = seq_len // 3 + 1
-    return families.tidar_packed_training([first, seq_len - first], block_size, [0, (seq_len - first) // 2])
+    return patterns.tidar_training(seq_len, block_size, [first, seq_len - first], [0, (seq_len - first) // 2])
 
 
 TRAINING: dict[str, Callable[[int, int], Pattern]] = {
