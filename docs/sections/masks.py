@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from sections import Picture, Section
-from tidar_kernels import drawing
+from tidar_kernels import drawing, families
 from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
 
 
@@ -95,4 +95,11 @@ PICTURES: dict[str, Picture] = {
     "images/tidar_step_8.png": _picture(tidar_step(8), 12),
     "images/tidar_step_16.png": _picture(tidar_step(16), 4096),
     "images/tidar_training.png": _picture(tidar_training(16, 4), 0),
+    "images/tidar_training_documents.png": _picture(tidar_training(16, 4, [7, 9], [0, 3]), 0),
+    "images/idlm_training.png": _picture(families.idlm_training(12, 4), 0),
+    "images/block_diffusion_training.png": _picture(families.block_diffusion_training(12, 4), 0),
+    "images/set_block_training.png": _picture(families.set_block_training(12, 4), 0),
+    "images/dflash_training.png": _picture(families.dflash_training(12, [3, 7, 12], 4), 0),
+    "images/jacobi_forcing_training.png": _picture(families.jacobi_forcing_training(4, 8), 0),
+    "images/packed.png": _picture(families.packed([tidar_training(s, 4) for s in (8, 5, 3)]), 0),
 }
