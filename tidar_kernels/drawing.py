@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -155,8 +155,11 @@ def save_png(pattern: Pattern, path: str | os.PathLike[str], context_len: int = 
 def _axes(pattern: Pattern, limit: int) -> tuple[_Axis, _Axis]:
     """Rows and in-flight columns, each of at most `limit` cells."""
     rows = _groups(pattern)
-    # Keys are the rows' own tokens wherever the two counts agree; otherwise nothing says what a key is.
-    columns = rows if pattern.kv_len == pattern.q_len else [_Group(Role.CLEAN, 0, pattern.kv_len)]
+    # The rows are the last of the keys; what lies before them is clean. With fewer keys nothing says what a key is.
+    ahead = pattern.kv_len - pattern.q_len
+    columns = [] if ahead == 0 else [_Group(Role.CLEAN, 0, max(ahead, 0) or pattern.kv_len)]
+    if ahead >= 0:
+        columns += [replace(group, start=group.start + ahead, stop=group.stop + ahead) for group in rows]
     return _axis(rows, pattern.q_len, limit), _axis(columns, pattern.kv_len, limit)
 
 
