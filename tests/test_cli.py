@@ -126,7 +126,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a command (generate, doctor, draw), got none (see tidar-kernels --help)"),
+        ([], "expected a command (generate, train, doctor, draw), got none (see tidar-kernels --help)"),
         (["draw"], "the following arguments are required: PATTERN (see tidar-kernels draw --help)"),
         (["draw", "spiral"], "PATTERN: invalid choice: 'spiral'"),
         (["draw", "step", "--block-size", "0"], "--block-size: expected a whole number >= 1, got '0'"),

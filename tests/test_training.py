@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
+import re
+import signal
 
 import pytest
 import torch
 
-from tidar_kernels.models import load_checkpoint, publish
-from tidar_kernels.models.data import HELD_OUT, Corpus, held_out_texts, stdlib_folder, training_files
+from tidar_kernels.models import files, load_checkpoint, publish
+from tidar_kernels.models.data import (
+    HELD_OUT,
+    Corpus,
+    TextFiles,
+    folder_files,
+    held_out_texts,
+    stdlib_files,
+    stdlib_folder,
+)
+from tidar_kernels.models.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
 from tidar_kernels.models.tokenizer import EOS_ID, MASK_ID
-from tidar_kernels.models.train import TrainConfig, Trainer, main, tidar_loss
+from tidar_kernels.models.train import TrainConfig, Trainer, model_config, read_state, training_loss, weights_sha256
+from tidar_kernels.models.train_progress import Progress
+from tidar_kernels.models.train_report import draw_curve, evaluate_run
 from tidar_kernels.models.transformer import Transformer
 from tidar_kernels.patterns import causal, tidar_prefill, tidar_training
 
@@ -19,7 +35,7 @@ TINY = TrainConfig(
     steps=6,
     batch=2,
     seq_len=16,
-    block_size=4,
+    block_sizes=(4,),
     warmup=2,
     decay=0.5,
     workers=2,
@@ -54,38 +70,109 @@ def folder(tmp_path):
     return library
 
 
-def test_which_files_are_trained_on(folder, tmp_path):
-    assert [f.as_posix() for f in training_files(folder)] == ["alpha.py", "pack/beta.py", "pack/heapq.py"]
-    assert held_out_texts(folder) == {"heapq.py": b"HELD OUT"}
+@pytest.fixture
+def corpus(folder):
+    return Corpus(stdlib_files(folder))
+
+
+def changed(**changes) -> TrainConfig:
+    return TrainConfig(**{**vars(TINY), **changes})
+
+
+def test_which_files_of_a_standard_library_are_trained_on(folder, tmp_path):
+    found = stdlib_files(folder)
+    assert found.training == ("alpha.py", "pack/beta.py", "pack/heapq.py")
+    assert found.held_out_texts() == {"heapq.py": b"HELD OUT"}
     with pytest.raises(FileNotFoundError, match=r"folder: expected \.py files"):
-        training_files(tmp_path / "empty")
+        stdlib_files(tmp_path / "empty")
 
 
 def test_held_out_modules_exist_and_are_in_no_training_text():
-    files = training_files()
-    assert len(files) > 300
-    assert not {f.as_posix() for f in files} & set(HELD_OUT)
+    names = stdlib_files().training
+    assert len(names) > 300
+    assert not set(names) & set(HELD_OUT)
     texts = held_out_texts()
     assert tuple(texts) == HELD_OUT
-    everything = b"\0".join((stdlib_folder() / f).read_bytes() for f in files)
+    everything = b"\0".join((stdlib_folder() / name).read_bytes() for name in names)
     for name, text in texts.items():
         # A stretch from the middle of the code: a copy under another name would be a leak too.
         middle = text[len(text) // 2 : len(text) // 2 + 200]
         assert middle not in everything, name
 
 
-def test_corpus_joins_files_with_end_of_text(folder):
-    corpus = Corpus(folder)
-    texts = [(folder / f).read_bytes() for f in training_files(folder)]
+def write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode() + b"\xff\xfe" * 50)
+
+
+def test_held_out_files_of_a_folder_are_a_fixed_choice(tmp_path):
+    write(tmp_path, *(f"sub{i % 3}/{i}.txt" for i in range(200)), "a.py", ".hidden.txt", ".git/b.txt")
+    (tmp_path / "folder.txt").mkdir()
+    found = folder_files(tmp_path, [".txt"])
+    everything = {*found.training, *found.held_out}
+    assert everything == {f"sub{i % 3}/{i}.txt" for i in range(200)}
+    assert len(found.training) + len(found.held_out) == 200
+    assert 3 <= len(found.held_out) <= 20
+    assert folder_files(tmp_path, [".txt"]) == found == TextFiles.from_record(found.record())
+    # A file stays on its side whatever comes or goes.
+    (tmp_path / found.training[0]).unlink()
+    write(tmp_path, "more.txt")
+    assert set(folder_files(tmp_path, [".txt"]).held_out) - {"more.txt"} == set(found.held_out)
+    assert set(folder_files(tmp_path, [".txt", ".py"]).training) > {"a.py"}
+    # Bytes that are no text are fine.
+    assert (
+        Corpus(found if (tmp_path / found.training[0]).exists() else folder_files(tmp_path, [".txt"])).tokens.max()
+        == EOS_ID
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_small_folder_has_files_on_both_sides(tmp_path, count):
+    """Whatever their names hash to: among these there are folders without a file that the hash alone would choose."""
+    for attempt in range(30):
+        folder = tmp_path / str(attempt)
+        write(folder, *(f"{attempt}-{i}.py" for i in range(count)))
+        found = folder_files(folder)
+        assert found.training
+        assert found.held_out
+        assert len(found.training) + len(found.held_out) == count
+
+
+def test_not_all_of_a_folder_is_held_out(tmp_path, monkeypatch):
+    write(tmp_path, "a.py", "b.py", "c.py")
+    monkeypatch.setattr("tidar_kernels.models.data._hash", lambda name: 0)
+    assert len(folder_files(tmp_path).training) == 1
+
+
+def test_named_held_out_files(tmp_path):
+    write(tmp_path, "a.py", "b.py", "sub/c.py")
+    assert folder_files(tmp_path, held_out=["./sub/c.py"]).training == ("a.py", "b.py")
+    for held_out, match in (
+        (["d.py"], r"held_out: expected names of \.py files in .*, got d\.py"),
+        (["a.py", "b.py", "sub/c.py"], "held_out: expected some of the 3 files"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            folder_files(tmp_path, held_out=held_out)
+    with pytest.raises(FileNotFoundError, match=r"folder: expected \.md, \.txt files in .*, got none"):
+        folder_files(tmp_path, [".md", ".txt"])
+    with pytest.raises(FileNotFoundError, match=r"folder: expected a folder, got .*nowhere"):
+        folder_files(tmp_path / "nowhere")
+    write(tmp_path, "only.md")
+    with pytest.raises(ValueError, match=r"folder: expected two or more \.md files .*, one to hold out, got only\.md"):
+        folder_files(tmp_path, [".md"])
+
+
+def test_corpus_joins_files_with_end_of_text(folder, corpus):
+    texts = [(folder / name).read_bytes() for name in corpus.files.training]
     assert corpus.tokens.tolist() == [token for text in texts for token in [*text, EOS_ID]]
     assert corpus.num_files == 3
-    assert corpus.sha256 == Corpus(folder).sha256
+    assert corpus.sha256 == Corpus(corpus.files).sha256
     (folder / "alpha.py").write_text("changed")
-    assert corpus.sha256 != Corpus(folder).sha256
+    assert corpus.sha256 != Corpus(corpus.files).sha256
 
 
-def test_windows_are_a_function_of_their_number_and_cover_evenly(folder):
-    corpus = Corpus(folder)
+def test_windows_are_a_function_of_their_number_and_cover_evenly(corpus):
     many = corpus.windows(0, 64, 9, seed=3)
     assert many.dtype == torch.int64
     assert torch.equal(corpus.windows(10, 5, 9, seed=3), many[10:15])
@@ -96,8 +183,7 @@ def test_windows_are_a_function_of_their_number_and_cover_evenly(folder):
         corpus.windows(0, 1, len(text) + 1, seed=0)
 
 
-def test_window_starts_are_even(folder):
-    corpus = Corpus(folder)
+def test_window_starts_are_even(corpus):
     corpus.tokens = torch.arange(1000).numpy()  # a window's first token is now where it starts
     starts = corpus.windows(0, 500, 1, seed=0)[:, 0]
     counts = torch.histc(starts.float(), bins=20, min=0, max=1000)
@@ -111,14 +197,14 @@ def test_loss_is_the_papers_formula(alpha):
     """Every term apart: a causal term from its own prefix, a mask term from its own block behind the clean tokens."""
     torch.manual_seed(0)
     seq_len, block_size, batch = 10, 4, 2
-    model = Transformer(TINY.model()).double()
+    model = Transformer(model_config(TINY)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    tokens = torch.randint(0, 256, (batch, seq_len + 1))
+    tokens = torch.randint(0, 256, (batch, seq_len))
     ar_terms, diff_terms = [], []
     for row in tokens.tolist():
-        for i in range(seq_len):
+        for i in range(seq_len - 1):  # the last clean row has no next token
             prefix = torch.tensor([row[: i + 1]])
             logits = model.logits(model(prefix, causal(i + 1)))[0, i]
             ar_terms.append(torch.logsumexp(logits, 0) - logits[row[i + 1]])
@@ -130,7 +216,7 @@ def test_loss_is_the_papers_formula(alpha):
             logits = model.logits(model(known, pattern))[0, -width:]
             diff_terms += [torch.logsumexp(logits[m], 0) - logits[m, row[start + m]] for m in range(width)]
     ar, diff = torch.stack(ar_terms).mean(), torch.stack(diff_terms).mean()
-    loss, got_ar, got_diff = tidar_loss(model, tokens, block_size, MASK_ID, alpha)
+    loss, got_ar, got_diff = training_loss(model, tokens, block_size, alpha)
     # tidar_loss takes its cross-entropies in float32: tolerance of a mean of float32 terms.
     torch.testing.assert_close(got_ar.double(), ar, rtol=1e-6, atol=0)
     torch.testing.assert_close(got_diff.double(), diff, rtol=1e-6, atol=0)
@@ -151,14 +237,38 @@ def test_schedule():
     [
         ({"steps": 0}, "steps: expected >= 1, got 0"),
         ({"seq_len": 33}, "seq_len: expected an even number"),
-        ({"batch": 3, "workers": 2}, "batch: expected a multiple of workers = 2, got 3"),
+        ({"batch": 4, "workers": 2, "accumulate": 3}, "batch: expected a multiple of workers x accumulate = 6, got 4"),
+        ({"block_sizes": ()}, "block_sizes: expected a list of one or more whole numbers"),
+        ({"block_sizes": (8, 0)}, r"block_sizes: expected each >= 1, got \(8, 0\)"),
+        ({"block_sizes": (8, 512)}, "block_sizes: expected each <= seq_len / 2 = 256"),
+        ({"num_heads": 3}, "num_heads: expected a multiple of num_kv_heads = 2, got 3"),
+        ({"head_dim": 5}, "head_dim: expected an even number"),
+        ({"grad_clip": 0}, "grad_clip: expected > 0"),
+        ({"lr": -1.0}, "lr: expected >= 0, got -1"),
         ({"decay": 0.0}, "decay: expected a share"),
-        ({"precision": "int8"}, "precision: expected"),
+        ({"precision": "int8"}, "precision: expected one of bf16, fp32, got 'int8'"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of muon, adamw"),
+        ({"steps": 1.5}, "steps: expected a whole number, got 1.5"),
+        ({"steps": True}, "steps: expected a whole number, got True"),
+        ({"seed": 10**400}, "seed: expected a whole number"),
+        ({"lr": "high"}, "lr: expected a number, got 'high'"),
+        ({"lr": math.nan}, "lr: expected a number, got nan"),
+        ({"alpha": 10**400}, "alpha: expected a number"),
+        ({"block_sizes": 8}, "block_sizes: expected a list of one or more whole numbers, got 8"),
+        ({"step": 3}, "step: expected one of the settings steps, batch, .*, got 'step'"),
     ],
 )
 def test_bad_configurations(options, match):
-    with pytest.raises(ValueError, match=match):
-        TrainConfig(**options)
+    with pytest.raises((TypeError, ValueError), match=match):
+        TrainConfig.from_dict(options)
+
+
+def test_block_lengths_take_turns():
+    config = TrainConfig(block_sizes=[4, 8, 16], workers=2, batch=4)
+    assert [config.block_size(step, share) for step in range(3) for share in range(2)] == [4, 8, 16, 4, 8, 16]
+    assert model_config(config).block_size == 4
+    assert config == TrainConfig(block_sizes=(4, 8, 16), workers=2, batch=4)
+    assert TrainConfig(lr=1).lr == 1.0
 
 
 def states_equal(a: Trainer, b: Trainer) -> bool:
@@ -167,15 +277,25 @@ def states_equal(a: Trainer, b: Trainer) -> bool:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(folder, tmp_path, precision):
-    config, corpus = TrainConfig(**{**vars(TINY), "precision": precision}), Corpus(folder)
+VARIANTS = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "accumulate": {"batch": 4, "accumulate": 2},
+    "adamw": {"optimizer": "adamw"},
+    "two block lengths": {"block_sizes": (4, 2), "batch": 3, "workers": 3},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_is_the_same_run_bit_for_bit(corpus, tmp_path, changes):
+    config = changed(**changes)
     whole = Trainer(config, corpus)
+    initial = [p.clone() for p in whole.parameters]
     whole.run(tmp_path / "whole")
     parts = Trainer(config, corpus)
-    initial = [p.clone() for p in parts.parameters]
     parts.run(tmp_path / "parts", save_every=1, steps=2)
-    assert parts.done == 2
+    assert parts.done == parts.saved == 2
+    torch.manual_seed(99)  # what else a process does with its random numbers is no part of the run
     resumed = Trainer.resume(tmp_path / "parts", corpus)
     assert resumed.seconds == parts.seconds > 0
     resumed.run(tmp_path / "parts")
@@ -183,54 +303,286 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(folder, tmp_path, precision):
     assert states_equal(resumed, whole)
     assert all(not torch.equal(p, q) for p, q in zip(initial, whole.parameters, strict=True)), "a weight never moved"
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["model.safetensors", "state.pt"]
-    assert load_checkpoint(tmp_path / "parts" / "model.safetensors").config == config.model()
-    other_seed = Trainer(TrainConfig(**{**vars(config), "seed": 1}), corpus)
-    other_seed.run(tmp_path / "other")
-    assert not states_equal(other_seed, whole)
+    assert load_checkpoint(tmp_path / "parts" / "model.safetensors").config == model_config(config)
 
 
-def test_shares_of_a_step_add_up_to_the_whole_step(folder):
-    """Two workers' mean gradient is that of one worker, to float32 rounding of sums in another order."""
-    corpus = Corpus(folder)
-    one, two = (
-        Trainer(TrainConfig(**{**vars(TINY), "precision": "fp32", "workers": n, "grad_clip": 1e9}), corpus)
-        for n in (1, 2)
+def test_what_a_run_depends_on(corpus, tmp_path):
+    runs = {}
+    for changes in ({}, {"seed": 1}, {"optimizer": "adamw"}, {"block_sizes": (4, 2)}, {"alpha": 0.5}):
+        trainer = runs[str(changes)] = Trainer(changed(**changes), corpus)
+        trainer.step()
+    first, *others = runs.values()
+    assert not any(states_equal(first, other) for other in others)
+
+
+def test_an_evaluation_changes_no_bit_of_the_run(folder, corpus, tmp_path):
+    (folder / "heapq.py").write_bytes(bytes(range(256)) * 2)
+    plain, watched = (Trainer(TINY, corpus) for _ in range(2))
+    for _ in range(TINY.steps):
+        plain.step()
+        watched.step()
+        before = torch.get_rng_state(), watched.model.training
+        evaluate_run(watched, corpus.files.held_out_texts())
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert watched.model.training == before[1]
+    assert states_equal(plain, watched)
+    assert [one["step"] for one in watched.evaluations] == [1, 2, 3, 4, 5, 6]
+    again = evaluate_run(watched, corpus.files.held_out_texts())
+    assert [one["step"] for one in watched.evaluations] == [1, 2, 3, 4, 5, 6]
+    watched.save(tmp_path)
+    assert Trainer.resume(tmp_path, corpus).evaluations[-1]["blocks"] == again["blocks"]
+
+
+def test_a_brief_evaluation_is_a_sample_of_the_long_one():
+    torch.manual_seed(0)
+    model = Transformer(model_config(TINY)).eval()
+    texts = {"a": bytes(torch.randint(0, 256, (200,)).tolist()), "b": b"short"}
+    brief = evaluate_briefly(model, texts, [4, 2], 16, max_windows=99, max_new_tokens=8)
+    assert brief["skipped"] == []
+    for block in brief["blocks"]:
+        assert evaluate_likelihood(model, texts.values(), 16, block["block_size"]).items() <= block.items()
+        assert len(block["mask_row_accuracy"]) == block["block_size"]
+    decoded = evaluate_decoding(model, {"a": [texts["a"][92:108]]}, max_new_tokens=8)
+    assert brief["blocks"][0]["tokens_per_forward"] == decoded["tokens_per_forward"]
+    assert evaluate_briefly(model, texts, [4], 16, max_windows=3)["blocks"][0]["bytes"] == 3 * 16
+    short = evaluate_briefly(model, {"b": b"short"}, [4], 16)
+    assert short["blocks"] == [{"block_size": 4}]
+    assert [reason.partition(":")[0] for reason in short["skipped"]] == ["bits a byte", "tokens a forward"]
+
+
+def test_shares_of_a_step_add_up_to_the_whole_step(corpus):
+    """The mean gradient of four shares is that of one, to float32 rounding of sums in another order."""
+    one, *others = (
+        Trainer(changed(precision="fp32", grad_clip=1e9, batch=4, workers=workers, accumulate=accumulate), corpus)
+        for workers, accumulate in ((1, 1), (2, 1), (2, 2), (1, 4))
     )
-    assert one.step() == pytest.approx(two.step(), rel=1e-5)
-    for a, b in zip(one.parameters, two.parameters, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    losses = one.step()
+    for other in others:
+        assert other.step() == pytest.approx(losses, rel=1e-5)
+        for a, b in zip(one.parameters, other.parameters, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_take_windows_in_turn(folder):
-    corpus = Corpus(folder)
+def test_steps_take_windows_in_turn(corpus):
     trainer = Trainer(TINY, corpus)
-    assert torch.equal(torch.cat([trainer.batch(s) for s in range(3)]), corpus.windows(0, 12, 9, TINY.seed))
-    assert torch.equal(trainer.batch(3), corpus.windows(12, 2, 17, TINY.seed))
+    assert torch.equal(torch.cat([trainer.batch(s) for s in range(3)]), corpus.windows(0, 12, 8, TINY.seed))
+    assert torch.equal(trainer.batch(3), corpus.windows(12, 2, 16, TINY.seed))
 
 
-def test_interrupt_saves(folder, tmp_path, monkeypatch):
-    corpus = Corpus(folder)
+def test_a_run_can_start_from_other_weights(corpus, tmp_path):
+    first = Trainer(TINY, corpus)
+    first.step()
+    init = Transformer(model_config(changed(block_sizes=(8,))))
+    init.load_state_dict(first.model.state_dict())
+    second = Trainer(changed(seed=1), corpus, init=init)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters, second.parameters, strict=True))
+    digest = weights_sha256(first.model)
+    assert second.init_sha256 == digest
+    second.step()
+    assert digest == weights_sha256(init), "training must not write into the weights that it was given"
+    second.save(tmp_path)
+    assert Trainer.resume(tmp_path, corpus).init_sha256 == digest != weights_sha256(second.model)
+    with pytest.raises(ValueError, match="init: expected a model with num_layers = 2, got 1"):
+        Trainer(TINY, corpus, init=Transformer(model_config(changed(num_layers=1))))
+
+
+def test_a_corpus_must_fill_a_window(corpus):
+    length = len(corpus.tokens)
+    with pytest.raises(ValueError, match=f"corpus: expected at least seq_len = {length + length % 2 + 2} tokens"):
+        Trainer(changed(seq_len=length + length % 2 + 2), corpus)
+
+
+# What is on the disk.
+
+
+def damage(path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        at = data.find(b"state/data/0") + 200
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not a state\n" * 100)
+    elif how == "other":
+        torch.save({"config": {}}, path)
+    else:
+        torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "text", "other", "list"])
+def test_a_damaged_state_is_named(corpus, tmp_path, how):
     trainer = Trainer(TINY, corpus)
-    step = trainer.step
+    trainer.save(tmp_path)
+    damage(tmp_path / "state.pt", how)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'state.pt'}: expected the whole state")):
+        Trainer.resume(tmp_path, corpus)
 
-    def interrupted() -> tuple[float, float]:
-        if trainer.done == 2:
-            raise KeyboardInterrupt
-        return step()
 
-    monkeypatch.setattr(trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_state_without_later_additions_is_read(corpus, tmp_path):
+    trainer = Trainer(TINY, corpus)
+    trainer.step()
+    trainer.save(tmp_path)
+    state = read_state(tmp_path)
+    assert set(state) >= {"init", "files", "evaluations"}
+    for name in ("init", "files", "evaluations"):
+        del state[name]
+    torch.save(state, tmp_path / "state.pt")
+    resumed = Trainer.resume(tmp_path, corpus)
+    assert states_equal(resumed, trainer)
+    assert resumed.init_sha256 is None
+    resumed.evaluations.append({"step": 1})
+    assert Trainer.resume(tmp_path, corpus).evaluations == []
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize(("call", "fault"), [("fsync", full_disk), ("replace", full_disk), ("replace", killed)])
+def test_a_save_that_fails_leaves_the_checkpoint_before(corpus, tmp_path, monkeypatch, call, fault):
+    trainer, run = Trainer(TINY, corpus), tmp_path / "run"
+    trainer.step()
+    trainer.save(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    trainer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, call, fault)
+        if fault is killed:
+            patch.setattr(files.Path, "unlink", killed)
+        with pytest.raises((OSError, Killed)):
+            trainer.save(run)
+    after = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert before.items() <= after.items()
+    assert fault is killed or after == before, "what could not be finished must not stay"
+    assert trainer.saved == 1
+    assert Trainer.resume(run, corpus).done == 1
+    trainer.save(run)
+    assert Trainer.resume(run, corpus).done == 2
+
+
+def test_replacing_shows_the_error_that_happened(tmp_path, monkeypatch):
+    """Not the one of cleaning up behind it."""
+    monkeypatch.setattr(files.Path, "unlink", full_disk)
+    with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / "file") as file:
+        file.write(b"%d" % (1 / 0))
+    assert not (tmp_path / "file").exists()
+
+
+def interrupt_at(trainer: Trainer, monkeypatch, done: int, times: int = 1) -> None:
+    """Ctrl-C in the middle of a step: between the two optimisers, where the state is torn."""
+    step = trainer.optimisers[0].step
+
+    def interrupted():
+        step()
+        if trainer.done == done:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.optimisers[0], "step", interrupted)
+
+
+def test_interrupt_finishes_the_step_and_saves(corpus, tmp_path, monkeypatch):
+    trainer, whole = Trainer(TINY, corpus), Trainer(TINY, corpus)
+    interrupt_at(trainer, monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt) as stopped:
         trainer.run(tmp_path / "run")
-    assert Trainer.resume(tmp_path / "run", corpus).done == 2
+    assert stopped.value.__cause__ is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer.resume(tmp_path / "run", corpus)
+    assert resumed.done == trainer.done == trainer.saved == 3
+    resumed.run(tmp_path / "run")
+    whole.run(tmp_path / "whole")
+    assert states_equal(resumed, whole)
 
 
-def test_resume_with_another_end(folder, tmp_path):
-    corpus = Corpus(folder)
+def test_a_second_interrupt_does_not_wait_and_saves_no_half_step(corpus, tmp_path, monkeypatch):
+    trainer = Trainer(TINY, corpus)
+    interrupt_at(trainer, monkeypatch, 2, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(tmp_path / "run", save_every=1)
+    resumed, whole = Trainer.resume(tmp_path / "run", corpus), Trainer(TINY, corpus)
+    assert resumed.done == trainer.saved == 2
+    resumed.run(tmp_path / "run")
+    whole.run(tmp_path / "whole")
+    assert states_equal(resumed, whole)
+
+
+def test_an_interrupt_on_a_full_disk_is_still_an_interrupt(corpus, tmp_path, monkeypatch):
+    trainer = Trainer(TINY, corpus)
+    interrupt_at(trainer, monkeypatch, 2)
+    monkeypatch.setattr(files.os, "replace", full_disk)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.run(tmp_path / "run")
+    assert isinstance(stopped.value.__cause__, OSError)
+    assert trainer.saved is None
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights(corpus, tmp_path):
+    trainer = Trainer(TINY, corpus)
+    trainer.save(tmp_path)
+    with torch.no_grad():
+        trainer.parameters[0][0, 0] = math.inf
+        trainer.parameters[0][0] *= 0  # inf * 0
+    before = [p.clone() for p in trainer.parameters]
+    with pytest.raises(FloatingPointError, match="step 1: expected finite losses, got AR nan"):
+        trainer.run(tmp_path)
+    for a, b in zip(before, trainer.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert Trainer.resume(tmp_path, corpus).done == 0
+
+
+# What a run shows.
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_line_every_fifty_steps_or_a_live_one(monkeypatch):
+    log, live = io.StringIO(), Terminal()
+    for stream in (log, live):
+        progress = Progress(120, 0, 1000, [], stream)
+        for done in range(1, 121):
+            progress.update(done, 2.0, 3.0)
+        progress.close()
+    lines = log.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["50/120", "100/120", "120/120"]
+    assert re.fullmatch(r"step 120/120  AR 2\.000  diffusion 3\.000 nats/byte  \d+ tokens/s  0 s left", lines[-1])
+    assert live.getvalue().count("\r") == 120
+    assert live.getvalue().endswith("\x1b[K\n")
+    monkeypatch.setenv("COLUMNS", "20")
+    narrow = Terminal()
+    Progress(120, 0, 1000, [], narrow).update(1, 2.0, 3.0)
+    assert len(narrow.getvalue().strip("\r").removesuffix("\x1b[K")) == 19
+
+
+def test_progress_goes_on_from_the_curve():
+    stream = io.StringIO()
+    Progress(50, 49, 1000, [[4.0, 5.0]] * 49, stream).update(50, 2.0, 3.0)
+    assert "AR 3.900  diffusion 4.900" in stream.getvalue()
+
+
+# The schedule's end, and publishing.
+
+
+def test_resume_with_another_end(folder, corpus, tmp_path):
     trainer = Trainer(TINY, corpus)
     trainer.run(tmp_path / "run", steps=3)
     longer = Trainer.resume(tmp_path / "run", corpus, steps=8)
     longer.run(tmp_path / "longer")
-    from_the_start = Trainer(TrainConfig(**{**vars(TINY), "steps": 8}), corpus)
+    from_the_start = Trainer(changed(steps=8), corpus)
     from_the_start.run(tmp_path / "from the start")
     assert longer.done == from_the_start.done == 8
     assert states_equal(longer, from_the_start)
@@ -241,32 +593,13 @@ def test_resume_with_another_end(folder, tmp_path):
         Trainer.resume(tmp_path / "run", corpus, steps=8)
     (folder / "alpha.py").write_text("other text\n" * 30)
     with pytest.raises(ValueError, match="resume: expected a corpus with sha256"):
-        Trainer.resume(tmp_path / "run", Corpus(folder))
-
-
-def test_command(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tidar_kernels.models.data.stdlib_folder", lambda: folder)
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in vars(TINY).items()]
-    assert main(["--out", str(tmp_path / "run"), *options]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["steps"] == 6
-    assert "step 6/6" in printed.err
-    assert main(["--out", str(tmp_path / "run"), "--resume"]) == 0
-    assert main(["--out", str(tmp_path / "nowhere"), "--resume"]) == 2
-    assert main(["--out", str(tmp_path / "new"), "--batch=3"]) == 2
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(SystemExit, match="2"):
-        main(["--out", str(tmp_path / "run"), "--resume", "--lr=1"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "--seq-len" in capsys.readouterr().out
+        Trainer.resume(tmp_path / "run", Corpus(corpus.files))
 
 
 def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
     monkeypatch.setattr("tidar_kernels.models.data.stdlib_folder", lambda: folder)
-    trainer = Trainer(TINY, Corpus(folder))
+    trainer = Trainer(changed(block_sizes=(4, 8)), Corpus())
     trainer.run(tmp_path / "run", steps=5)
     with pytest.raises(ValueError, match="run: expected all 6 steps done, got 5"):
         publish.publish(tmp_path / "run", tmp_path / "shipped")
@@ -287,9 +620,35 @@ def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     assert written["held_out"]["decoding"]["tokens"] == figures["held_out"]["decoding"]["tokens"]
     assert written["notes"] == ["stopped once"]
     page = publish.document(written)
+    assert "trained from scratch" in page
+    assert "| first weights | random |" in page
+    assert "| block lengths | 4 and 8, in turn |" in page
+    assert "tidar-kernels train --out runs/stdlib --steps 6 --batch 2 --seq-len 16 --block-sizes 4,8 --warmup 2" in page
     assert f"{figures['parameters']:,} parameters" in page
-    assert "--seq-len 16" in page
     assert "\nOf this run:\n\n- stopped once\n\n## Held-out" in page
     assert "Of this run" not in publish.document({**written, "notes": []})
-    publish.draw_curve(written, tmp_path / "docs" / "images" / "curve.png")
+    draw_curve(written, tmp_path / "docs" / "images" / "curve.png")
     assert (tmp_path / "docs" / "images" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_publish_says_what_a_run_started_from(folder, tmp_path, monkeypatch):
+    (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
+    monkeypatch.setattr("tidar_kernels.models.data.stdlib_folder", lambda: folder)
+    first = Trainer(TINY, Corpus())
+    first.run(tmp_path / "first")
+    init = tmp_path / "first" / "model.safetensors"
+    second = Trainer(changed(seed=1), Corpus(), init=load_checkpoint(init))
+    second.run(tmp_path / "second")
+    from_state = publish.publish(tmp_path / "second", tmp_path / "shipped")
+    # An older state does not say it; then publish is told.
+    state = read_state(tmp_path / "second")
+    del state["init"]
+    torch.save(state, tmp_path / "second" / "state.pt")
+    assert publish.publish(tmp_path / "second", tmp_path / "shipped")["init"] is None
+    told = publish.publish(tmp_path / "second", tmp_path / "shipped", init=init)
+    assert told["init"] == from_state["init"] == weights_sha256(load_checkpoint(init))
+    page = publish.document(told)
+    assert f"| first weights | of an earlier run, sha256 of their values `{told['init'][:16]}...` |" in page
+    assert "tidar-kernels train --out runs/stdlib --init FIRST.safetensors --steps 6" in page
+    assert "trained further with the TiDAR objective" in page
+    assert "The seed fixes every window of text." in page

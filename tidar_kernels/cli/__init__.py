@@ -11,25 +11,25 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, draw, generate
-from .common import FAILED, OK, PROGRAM, USAGE, Parser, UserError, one_line
+from . import doctor, draw, generate, train
+from .common import FAILED, INTERRUPTED, OK, PROGRAM, USAGE, Parser, UserError, one_line
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = {"generate": generate, "doctor": doctor, "draw": draw}
+COMMANDS = {"generate": generate, "train": train, "doctor": doctor, "draw": draw}
 
-_INTERRUPTED = 128 + 2  # as a shell reports a command that SIGINT ended
-_BROKEN_PIPE = 128 + 13  # and SIGPIPE
+_BROKEN_PIPE = 128 + 13  # as a shell reports a command that SIGPIPE ended
 
 _EPILOG = f"""\
 exit codes:
   {OK}    all went well
   {FAILED}    a check failed, or the outputs differ
   {USAGE}    an argument or an input file is no good; standard error says why
-  {_INTERRUPTED}  interrupted (Ctrl-C)
+  {INTERRUPTED}  interrupted (Ctrl-C)
 
 examples:
   {PROGRAM} generate --demo
+  {PROGRAM} train --out runs/stdlib --steps 300
   {PROGRAM} doctor --parity
   {PROGRAM} draw step --block-size 4
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         _abandon_output()
         return _BROKEN_PIPE

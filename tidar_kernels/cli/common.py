@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "tidar-kernels"
 OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 128 + 2  # as a shell reports a command that SIGINT ended
 
 
 class UserError(Exception):

@@ -1,12 +1,19 @@
 """A small decoder in plain PyTorch, its training, and the checkpoint that the package ships.
 
-`train`, `evaluate` and `publish` make the shipped model; they are imported by name, for decoding does not need them.
+Names are imported when they are first used: what the command asks about training needs no PyTorch. The modules that
+make a model (`data`, `evaluate`, `publish`, `train` and its parts) are imported by name: decoding does not need them.
 """
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .shipped import load_shipped, shipped_figures
-from .tokenizer import ByteTokenizer
-from .transformer import Transformer, TransformerConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .shipped import load_shipped, shipped_figures
+    from .tokenizer import ByteTokenizer
+    from .transformer import Transformer, TransformerConfig
 
 __all__ = [
     "ByteTokenizer",
@@ -17,3 +24,22 @@ __all__ = [
     "save_checkpoint",
     "shipped_figures",
 ]
+
+_MODULES = {
+    "checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "shipped": ("load_shipped", "shipped_figures"),
+    "tokenizer": ("ByteTokenizer",),
+    "transformer": ("Transformer", "TransformerConfig"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .files import replacing
 from .transformer import Transformer, TransformerConfig
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -39,13 +40,9 @@ def save_checkpoint(
     metadata[_CONFIG_KEY] = json.dumps(model.config.to_dict())
     path = Path(path)
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as file:
         # Through bytes: safetensors' own file writer makes files that only their owner can read.
-        temporary.write_bytes(save(tensors, metadata=metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        file.write(save(tensors, metadata=metadata))
 
 
 def load_checkpoint(

@@ -1,13 +1,17 @@
-"""Training text: the Python standard library's own sources, read from the running interpreter; none of it is shipped.
+"""Training text: the Python standard library's own sources, read from the running interpreter, or any folder's files.
 
-A fixed list of modules is held out by name. They are never trained on, and the evaluation and the demo use them.
+Of the standard library a fixed list of modules is held out by name, of another folder the files that the caller names
+or a fixed choice of them. They are never trained on; the evaluation and the demo use them. No text is shipped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from .tokenizer import EOS_ID
 
-__all__ = ["HELD_OUT", "Corpus", "held_out_texts", "stdlib_folder", "training_files"]
+__all__ = ["HELD_OUT", "Corpus", "TextFiles", "folder_files", "held_out_texts", "stdlib_files", "stdlib_folder"]
 
 # Different styles on purpose: algorithms, classes, numerics, threading, text handling, docstring-heavy and terse code.
 HELD_OUT = (
@@ -40,6 +44,9 @@ SKIPPED_FOLDERS = frozenset(
 # Written when the interpreter was built: they name the machine and its compiler.
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
+# Of a folder whose held-out files nobody names, one in so many.
+_HELD_OUT_SHARE = 20
+
 # An additive recurrence with this step spreads window starts evenly over the corpus, at every number of windows.
 _GOLDEN = 0.6180339887498949
 
@@ -49,34 +56,112 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def training_files(folder: Path | None = None) -> list[Path]:
-    """The `.py` files that are trained on, relative to `folder` (default: the standard library), sorted by name.
+@dataclass(frozen=True)
+class TextFiles:
+    """Files of a folder: those trained on and those held out, by their names relative to it, each sorted.
+
+    Attributes:
+        suffixes: how the names end that were looked for; None for the standard library, which has its own rule.
+    """
+
+    folder: Path
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+    suffixes: tuple[str, ...] | None = None
+
+    def held_out_texts(self) -> dict[str, bytes]:
+        """Name and bytes of every held-out file."""
+        return {name: (self.folder / name).read_bytes() for name in self.held_out}
+
+    def record(self) -> dict[str, Any] | None:
+        """What `from_record` needs to find the same files again; None for the standard library."""
+        if self.suffixes is None:
+            return None
+        folder = str(self.folder.resolve())
+        return {"folder": folder, "suffixes": list(self.suffixes), "held_out": list(self.held_out)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any] | None) -> TextFiles:
+        """Raises what `folder_files` and `stdlib_files` raise, if the files are no longer there."""
+        if record is None:
+            return stdlib_files()
+        return folder_files(Path(record["folder"]), record["suffixes"], record["held_out"])
+
+
+def stdlib_files(folder: Path | None = None) -> TextFiles:
+    """The standard library in `folder` (default: the running interpreter's), without tests and generated tables.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no `.py` file to train on.
     """
     folder = stdlib_folder() if folder is None else folder
-    held_out = set(HELD_OUT)
-    files = [
-        path.relative_to(folder)
-        for path in folder.rglob("*.py")
-        if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts)
-        and not any(part.startswith(SKIPPED_PREFIXES) for part in path.relative_to(folder).parts)
-        and path.relative_to(folder).as_posix() not in held_out
+    names = [
+        name
+        for name in _names(folder, (".py",))
+        if not SKIPPED_FOLDERS & set(PurePosixPath(name).parts)
+        and not any(part.startswith(SKIPPED_PREFIXES) for part in PurePosixPath(name).parts)
+        and name not in HELD_OUT
     ]
-    if not files:
+    if not names:
         raise FileNotFoundError(f"folder: expected .py files to train on in {folder}, got none")
-    return sorted(files, key=lambda path: path.as_posix())
+    return TextFiles(folder, tuple(names), tuple(name for name in HELD_OUT if (folder / name).is_file()))
 
 
-def held_out_texts(folder: Path | None = None) -> dict[str, bytes]:
+def folder_files(folder: Path, suffixes: Sequence[str] = (".py",), held_out: Sequence[str] = ()) -> TextFiles:
+    """All files below `folder` whose names end in one of `suffixes`, except hidden ones and those in hidden folders.
+
+    Args:
+        held_out: names relative to the folder. By default about 1 in 20, at least one and never all, chosen by a hash
+            of the name: other files coming or going do not change on which side a file is.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no such file in it.
+        ValueError: a held-out file is not among the files, or none is left to train on.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: expected a folder, got {folder}")
+    wanted = ", ".join(suffixes)
+    names = [name for name in _names(folder, tuple(suffixes)) if "/." not in f"/{name}"]
+    if not names:
+        raise FileNotFoundError(f"folder: expected {wanted} files in {folder}, got none")
+    if len(names) < 2:
+        raise ValueError(f"folder: expected two or more {wanted} files in {folder}, one to hold out, got {names[0]}")
+    chosen = {PurePosixPath(name).as_posix() for name in held_out} or _choice(names)
+    if unknown := sorted(chosen - set(names)):
+        raise ValueError(f"held_out: expected names of {wanted} files in {folder}, got {unknown[0]}")
+    training = tuple(name for name in names if name not in chosen)
+    if not training:
+        raise ValueError(f"held_out: expected some of the {len(names)} files of {folder} to be left, got all of them")
+    return TextFiles(folder, training, tuple(sorted(chosen)), tuple(suffixes))
+
+
+def _names(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _choice(names: Sequence[str]) -> set[str]:
+    """Held-out files of two or more `names`."""
+    by_hash = sorted(names, key=_hash)
+    chosen = [name for name in by_hash if _hash(name) % _HELD_OUT_SHARE == 0]
+    return set(chosen[: len(names) - 1] or by_hash[:1])
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()[:8], "big")
+
+
+def held_out_texts() -> dict[str, bytes]:
     """Name and source of every held-out module that this interpreter has."""
-    folder = stdlib_folder() if folder is None else folder
+    folder = stdlib_folder()
     return {name: (folder / name).read_bytes() for name in HELD_OUT if (folder / name).is_file()}
 
 
 class Corpus:
     """All training files in one stream of tokens, each ended by EOS.
+
+    Args:
+        files: default the standard library.
 
     Attributes:
         tokens: int16 `[num_tokens]`.
@@ -84,13 +169,13 @@ class Corpus:
         sha256: digest of the stream, which says whether two machines trained on the same text.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        folder = stdlib_folder() if folder is None else folder
-        files = training_files(folder)
+    def __init__(self, files: TextFiles | None = None) -> None:
+        self.files = stdlib_files() if files is None else files
         end = np.array([EOS_ID], dtype=np.int16)
-        parts = [part for f in files for part in (np.frombuffer((folder / f).read_bytes(), np.uint8), end)]
+        texts = ((self.files.folder / name).read_bytes() for name in self.files.training)
+        parts = [part for text in texts for part in (np.frombuffer(text, np.uint8), end)]
         self.tokens = np.concatenate(parts).astype(np.int16)
-        self.num_files = len(files)
+        self.num_files = len(self.files.training)
         self.sha256 = hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
     def windows(self, first: int, count: int, length: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..decoding import Decoder
 from ..patterns import tidar_training
 from .transformer import Transformer
 
-__all__ = ["evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
+__all__ = ["evaluate_briefly", "evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
 
 
 def held_out_prompts(texts: dict[str, bytes], prompt_len: int = 256, per_module: int = 3) -> dict[str, list[bytes]]:
@@ -28,8 +28,18 @@ def held_out_prompts(texts: dict[str, bytes], prompt_len: int = 256, per_module:
 
 
 @torch.inference_mode()
-def evaluate_likelihood(model: Transformer, texts: Iterable[bytes], seq_len: int = 512) -> dict[str, Any]:
+def evaluate_likelihood(
+    model: Transformer,
+    texts: Iterable[bytes],
+    seq_len: int = 512,
+    block_size: int | None = None,
+    max_windows: int | None = None,
+) -> dict[str, Any]:
     """Scores of the training objective's two halves, over non-overlapping windows of `seq_len` bytes.
+
+    Args:
+        block_size: B; default what the model was trained with. `seq_len` must hold two blocks.
+        max_windows: of more windows, so many evenly spaced ones are scored.
 
     Returns:
         `ar_bits_per_byte`, `diffusion_bits_per_byte`; `ar_accuracy`: how often the causal argmax is the next byte;
@@ -39,20 +49,21 @@ def evaluate_likelihood(model: Transformer, texts: Iterable[bytes], seq_len: int
     Raises:
         ValueError: the model has no block size or mask token, or no text fills a window.
     """
-    block_size, mask_token_id = model.config.block_size, model.config.mask_token_id
+    block_size, mask_token_id = block_size or model.config.block_size, model.config.mask_token_id
     if block_size is None or mask_token_id is None:
         raise ValueError("model: expected a config with block_size and mask_token_id, got None")
     windows = [text[start : start + seq_len + 1] for text in texts for start in range(0, len(text) - seq_len, seq_len)]
     if not windows:
         raise ValueError(f"texts: expected at least one longer than seq_len = {seq_len} bytes, got none")
-    pattern = tidar_training(seq_len, block_size)
+    windows = _evenly(windows, max_windows)
+    pattern, device = tidar_training(seq_len, block_size), model.embed_tokens.weight.device
     # The first block's masks see nothing; decoding never asks for that, so it is left out of the row figures.
     rows = torch.arange(block_size, seq_len // block_size * block_size).view(-1, block_size)
     nats, hits, row_hits = torch.zeros(2, dtype=torch.float64), 0, torch.zeros(block_size, dtype=torch.int64)
     for window in windows:
         tokens = torch.tensor(list(window))
         doubled = torch.cat([tokens[:-1], torch.full((seq_len,), mask_token_id)])
-        logits = model.logits(model(doubled[None], pattern))[0].float()
+        logits = model.logits(model(doubled[None].to(device), pattern))[0].float().cpu()
         labels = torch.cat([tokens[1:], tokens[:-1]])
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
         right: Tensor = logits.argmax(-1) == labels
@@ -68,6 +79,51 @@ def evaluate_likelihood(model: Transformer, texts: Iterable[bytes], seq_len: int
         "ar_accuracy": hits / total,
         "mask_row_accuracy": (row_hits / blocks).tolist(),
     }
+
+
+def _evenly(items: list[bytes], count: int | None) -> list[bytes]:
+    """At most `count` of the items, evenly spaced."""
+    if count is None or len(items) <= count:
+        return items
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def evaluate_briefly(
+    model: Transformer,
+    texts: dict[str, bytes],
+    block_sizes: Sequence[int],
+    seq_len: int,
+    max_windows: int = 12,
+    max_prompts: int = 6,
+    max_new_tokens: int = 48,
+) -> dict[str, Any]:
+    """What a run wants to know of its model on the way, in seconds: samples of held-out texts at each block length.
+
+    It draws no random number and changes no weight.
+
+    Returns:
+        `blocks`: for each of `block_sizes` what `evaluate_likelihood` returns, and `tokens_per_forward` of greedy
+        decoding; `skipped`: in words, what the texts are too short for. Its figures are then missing.
+    """
+    blocks: list[dict[str, Any]] = [{"block_size": block_size} for block_size in block_sizes]
+    skipped = []
+    if any(len(text) > seq_len for text in texts.values()):
+        for row in blocks:
+            row |= evaluate_likelihood(model, texts.values(), seq_len, row["block_size"], max_windows)
+    else:
+        skipped.append(f"bits a byte: no held-out text is longer than seq_len = {seq_len} bytes")
+    prompt_len = min(seq_len, 128)
+    groups = held_out_prompts(texts, prompt_len, per_module=1)
+    if groups:
+        prompts = _evenly([prompt for group in groups.values() for prompt in group], max_prompts)
+        for row in blocks:
+            decoder = Decoder(model, row["block_size"])
+            results = [decoder.generate([list(prompt)], max_new_tokens) for prompt in prompts]
+            forwards = sum(result.forwards for result in results)
+            row["tokens_per_forward"] = max_new_tokens * len(prompts) / forwards
+    else:
+        skipped.append(f"tokens a forward: no held-out text is as long as a prompt of {prompt_len} bytes")
+    return {"blocks": blocks, "skipped": skipped}
 
 
 def evaluate_decoding(model: Transformer, prompts: dict[str, list[bytes]], max_new_tokens: int = 128) -> dict[str, Any]:

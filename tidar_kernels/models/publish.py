@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,24 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .data import HELD_OUT, SKIPPED_FOLDERS, Corpus, held_out_texts
 from .evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
 from .shipped import FIGURES, WEIGHTS, shipped_figures
-from .train import TrainConfig, Trainer
+from .train import Trainer, weights_sha256
+from .train_config import TrainConfig
+from .train_report import draw_curve, run_figures, write_figures
 
-__all__ = ["document", "draw_curve", "main", "measure", "measure_again", "publish"]
+__all__ = ["document", "main", "measure", "measure_again", "publish"]
 
 MAX_BYTES = 8_000_000
 _SHIPPED = Path(__file__).parent / "shipped"
-_CURVE_POINTS = 150
 
 
-def publish(run: Path, shipped: Path = _SHIPPED, notes: Sequence[str] = ()) -> dict[str, Any]:
+def publish(run: Path, shipped: Path = _SHIPPED, notes: Sequence[str] = (), init: Path | None = None) -> dict[str, Any]:
     """Write the weights of a finished run and its figures into `shipped`; returns the figures.
 
     The weights are rounded to float16 first and measured as they will be loaded, in float32.
 
     Args:
         notes: what happened to this run that its configuration does not say; kept with the figures and documented.
+        init: the weights that it started from, where its state is older than such records.
 
     Raises:
         FileNotFoundError: there is no run. ValueError: it is not finished, or its weights pass 8,000,000 bytes.
@@ -55,26 +57,22 @@ def publish(run: Path, shipped: Path = _SHIPPED, notes: Sequence[str] = ()) -> d
     size = weights.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"run: expected weights of at most {MAX_BYTES} bytes, got {size}")
+    if init is not None:
+        trainer.init_sha256 = weights_sha256(load_checkpoint(init))
     figures = {
-        "model": trainer.model.config.to_dict(),
-        "parameters": sum(p.numel() for p in trainer.parameters),
+        **run_figures(trainer),
         "file_bytes": size,
-        "training": asdict(config),
-        "corpus": {"files": corpus.num_files, "tokens": len(corpus.tokens), "sha256": corpus.sha256},
-        "tokens_seen": config.steps * config.batch * config.seq_len,
-        "seconds": round(trainer.seconds, 1),
         "machine": {
             "cpu_cores": os.cpu_count(),
             "python": platform.python_version(),
             "torch": metadata.version("torch").partition("+")[0],
         },
         "notes": list(notes),
-        "curve": _thin(trainer.curve),
         "held_out": measure(weights, config.seq_len),
     }
     shipped.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, shipped / WEIGHTS)
-    _write(figures, shipped)
+    write_figures(figures, shipped / FIGURES)
     return figures
 
 
@@ -94,62 +92,11 @@ def measure_again(shipped: Path = _SHIPPED) -> None:
     """Replace the held-out figures in `shipped` by new ones of the same weights, as when decoding has become faster."""
     figures = json.loads((shipped / FIGURES).read_text(encoding="utf-8"))
     figures["held_out"] = measure(shipped / WEIGHTS, figures["training"]["seq_len"])
-    _write(figures, shipped)
-
-
-def _write(figures: dict[str, Any], shipped: Path) -> None:
-    (shipped / FIGURES).write_text(json.dumps(_rounded(figures), indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, shipped / FIGURES)
 
 
 def _header(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
     return {"objective": "tidar", "seed": str(config.seed), "steps": str(config.steps), "corpus_sha256": corpus.sha256}
-
-
-def _thin(curve: list[list[float]]) -> list[list[float]]:
-    """`[last step, mean CE_AR, mean CE_Diff]` over at most `_CURVE_POINTS` equal stretches of the run."""
-    stretch = max(1, -(-len(curve) // _CURVE_POINTS))
-    points = []
-    for start in range(0, len(curve), stretch):
-        part = curve[start : start + stretch]
-        points.append([start + len(part), *(sum(losses) / len(part) for losses in zip(*part, strict=True))])
-    return points
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to 5 significant digits: what the measurements can carry, and a file that reads well."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
-
-
-def draw_curve(figures: dict[str, Any], path: Path) -> None:
-    """The loss curve as a PNG; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    steps, ar, diffusion = zip(*figures["curve"], strict=True)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, diffusion, color="#d1603d", label="diffusion: mask rows, own byte")
-    axes.plot(steps, ar, color="#2f6690", label="autoregressive: clean rows, next byte")
-    training = figures["training"]
-    decay = TrainConfig(**training).stable_steps
-    axes.axvline(decay, color="0.7", lw=0.8, ls="--")
-    axes.annotate(
-        f"S = {training['seq_len'] // 2} → {training['seq_len']}, learning rate decays",
-        (decay, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        color="0.4",
-    )
-    axes.set(xlabel="step", ylabel="cross-entropy, nats a byte", ylim=(0, None), xlim=(0, steps[-1]))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 _PAGE = """\
@@ -157,7 +104,7 @@ _PAGE = """\
 
 # The shipped model
 
-A byte-level decoder of {parameters:,} parameters, trained from scratch with the TiDAR objective on the Python standard
+A byte-level decoder of {parameters:,} parameters, trained {start} with the TiDAR objective on the Python standard
 library's own sources. It is there to show the decoder at work on real text, on any machine, without a download: it
 writes plausible Python, not correct Python.
 
@@ -192,11 +139,11 @@ print(tokenizer.decode(result.tokens[0]), result.tokens_per_forward)
 Folders left out: {folders}. Modules held out by name, never trained on: {held_out}.
 
 ```
-python -m tidar_kernels.models.train --out runs/stdlib{options}
+tidar-kernels train --out runs/stdlib{options}
 python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
 ```
 
-The seed fixes the first weights and every window of text. An interrupted run goes on with `--resume` and repeats the
+{seeded}. An interrupted run goes on with `--resume` and repeats the
 uninterrupted one bit for bit on the same machine, as long as the code is the same. Another Python version has other
 sources, so other text.
 {notes}
@@ -238,13 +185,11 @@ def document(figures: dict[str, Any]) -> str:
     model, training, corpus = figures["model"], figures["training"], figures["corpus"]
     machine, likelihood = figures["machine"], figures["held_out"]["likelihood"]
     decoding, load = figures["held_out"]["decoding"], figures["held_out"]["load_average"]
-    block, seq_len, stable = model["block_size"], training["seq_len"], TrainConfig(**training).stable_steps
-    options = "".join(
-        f" --{name.replace('_', '-')} {value}"
-        for name, value in training.items()
-        if value != getattr(TrainConfig, name)
-    )
+    config = TrainConfig.from_dict(training)
+    block, seq_len, stable = model["block_size"], config.seq_len, config.stable_steps
+    init = figures.get("init")
     facts = {
+        "first weights": f"of an earlier run, sha256 of their values `{init[:16]}...`" if init else "random",
         "objective": f"(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha), alpha = {training['alpha']:g}; "
         "every token of the mask half is MASK",
         "text": f"{corpus['files']} files, {corpus['tokens']:,} tokens, of Python {machine['python']}; "
@@ -252,8 +197,9 @@ def document(figures: dict[str, Any]) -> str:
         "steps": f"{training['steps']:,} of {training['batch'] * seq_len:,} clean tokens "
         f"({figures['tokens_seen']:,} in all), seed {training['seed']}",
         "sequences": f"S = {seq_len // 2} for {stable:,} steps, then {seq_len}",
-        "optimiser": "Muon on the layers' matrices, AdamW on the rest; "
-        f"weight decay {training['weight_decay']:g} on matrices, gradient norm clipped at {training['grad_clip']:g}",
+        "block lengths": " and ".join(map(str, config.block_sizes)) + ", in turn" * (len(config.block_sizes) > 1),
+        "optimiser": ("Muon on the layers' matrices, AdamW on the rest; " if config.optimizer == "muon" else "AdamW; ")
+        + f"weight decay {training['weight_decay']:g} on matrices, gradient norm clipped at {training['grad_clip']:g}",
         "learning rate": f"{training['lr']:g} after {training['warmup']} steps of warm-up; "
         f"over the last {training['steps'] - stable:,} steps a cosine to {training['final_lr']:.0%} of it",
         "arithmetic": "bfloat16 autocast, float32 weights" if training["precision"] == "bf16" else "float32",
@@ -270,7 +216,9 @@ def document(figures: dict[str, Any]) -> str:
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         folders=", ".join(f"`{name}`" for name in sorted(SKIPPED_FOLDERS)),
         held_out=", ".join(f"`{name}`" for name in HELD_OUT),
-        options=options,
+        start="further" if init else "from scratch",
+        seeded=f"The seed fixes {'' if init else 'the first weights and '}every window of text",
+        options=" --init FIRST.safetensors" * bool(init) + _options(config),
         notes="".join(["\nOf this run:\n\n", *(f"- {note}\n" for note in notes)])
         if (notes := figures["notes"])
         else "",
@@ -290,6 +238,17 @@ def document(figures: dict[str, Any]) -> str:
     )
 
 
+def _options(config: TrainConfig) -> str:
+    """The command line's options for what is not a default."""
+    parts = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if value != entry.default:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            parts.append(f" --{entry.name.replace('_', '-')} {text}")
+    return "".join(parts)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run from the shell; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -297,15 +256,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", type=Path, help="folder that train wrote; without it, the figures are those shipped")
     parser.add_argument("--note", action="append", default=[], help="a remark on the run, for the page; repeatable")
+    parser.add_argument("--init", type=Path, help="the weights that the run started from, if its state does not say")
     parser.add_argument("--docs", type=Path, required=True, help="folder of model.md and images/")
     parser.add_argument("--measure", action="store_true", help="measure the shipped weights again, without a run")
     options = parser.parse_args(argv)
     if options.run is not None and options.measure:
         parser.error("--measure: expected no --run beside it")
+    if options.run is None and (options.init is not None or options.note):
+        parser.error("--init, --note: expected --run beside them")
     if options.measure:
         measure_again()
     if options.run is not None:
-        publish(options.run, notes=options.note)
+        publish(options.run, notes=options.note, init=options.init)
     figures = shipped_figures()
     draw_curve(figures, options.docs / "images" / "loss_curve.png")
     (options.docs / "model.md").write_text(document(figures), encoding="utf-8")

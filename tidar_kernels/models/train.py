@@ -1,224 +1,227 @@
-"""Train a small byte-level decoder with the TiDAR objective on the standard library's sources.
-
-    python -m tidar_kernels.models.train --out runs/stdlib
+"""Train a small byte-level decoder with the TiDAR objective; `tidar-kernels train` is this from the shell.
 
 One forward pass over `[x_0 .. x_{S-1} | M x S]` learns both jobs (arXiv 2511.08923, training): clean row i predicts
-x_{i+1} causally, mask row p predicts x_p from the clean blocks before its own. Everything follows from the seed and
-the step number, so a resumed run repeats the uninterrupted one bit for bit on the same machine.
+x_{i+1} causally, mask row p predicts x_p from the clean blocks before its own. Everything follows from the settings
+and the step number, so a resumed run repeats the uninterrupted one bit for bit on the same machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import json
+import hashlib
+import io
 import math
-import os
-import sys
+import pickle
+import signal
+import threading
 import time
+import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..loss import TiDARLoss, tidar_loss
 from ..patterns import tidar_training
 from .checkpoint import save_checkpoint
 from .data import Corpus
+from .files import replacing
 from .tokenizer import MASK_ID, VOCAB_SIZE
+from .train_config import TrainConfig
+from .train_progress import Progress
 from .transformer import Transformer, TransformerConfig
 
-__all__ = ["TrainConfig", "Trainer", "main", "tidar_loss"]
+__all__ = [
+    "STATE",
+    "WEIGHTS",
+    "TrainConfig",
+    "Trainer",
+    "model_config",
+    "read_state",
+    "training_loss",
+    "weights_sha256",
+]
+
+STATE = "state.pt"
+WEIGHTS = "model.safetensors"
+
+_NEEDED = frozenset({"config", "corpus", "done", "seconds", "curve", "model", "optimisers"})
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run; the defaults are those of the shipped model.
-
-    Attributes:
-        steps: optimiser steps in all.
-        batch: sequences of `seq_len` tokens in a step.
-        seq_len: S, clean tokens of a sequence.
-        warmup: steps in which the learning rate rises to `lr`; then it stays there.
-        decay: share of the steps, at the end, in which it falls along a cosine to `final_lr * lr`. Before these,
-            every sequence is cut in two halves of `seq_len // 2`: the same tokens with less attention. So two runs
-            that differ in `steps` are the same run until the shorter one decays.
-        alpha: weight of the autoregressive loss against the diffusion loss.
-        lr: peak learning rate of both optimisers, Muon for the layers' matrices and AdamW for the rest.
-        precision: "bf16" runs the forward pass under autocast (float32 weights); "fp32" does not.
-        workers: threads that share a step by sequences, one core each. They meet once a step, where threads inside
-            each operator would meet thousands of times and stall whenever one core is busy with something else.
-    """
-
-    steps: int = 3600
-    batch: int = 6
-    seq_len: int = 512
-    block_size: int = 8
-    alpha: float = 1.0
-    lr: float = 4e-3
-    final_lr: float = 0.05
-    warmup: int = 60
-    decay: float = 0.3
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    seed: int = 0
-    precision: str = "bf16"
-    workers: int = 2
-    hidden_size: int = 192
-    intermediate_size: int = 640
-    num_layers: int = 8
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "seq_len", "block_size", "warmup", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.batch % self.workers:
-            raise ValueError(f"batch: expected a multiple of workers = {self.workers}, got {self.batch}")
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len: expected an even number, which is halved at the start, got {self.seq_len}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay: expected a share in (0, 1], got {self.decay}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f'precision: expected "bf16" or "fp32", got {self.precision!r}')
-
-    def model(self) -> TransformerConfig:
-        """The shape of the model that this run trains."""
-        return TransformerConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            mask_token_id=MASK_ID,
-            block_size=self.block_size,
-        )
-
-    @property
-    def stable_steps(self) -> int:
-        """Steps before the decay."""
-        return self.steps - math.ceil(self.decay * self.steps)
-
-    def window(self, step: int) -> tuple[int, int]:
-        """`(sequences, clean tokens of each)` of a step."""
-        if step < self.stable_steps:
-            return 2 * self.batch, self.seq_len // 2
-        return self.batch, self.seq_len
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, cosine decay."""
-        progress = max(0, step - self.stable_steps) / (self.steps - self.stable_steps)
-        decayed = self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * min(1.0, (step + 1) / self.warmup) * decayed
+def model_config(config: TrainConfig) -> TransformerConfig:
+    """The shape of the model that a run trains."""
+    return TransformerConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        mask_token_id=MASK_ID,
+        block_size=config.block_sizes[0],
+    )
 
 
 # One object per shape: a pattern keeps what is derived from it.
-_training_pattern = functools.lru_cache(maxsize=16)(tidar_training)
+_training_pattern = functools.lru_cache(maxsize=64)(tidar_training)
 
 
-def tidar_loss(
-    model: Transformer, tokens: Tensor, block_size: int, mask_token_id: int, alpha: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The TiDAR objective, `(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha)`.
+def training_loss(model: Transformer, tokens: Tensor, block_size: int, alpha: float = 1.0) -> TiDARLoss:
+    """The objective on `tokens` int64 `[batch, S]`: the model on `[tokens | M x S]`, then `tidar_loss`."""
+    pattern = _training_pattern(tokens.shape[1], block_size)
+    doubled = torch.cat([tokens, torch.full_like(tokens, MASK_ID)], dim=1)
+    hidden = model(doubled, pattern)
+    return tidar_loss(hidden, model.embed_tokens.weight, tokens, pattern, alpha=alpha)
 
-    Args:
-        tokens: int64 `[batch, S + 1]`; the last column is only a label.
 
-    Returns:
-        `(loss, CE_AR, CE_Diff)`, scalars in nats a token.
-    """
-    seq_len = tokens.shape[1] - 1
-    clean = tokens[:, :-1]
-    doubled = torch.cat([clean, torch.full_like(clean, mask_token_id)], dim=1)
-    hidden = model(doubled, _training_pattern(seq_len, block_size))
-    logits = model.logits(hidden).float()
-    ar = F.cross_entropy(logits[:, :seq_len].flatten(0, 1), tokens[:, 1:].flatten())
-    diff = F.cross_entropy(logits[:, seq_len:].flatten(0, 1), clean.flatten())
-    return (alpha * ar + diff) / (1 + alpha), ar, diff
+def weights_sha256(model: Transformer) -> str:
+    """Digest of a model's weights in float32, in their order, wherever they are and however they are stored."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass
 class Trainer:
-    """A model, its optimiser and how far they are; `step` does one optimiser step."""
+    """A model, its optimisers and how far they are; `step` does one optimiser step.
+
+    Attributes:
+        done: steps done; `seconds` that they took.
+        curve: `[CE_AR, CE_Diff]` of each, in nats a token.
+        evaluations: what was measured on the way, kept with the state.
+        init_sha256: digest of the weights that the run started from, None for random ones.
+        saved: the step of the last checkpoint that this object wrote or was read from, if any.
+
+    Args:
+        init: weights to start from instead of random ones, a model of the shape that `config` says.
+        device: "cpu", or a CUDA device, which takes the shares one after the other.
+
+    Raises:
+        ValueError: `init` is of another shape, or the corpus is shorter than a window.
+    """
 
     config: TrainConfig
     corpus: Corpus
     done: int = 0
     seconds: float = 0.0
     curve: list[list[float]] = field(default_factory=list)
+    init: InitVar[Transformer | None] = None
+    device: str = "cpu"
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    init_sha256: str | None = None
+    saved: int | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, init: Transformer | None) -> None:
+        if len(self.corpus.tokens) < self.config.seq_len:
+            raise ValueError(
+                f"corpus: expected at least seq_len = {self.config.seq_len} tokens to train on, "
+                f"got {len(self.corpus.tokens)}"
+            )
         torch.manual_seed(self.config.seed)
-        self.model = Transformer(self.config.model())
+        self.model = Transformer(model_config(self.config))
+        if init is not None:
+            _check_shape(init.config, self.model.config)
+            self.model.load_state_dict(init.state_dict())
+            self.init_sha256 = weights_sha256(self.model)
+        self.model.to(self.device)
         self.parameters = list(self.model.parameters())
         layers = [p for name, p in self.model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
         rest = [p for name, p in self.model.named_parameters() if p.ndim != 2 or not name.startswith("layers.")]
+        decay = self.config.weight_decay
         # 150 steps of 2,048 tokens, lr 3e-3, one seed: Muon 2.24 / 2.93 nats (AR / diffusion), AdamW 2.65 / 3.00.
-        self.optimisers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(layers, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        )
-        self._pool = ThreadPoolExecutor(self.config.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.optimisers: tuple[torch.optim.Optimizer, ...]
+        if self.config.optimizer == "muon":
+            self.optimisers = (
+                torch.optim.Muon(layers, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            )
+        else:
+            groups = [{"params": layers, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+            self.optimisers = (torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),)
+        self._map: Any = map
+        if self.device == "cpu":
+            pool = ThreadPoolExecutor(self.config.workers, initializer=torch.set_num_threads, initargs=(1,))
+            self._map = pool.map
 
     def batch(self, step: int) -> Tensor:
-        """Token windows of a step, int64 `[sequences, S + 1]`; they depend on the configuration and `step` alone."""
+        """Token windows of a step, int64 `[sequences, S]`; they depend on the configuration and `step` alone."""
         count, length = self.config.window(step)
-        return self.corpus.windows(step * 2 * self.config.batch, count, length + 1, self.config.seed)
+        return self.corpus.windows(step * 2 * self.config.batch, count, length, self.config.seed)
 
-    def _gradients(self, tokens: Tensor) -> tuple[tuple[Tensor, ...], float, float]:
-        """Gradients of one worker's share of a step, and its `(CE_AR, CE_Diff)`."""
-        autocast: Any = contextlib.nullcontext()
-        if self.config.precision == "bf16":
-            autocast = torch.autocast("cpu", torch.bfloat16)
-        with autocast:
-            loss, ar, diff = tidar_loss(self.model, tokens, self.config.block_size, MASK_ID, self.config.alpha)
+    def _gradients(self, tokens: Tensor, block_size: int) -> tuple[tuple[Tensor, ...], float, float]:
+        """Gradients of one share of a step, and its `(CE_AR, CE_Diff)`."""
+        device = self.model.embed_tokens.weight.device
+        with torch.autocast(device.type, torch.bfloat16, self.config.precision == "bf16"):
+            loss, ar, diff = training_loss(self.model, tokens.to(device), block_size, self.config.alpha)
         return torch.autograd.grad(loss, self.parameters), ar.item(), diff.item()
 
     def step(self) -> tuple[float, float]:
-        """One optimiser step; returns its `(CE_AR, CE_Diff)` in nats a token, before the update."""
+        """One optimiser step; returns its `(CE_AR, CE_Diff)` in nats a token, before the update.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the weights are as they were.
+        """
         start = time.monotonic()
-        shares = list(self._pool.map(self._gradients, self.batch(self.done).chunk(self.config.workers)))
-        for parameter, *grads in zip(self.parameters, *(grads for grads, _, _ in shares), strict=True):
-            parameter.grad = torch.stack(grads).mean(0)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        config = self.config
+        parts = self.batch(self.done).chunk(config.shares)
+        blocks = [config.block_size(self.done, share) for share in range(config.shares)]
+        ar = diff = 0.0
+        total = [torch.zeros_like(parameter) for parameter in self.parameters]
+        # Summed share by share, in their order: the same bits whichever worker is done first.
+        for grads, share_ar, share_diff in self._map(self._gradients, parts, blocks):
+            ar, diff = ar + share_ar / config.shares, diff + share_diff / config.shares
+            for grad, part in zip(total, grads, strict=True):
+                grad.add_(part, alpha=1 / config.shares)
+        for parameter, grad in zip(self.parameters, total, strict=True):
+            parameter.grad = grad
+        if not math.isfinite(ar + diff):
+            raise FloatingPointError(f"step {self.done + 1}: expected finite losses, got AR {ar}, diffusion {diff}")
+        torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = self.config.lr_at(self.done)
+                group["lr"] = config.lr_at(self.done)
             optimiser.step()
         self.done += 1
         self.seconds += time.monotonic() - start
-        ar = sum(share[1] for share in shares) / len(shares)
-        diff = sum(share[2] for share in shares) / len(shares)
         self.curve.append([round(ar, 4), round(diff, 4)])
         return ar, diff
 
     def save(self, folder: Path) -> None:
-        """Write `state.pt`, from which `resume` goes on, and `model.safetensors`, which decodes; each atomically."""
+        """Write `state.pt`, from which `resume` goes on, and `model.safetensors`, which decodes; each atomically.
+
+        Raises:
+            OSError: one could not be written, and is what it was before.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "config": asdict(self.config),
             "corpus": self.corpus.sha256,
+            "files": self.corpus.files.record(),
+            "init": self.init_sha256,
             "done": self.done,
             "seconds": self.seconds,
             "curve": self.curve,
+            "evaluations": self.evaluations,
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        temporary = folder / f"state.pt.{os.getpid()}"
-        torch.save(state, temporary)
-        os.replace(temporary, folder / "state.pt")
-        save_checkpoint(self.model, folder / "model.safetensors", {"steps": str(self.done)}, dtype=torch.float16)
+        # Through memory: torch's own file writer turns a full disk into a RuntimeError that no longer says so.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with replacing(folder / STATE) as file:
+            file.write(buffer.getbuffer())
+        self.saved = self.done
+        save_checkpoint(self.model, folder / WEIGHTS, {"steps": str(self.done)}, dtype=torch.float16)
 
     @classmethod
-    def resume(cls, folder: Path, corpus: Corpus, steps: int | None = None) -> Trainer:
+    def resume(cls, folder: Path, corpus: Corpus, steps: int | None = None, device: str = "cpu") -> Trainer:
         """The trainer that `save` wrote into `folder`.
 
         Args:
@@ -226,114 +229,105 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no `state.pt`.
-            ValueError: it was trained on other text, or has begun to decay towards another end.
+            ValueError: it is damaged, was trained on other text, or has begun to decay towards another end.
         """
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = read_state(folder)
         if state["corpus"] != corpus.sha256:
             raise ValueError(f"resume: expected a corpus with sha256 {state['corpus']}, got {corpus.sha256}")
-        config = TrainConfig(**state["config"])
+        config = TrainConfig.from_dict(state["config"])
         if steps is not None and steps != config.steps:
             stable = min(config.stable_steps, replace(config, steps=steps).stable_steps)
             if state["done"] > stable:
                 raise ValueError(f"steps: expected {config.steps}, towards which the run decays, got {steps}")
             config = replace(config, steps=steps)
-        trainer = cls(config, corpus, state["done"], state["seconds"], state["curve"])
+        trainer = cls(config, corpus, state["done"], state["seconds"], state["curve"], device=device)
+        trainer.evaluations, trainer.init_sha256, trainer.saved = state["evaluations"], state["init"], state["done"]
         trainer.model.load_state_dict(state["model"])
         for optimiser, saved in zip(trainer.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         return trainer
 
     def run(self, folder: Path, save_every: int = 200, steps: int | None = None) -> None:
-        """Train to the end of the schedule (or for `steps` more steps), saving on the way and on Ctrl-C."""
+        """Train to the end of the schedule, or for `steps` more steps; save on the way, at the end and on Ctrl-C.
+
+        Ctrl-C waits for the step under way, for half a step could not be resumed. A second one does not wait, and then
+        nothing is saved.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C; `__cause__` is the OSError, if saving failed.
+            OSError: a checkpoint could not be written; the one before is whole.
+            FloatingPointError: a loss is not finite.
+        """
         last = self.config.steps if steps is None else min(self.config.steps, self.done + steps)
-        progress = _Progress(self)
-        try:
-            while self.done < last:
-                progress.update(*self.step())
-                if self.done % save_every == 0 and self.done < last:
-                    self.save(folder)
-        finally:
-            progress.close()
-            self.save(folder)
+        tokens = self.config.batch * self.config.seq_len
+        progress = Progress(self.config.steps, self.done, tokens, self.curve)
+        with _interrupts() as interrupts:
+            try:
+                while self.done < last and not interrupts:
+                    losses = self.step()
+                    progress.update(self.done, *losses)
+                    if self.done % save_every == 0 and self.done < last:
+                        self.save(folder)
+            finally:
+                progress.close()
+            try:
+                self.save(folder)
+            except OSError as error:
+                if interrupts:
+                    raise KeyboardInterrupt from error
+                raise
+            if interrupts:
+                raise KeyboardInterrupt
 
 
-class _Progress:
-    """One line, rewritten in place on a terminal and written every 50 steps into a log."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.first, self.start = trainer, trainer.done, time.monotonic()
-        self.average: dict[str, float] = {}
-        self.terminal = sys.stderr.isatty()
-
-    def update(self, ar: float, diff: float) -> None:
-        for name, loss in (("AR", ar), ("diffusion", diff)):
-            self.average[name] = 0.95 * self.average.get(name, loss) + 0.05 * loss
-        done, config = self.trainer.done, self.trainer.config
-        if not (self.terminal or done % 50 == 0 or done == config.steps):
-            return
-        rate = (done - self.first) / max(time.monotonic() - self.start, 1e-9)
-        left = (config.steps - done) / rate
-        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.average.items())
-        line = (
-            f"step {done}/{config.steps}  {losses} nats/byte  "
-            f"{rate * config.batch * config.seq_len:.0f} tokens/s  {left / 60:.0f} min left"
-        )
-        start, end = ("\r", "\x1b[K") if self.terminal else ("", "\n")
-        print(start + line, end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print(file=sys.stderr)
+def _check_shape(got: TransformerConfig, expected: TransformerConfig) -> None:
+    """ValueError naming what differs; the block length is how a model is used, not its shape."""
+    for name, value in expected.to_dict().items():
+        if name != "block_size" and getattr(got, name) != value:
+            raise ValueError(f"init: expected a model with {name} = {value}, got {getattr(got, name)}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this module: one option for every field of `TrainConfig`, and where to write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tidar_kernels.models.train", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for state.pt and model.safetensors")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from state.pt in --out; of the options below, only --steps may change",
-    )
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="(200)")
-    for entry in fields(TrainConfig):
-        parser.add_argument(
-            f"--{entry.name.replace('_', '-')}",
-            type=type(entry.default),
-            default=argparse.SUPPRESS,
-            help=f"({entry.default})",
-        )
-    return parser
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `Trainer.save` wrote into `folder`, on the CPU.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run from the shell; returns the exit code."""
-    parser = build_parser()
-    options = vars(parser.parse_args(argv))
-    out, resume, save_every = options.pop("out"), options.pop("resume"), options.pop("save_every")
-    if resume and options.keys() - {"steps"}:
-        parser.error(f"--resume: expected no option but --steps beside it, got {sorted(options.keys() - {'steps'})}")
-    corpus = Corpus()
+    Raises:
+        FileNotFoundError: there is no `state.pt`. ValueError: it is truncated, damaged or something else.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: expected {path}, got no such file")
     try:
-        if resume:
-            trainer = Trainer.resume(out, corpus, options.get("steps"))
-        else:
-            trainer = Trainer(TrainConfig(**options), corpus)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    parameters = sum(p.numel() for p in trainer.parameters)
-    print(f"{parameters} parameters, {corpus.num_files} files, {len(corpus.tokens)} tokens", file=sys.stderr)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"damaged data in {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = _NEEDED - state.keys()
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))} in it")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the whole state of a training run, got {error}") from None
+    # States of older versions lack these.
+    return {"init": None, "files": None, "evaluations": [], **state}
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside, Ctrl-C is noted in the list instead of raised; a second one is raised."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    # Handlers belong to the main thread, and whoever set another one wants that.
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        trainer.run(out, save_every)
-    except KeyboardInterrupt:
-        print(f"stopped after step {trainer.done}; --resume goes on", file=sys.stderr)
-        return 130
-    print(json.dumps({"steps": trainer.done, "seconds": round(trainer.seconds, 1), "last": trainer.curve[-1]}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,352 @@
+"""`tidar-kernels train`: train the package's own decoder on a folder of text, and say what it has learnt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.train_config import TrainConfig, read_toml
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    PROGRAM,
+    UserError,
+    add_device_argument,
+    add_json_argument,
+    import_torch,
+    one_line,
+    resolve_device,
+    table,
+    user_errors,
+    versions,
+    whole_number,
+)
+
+if TYPE_CHECKING:
+    from ..models.train import Trainer
+
+SUMMARY = "train the package's own byte-level decoder on a folder of text"
+
+USAGE = "--out DIR [options]"
+
+EPILOG = f"""\
+Without --data it trains on the Python standard library, a few modules held out.
+DIR gets state.pt, from which --resume goes on bit for bit; model.safetensors, for
+{PROGRAM} generate --checkpoint; figures.json and loss_curve.png.
+Ctrl-C finishes the step, saves, and exits with 130; a second one does not wait.
+
+examples:
+  {PROGRAM} train --out runs/stdlib --steps 300 --batch 4
+  {PROGRAM} train --out runs/stdlib --resume
+  {PROGRAM} train --print-config --lr 0.002 > run.toml
+  {PROGRAM} train --out runs/notes --config run.toml --data notes --suffix .md
+"""
+
+_STATE = "state.pt"  # models.train has it too, and needs PyTorch
+
+# Arguments of the package whose errors are about an option.
+_OPTION_OF = {
+    "folder": "--data",
+    "corpus": "--data",
+    "held_out": "--held-out",
+    "init": "--init",
+    "path": "--init",
+    "resume": "--resume",
+    "steps": "--steps",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="where everything is written")
+    begin = run.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--resume", action="store_true", help="go on from DIR/state.pt; of the settings below, only --steps may change"
+    )
+    begin.add_argument("--overwrite", action="store_true", help="start again, although DIR has a state.pt")
+    begin.add_argument(
+        "--print-config", action="store_true", help="print the settings as TOML, for --config, and do nothing else"
+    )
+    run.add_argument(
+        "--save-every", type=whole_number(1), default=200, metavar="N", help="steps between checkpoints (default: 200)"
+    )
+    run.add_argument(
+        "--eval-every",
+        type=whole_number(0),
+        default=500,
+        metavar="N",
+        help="steps between evaluations on the held-out files; 0: only at the end, where there always is one "
+        "(default: 500)",
+    )
+    add_device_argument(run)
+    add_json_argument(run)
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--data", type=Path, metavar="FOLDER", help="train on its files; default the standard library")
+    text.add_argument(
+        "--suffix", action="append", type=_suffix, metavar=".EXT", help="of these files; repeatable (default: .py)"
+    )
+    text.add_argument(
+        "--held-out",
+        action="append",
+        metavar="NAME",
+        help="a file never trained on, relative to FOLDER; repeatable (default: about 1 in 20, by a hash of the name)",
+    )
+
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; the options below win over it")
+    settings.add_argument(
+        "--init", type=Path, metavar="FILE.safetensors", help="weights to start from, of the same shape"
+    )
+    for entry in fields(TrainConfig):
+        _add_setting(settings, entry)
+
+
+def _add_setting(parser: argparse._ActionsContainer, entry: Field[Any]) -> None:
+    """One option for one setting; absent from the namespace unless given."""
+    low, choices, kind = entry.metadata["low"], entry.metadata["choices"], type(entry.default)
+    options: dict[str, Any] = {"choices": choices}
+    if kind is tuple:
+        options = {"type": _whole_numbers, "metavar": "N,N"}
+    elif kind is int:
+        options = {"type": whole_number(int(low)), "metavar": "N"}
+    elif kind is float:
+        options = {"type": _number, "metavar": "X"}
+    parser.add_argument(
+        f"--{entry.name.replace('_', '-')}",
+        default=argparse.SUPPRESS,
+        help=f"{entry.metadata['help']} (default: {_shown(entry.default)})",
+        **options,
+    )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
+def _suffix(text: str) -> str:
+    if not text.strip("."):
+        raise argparse.ArgumentTypeError(f"expected how names end, like .txt, got {text!r}")
+    return text if text.startswith(".") else f".{text}"
+
+
+def run(options: argparse.Namespace) -> int:
+    given = {entry.name: getattr(options, entry.name) for entry in fields(TrainConfig) if hasattr(options, entry.name)}
+    if options.data is None and (options.suffix or options.held_out):
+        raise UserError("--suffix, --held-out: expected --data beside them, got none")
+    if options.resume:
+        _only_what_resumes(options, given)
+        config = None
+    else:
+        config = _settings(options.config, given)
+        if options.print_config:
+            print(config.to_toml(), end="")
+            return OK
+    _check_out(options)
+
+    import_torch()
+    device = str(resolve_device(options.device))
+    with user_errors(OSError, ValueError, rename=_OPTION_OF):
+        trainer = _trainer(options, config, given.get("steps"), device)
+        held_out = trainer.corpus.files.held_out_texts()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: expected a folder to write into, got {options.out} ({error.strerror})") from error
+    if not os.access(options.out, os.W_OK):
+        raise UserError(f"--out: expected a folder to write into, got {options.out} (not writable)")
+    return _train(trainer, held_out, options)
+
+
+def _settings(file: Path | None, given: dict[str, Any]) -> TrainConfig:
+    """Defaults, then the file, then the options; an error names where the setting came from."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = read_toml(file)
+        except OSError as error:
+            raise UserError(f"--config: expected a readable file, got {file} ({error.strerror})") from error
+        except ValueError as error:
+            raise UserError(f"--config: expected TOML, got {file} ({one_line(error)})") from error
+    origin = {name: f"{file}: {name}" for name in values} | {name: f"--{name.replace('_', '-')}" for name in given}
+    with user_errors(TypeError, ValueError, rename=origin):
+        return TrainConfig.from_dict({**values, **given})
+
+
+def _only_what_resumes(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    names = [name for name in ("config", "init") if getattr(options, name) is not None]
+    names += [name for name in given if name != "steps"]
+    if names:
+        option = f"--{names[0].replace('_', '-')}"
+        raise UserError(f"--resume: expected no setting but --steps beside it, got {option}")
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    """Nothing of an earlier run is lost unless `--overwrite` says so."""
+    if options.out is None:
+        raise UserError(f"--out: expected a folder, got none (see {PROGRAM} train --help)")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out: expected a folder, got the file {options.out}")
+    state = options.out / _STATE
+    if options.resume and not state.is_file():
+        raise UserError(f"--resume: expected {state}, got no such file")
+    if state.exists() and not (options.resume or options.overwrite):
+        raise UserError(
+            f"--out: expected a folder without a run, got {state}; --resume goes on, --overwrite starts again"
+        )
+
+
+def _trainer(options: argparse.Namespace, config: TrainConfig | None, steps: int | None, device: str) -> Trainer:
+    """A new trainer, or without `config` the one that was saved."""
+    from ..models import load_checkpoint
+    from ..models.data import Corpus, TextFiles, folder_files
+    from ..models.train import Trainer, read_state
+
+    init = None if options.init is None else load_checkpoint(options.init)
+    # A run goes on with its own files, unless they have moved.
+    files = TextFiles.from_record(read_state(options.out)["files"]) if config is None and options.data is None else None
+    if options.data is not None:
+        files = folder_files(options.data, options.suffix or (".py",), options.held_out or ())
+    corpus = Corpus(files)
+    if config is None:
+        return Trainer.resume(options.out, corpus, steps, device)
+    return Trainer(config, corpus, init=init, device=device)
+
+
+def _train(trainer: Trainer, held_out: dict[str, bytes], options: argparse.Namespace) -> int:
+    """Train, evaluate and report; what is for people goes to standard error where a program reads the rest."""
+    say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    try:
+        say(_heading(trainer))
+        while True:
+            until = options.eval_every - trainer.done % options.eval_every if options.eval_every else None
+            trainer.run(options.out, options.save_every, until)
+            files = _evaluate(trainer, held_out, options.out, say)
+            if trainer.done == trainer.config.steps:
+                break
+    except KeyboardInterrupt as interrupt:
+        print(_stopped(trainer, options.out, interrupt), file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{options.out}: {one_line(error)}; {_kept(trainer, options.out)}") from error
+    except FloatingPointError as error:
+        print(f"{PROGRAM}: error: {one_line(error)}; {_kept(trainer, options.out)}", file=sys.stderr)
+        return FAILED
+    report = _report(trainer, files)
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print(f"{report['steps']} steps, {report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tokens/s")
+        print(f"in {options.out}: {', '.join(Path(path).name for path in files.values() if path)}")
+    return OK
+
+
+def _heading(trainer: Trainer) -> str:
+    corpus = trainer.corpus
+    parameters = sum(p.numel() for p in trainer.parameters)
+    held_out = len(corpus.files.held_out)
+    return (
+        f"{parameters:,} parameters on {trainer.device}; {corpus.num_files} files of {len(corpus.tokens):,} tokens in "
+        f"{corpus.files.folder}, {held_out} more held out; step {trainer.done} of {trainer.config.steps}"
+    )
+
+
+def _evaluate(
+    trainer: Trainer, held_out: dict[str, bytes], out: Path, say: Callable[[str], None]
+) -> dict[str, str | None]:
+    """Evaluate, print a table, write figures and curve; the paths of what the run has written."""
+    from ..models.train import STATE, WEIGHTS
+    from ..models.train_report import CURVE, FIGURES, draw_curve, evaluate_run, run_figures, write_figures
+
+    evaluation = evaluate_run(trainer, held_out)
+    for line in _evaluation_lines(evaluation):
+        say(line)
+    figures = {
+        **run_figures(trainer),
+        "data": trainer.corpus.files.record(),
+        "evaluations": trainer.evaluations,
+        "device": trainer.device,
+        "versions": versions(),
+    }
+    write_figures(figures, out / FIGURES)
+    curve: str | None = str(out / CURVE)
+    try:
+        draw_curve(figures, out / CURVE)
+    except ImportError:
+        curve = None
+        if trainer.done == trainer.config.steps:
+            say(f"{CURVE}: not drawn, for matplotlib is not installed")
+    written = {"state": STATE, "weights": WEIGHTS, "figures": FIGURES}
+    return {name: str(out / file) for name, file in written.items()} | {"curve": curve}
+
+
+def _evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
+    """A table with a line for each block length, as far as there was text for it."""
+    rows = [("B", "bits/byte AR", "diffusion", "AR right", "tokens/forward", "mask rows right, %")]
+    for block in evaluation["blocks"]:
+        measured = "ar_accuracy" in block
+        rows.append(
+            (
+                f"{block['block_size']}",
+                f"{block['ar_bits_per_byte']:.3f}" if measured else "-",
+                f"{block['diffusion_bits_per_byte']:.3f}" if measured else "-",
+                f"{block['ar_accuracy']:.1%}" if measured else "-",
+                f"{block['tokens_per_forward']:.2f}" if "tokens_per_forward" in block else "-",
+                " ".join(f"{100 * share:.0f}" for share in block["mask_row_accuracy"]) if measured else "-",
+            )
+        )
+    lines = [f"held out, step {evaluation['step']}:", *(f"  {line}" for line in table(rows, ">>>>><"))]
+    return lines + [f"  not measured, {reason}" for reason in evaluation["skipped"]]
+
+
+def _stopped(trainer: Trainer, out: Path, interrupt: KeyboardInterrupt) -> str:
+    why = f"; not saved ({one_line(interrupt.__cause__)})" if interrupt.__cause__ else ""
+    return f"stopped after step {trainer.done} of {trainer.config.steps}{why}; {_kept(trainer, out)}"
+
+
+def _kept(trainer: Trainer, out: Path) -> str:
+    """What is on the disk, and how to go on from there."""
+    if trainer.saved is None:
+        return "there is no checkpoint of this run"
+    return f"step {trainer.saved} is saved, {shlex.join([PROGRAM, 'train', '--out', str(out), '--resume'])} goes on"
+
+
+def _report(trainer: Trainer, files: dict[str, str | None]) -> dict[str, Any]:
+    """What `--json` prints at the end."""
+    ar, diffusion = trainer.curve[-1]
+    tokens = trainer.done * trainer.config.batch * trainer.config.seq_len
+    return {
+        "steps": trainer.done,
+        "seconds": trainer.seconds,
+        "tokens_per_second": tokens / trainer.seconds,
+        "losses": {"autoregressive": ar, "diffusion": diffusion},
+        "evaluation": trainer.evaluations[-1],
+        "files": files,
+        "device": trainer.device,
+        "versions": versions(),
+    }

@@ -1,0 +1,169 @@
+"""What a training run is: every setting that its bits depend on, checked, and as TOML.
+
+No PyTorch here: the command makes its options and its help from these fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TrainConfig", "read_toml"]
+
+
+def _setting(default: Any, text: str, low: float = 0, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text and the values that it takes: numbers >= `low`, or one of `choices`."""
+    return field(default=default, metadata={"help": text, "low": low, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run of the package's own decoder on bytes.
+
+    The learning rate rises over `warmup` steps, stays, and falls along a cosine over the last `decay` share of them.
+    Before it falls, every sequence is cut in two halves: the same tokens with less attention. So two runs that differ
+    in `steps` are the same run until the shorter one decays.
+
+    A step is `workers * accumulate` shares, whose gradients are computed apart and added in their order. On a CPU the
+    workers are threads, one core each: they meet once a step, where threads inside each operator would meet thousands
+    of times and stall whenever one core is busy with something else.
+
+    Raises:
+        TypeError, ValueError: a setting is of the wrong type or out of range, or two do not fit together.
+    """
+
+    steps: int = _setting(3600, "optimiser steps in all", 1)
+    batch: int = _setting(6, "sequences in a step", 1)
+    seq_len: int = _setting(512, "S, clean tokens of a sequence; half as many before the learning rate decays", 2)
+    block_sizes: tuple[int, ...] = _setting(
+        (8, 16), "block lengths B that the shares of a step take in turn; decoding takes the first by default", 1
+    )
+    alpha: float = _setting(1.0, "weight of the autoregressive loss against the diffusion loss")
+    lr: float = _setting(4e-3, "peak learning rate")
+    final_lr: float = _setting(0.05, "what it falls to, as a share of the peak")
+    warmup: int = _setting(60, "steps in which the learning rate rises", 1)
+    decay: float = _setting(0.3, "share of the steps, at the end, in which it falls: 1 for all after the warm-up")
+    weight_decay: float = _setting(0.1, "decoupled weight decay of the layers' matrices")
+    grad_clip: float = _setting(1.0, "largest norm of a step's gradient")
+    seed: int = _setting(0, "fixes the first weights and every window of text")
+    optimizer: str = _setting(
+        "muon", "muon for the layers' matrices, with AdamW for the rest; or adamw for all", choices=("muon", "adamw")
+    )
+    precision: str = _setting(
+        "bf16", "bf16 runs the forward pass under autocast, with float32 weights", choices=("bf16", "fp32")
+    )
+    workers: int = _setting(2, "CPU threads that share a step by sequences, one core each", 1)
+    accumulate: int = _setting(1, "shares that each worker computes one after the other before a step", 1)
+    hidden_size: int = _setting(192, "width of the model", 1)
+    intermediate_size: int = _setting(640, "width inside its MLPs", 1)
+    num_layers: int = _setting(8, "its layers", 1)
+    num_heads: int = _setting(4, "query heads of a layer", 1)
+    num_kv_heads: int = _setting(2, "key and value heads of a layer", 1)
+    head_dim: int = _setting(32, "dimension of a head", 1)
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+        if self.batch % self.shares:
+            raise ValueError(f"batch: expected a multiple of workers x accumulate = {self.shares}, got {self.batch}")
+        if self.seq_len % 2:
+            raise ValueError(f"seq_len: expected an even number, which is halved at the start, got {self.seq_len}")
+        if max(self.block_sizes) > self.seq_len // 2:
+            raise ValueError(
+                f"block_sizes: expected each <= seq_len / 2 = {self.seq_len // 2}, got {list(self.block_sizes)}"
+            )
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a share in (0, 1], got {self.decay}")
+        if self.grad_clip == 0:
+            raise ValueError("grad_clip: expected > 0, got 0")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The settings in `values`, defaults for the rest; ValueError for a name that is not a setting."""
+        known = [entry.name for entry in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name}: expected one of the settings {', '.join(known)}, got {name!r}")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """The settings as a TOML file that `read_toml` reads, each below what it means."""
+        lines = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            # JSON's strings, numbers and lists are TOML's too.
+            lines += [f"# {entry.metadata['help']}", f"{entry.name} = {json.dumps(value)}"]
+        return "\n".join(lines) + "\n"
+
+    @property
+    def shares(self) -> int:
+        """Parts of a step whose gradients are computed apart."""
+        return self.workers * self.accumulate
+
+    @property
+    def stable_steps(self) -> int:
+        """Steps before the decay."""
+        return self.steps - math.ceil(self.decay * self.steps)
+
+    def window(self, step: int) -> tuple[int, int]:
+        """`(sequences, clean tokens of each)` of a step."""
+        if step < self.stable_steps:
+            return 2 * self.batch, self.seq_len // 2
+        return self.batch, self.seq_len
+
+    def block_size(self, step: int, share: int) -> int:
+        """Block length of one share of a step."""
+        return self.block_sizes[(step * self.shares + share) % len(self.block_sizes)]
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, constant, cosine decay."""
+        progress = max(0, step - self.stable_steps) / (self.steps - self.stable_steps)
+        decayed = self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * min(1.0, (step + 1) / self.warmup) * decayed
+
+
+def _checked(entry: Field[Any], value: Any) -> Any:
+    """A setting's value in its own type, or an error; True is not a number here."""
+    low, choices = entry.metadata["low"], entry.metadata["choices"]
+    kind: type = type(entry.default)
+    if kind is tuple:
+        if not isinstance(value, (list, tuple)) or not value or any(type(one) is not int for one in value):
+            raise TypeError(f"{entry.name}: expected a list of one or more whole numbers, got {value!r}")
+        value, numbers = tuple(value), value
+    elif kind is str:
+        if value not in choices:
+            raise ValueError(f"{entry.name}: expected one of {', '.join(choices)}, got {value!r}")
+        numbers = ()
+    else:
+        # The comparison is false for NaN, infinities and integers that no float holds.
+        if type(value) not in (int, kind) or not abs(value) <= sys.float_info.max:
+            raise TypeError(f"{entry.name}: expected a {'whole ' * (kind is int)}number, got {value!r}")
+        value = kind(value)
+        numbers = (value,)
+    if any(number < low for number in numbers):
+        raise ValueError(f"{entry.name}: expected {'each ' * (kind is tuple)}>= {low:g}, got {value!r}")
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, unchecked.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is not TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(path.read_text(encoding="utf-8"))
