@@ -1,4 +1,4 @@
-"""`make bench`: operators and decoding on this machine's CPU, as JSON.
+"""`make bench`: operators, training attention and decoding on this machine's CPU, as JSON.
 
 python -m benchmarks --out DIR
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from . import decode, record
+from . import decode, record, training
 
 
 def main() -> int:
@@ -40,7 +40,8 @@ def main() -> int:
     for line in rows:
         line.pop("case", None)
     record.write(options.out / "operators-cpu.json", "operators", "cpu", rows)
-    return decode.main(["--out", str(options.out)])
+    out = ["--out", str(options.out)]
+    return training.main(out) or decode.main(out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 import tidar_kernels as tk
 
+from . import training
 from .step import Operands, Workload
 
 STEPS = [Workload("Qwen2.5-1.5B", 12, 2, 128, block, context) for block in (0, 4, 8) for context in (512, 4096)]
@@ -36,3 +37,14 @@ def test_append_kv(benchmark: Any, block_size: int) -> None:
         if not torch.equal(cache[:, b, :, length : length + block_size], new[:, b]):
             pytest.fail("append_kv wrote something else; no speed is reported")
     benchmark(tk.append_kv, k_cache, v_cache, k, v, lengths)
+
+
+@pytest.mark.parametrize("case", [training.Workload(512, 16, 4, 4, 64), training.Workload(512, 16, 8, 2, 64)], ids=str)
+@pytest.mark.parametrize("direction", training.DIRECTIONS)
+@pytest.mark.parametrize("implementation", ["tidar_kernels", "sdpa_dense_mask"])
+def test_attention(benchmark: Any, case: training.Workload, direction: str, implementation: str) -> None:
+    operands = training.Operands(case, "cpu", torch.float32)
+    calls = training.IMPLEMENTATIONS[implementation](operands)
+    call, _ = training.checked(operands, implementation, calls, direction)
+    benchmark.extra_info.update(vars(case))
+    benchmark(call)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,3 +55,44 @@ def time_cuda(calls: Sequence[Callable[[], Any]], budget_s: float = 0.15) -> dic
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3 / len(calls))
     return summary(seconds)
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]], budget_s: float, at_least: int = 5
+) -> dict[str, dict[str, float]]:
+    """Time calls on the host, one of each after the other, so that load on the machine meets all of them alike.
+
+    Takes about `budget_s` seconds, at least `at_least` rounds, after two warm-up rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, spent = -2, 0.0
+    while calls and (rounds < at_least or spent < budget_s):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+            spent += seconds[name][-1] if rounds >= 0 else 0.0
+        rounds += 1
+    return {name: summary(values[2:]) for name, values in seconds.items()}
+
+
+def time_stream(call: Callable[[], Any], budget_s: float = 0.2) -> dict[str, float]:
+    """Time a call on the current CUDA stream, without a graph: for calls of a millisecond and more.
+
+    The calls are queued behind each other with an event in between, so that the host stays ahead of the device.
+    """
+    call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = max(5, min(50, int(budget_s / (time.perf_counter() - started))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 2)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    # The first interval holds the host's own time: the device was idle when it began.
+    pairs = itertools.pairwise(events[1:])
+    return summary([begin.elapsed_time(end) / 1e3 for begin, end in pairs])

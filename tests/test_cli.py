@@ -229,6 +229,7 @@ FIGURES = {
 }
 SETTING = {
     "prompt": dict,
+    "sampling": dict,
     "checkpoint": str,
     "device": str,
     "gpu": type(None),
@@ -695,7 +696,7 @@ def test_every_json_field_is_documented(run: Run, healthy: None) -> None:
     sections = dict(zip(*[iter(re.split(r"^## (\w+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
     assert list(sections) == list(cli.COMMANDS)
     reports = {
-        "generate": FIGURES.keys() | SETTING.keys() | {"modes", "identical"},
+        "generate": FIGURES.keys() | SETTING.keys() | {"modes", "identical", "promise"},
         "doctor": json.loads(run("doctor", "--device", "cpu", "--json")[1]).keys(),
         "draw": json.loads(run("draw", "step", "--json")[1]).keys(),
     }

@@ -16,7 +16,7 @@ from tidar_kernels import patterns, testing
 
 pytest.importorskip("triton")
 
-from tidar_kernels.kernels import configs, step_attention
+from tidar_kernels.kernels import configs, step_attention, verify
 from tidar_kernels.kernels.configs import CHIPS, HEAD_DIM_TILES, TileConfig
 from tidar_kernels.testing.compilation import (
     SHARED_LIMITS,
@@ -133,3 +133,29 @@ def test_spills_are_seen(cc: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_kernels_do_not_compile() -> None:
     with pytest.raises(RuntimeError, match=r"^TRITON_INTERPRET: expected unset for compiling, got 1$"):
         compile_report(None, 90)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cc", CHIPS)
+@pytest.mark.parametrize("rule", [verify.COUPLED, verify.REJECTION, verify.POINT_MASS])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "mix_and_seen"])
+def test_verify(cc: int, rule: int, extras: bool) -> None:
+    """One binary serves every vocabulary; the dtypes of logits differ in a load."""
+    batch, rows, vocab_size = 2, 8, 151_936
+    dtype = torch.bfloat16 if cc == 90 else torch.float32
+    logits = torch.empty(batch, rows, vocab_size, dtype=dtype, device="meta")
+    integers, knobs = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty(batch, 5, device="meta")
+    launches, _ = verify.plan_verify(
+        logits,
+        torch.empty(batch, rows, dtype=torch.int64, device="meta"),
+        integers,
+        knobs,
+        integers,
+        torch.empty(batch, vocab_size, dtype=torch.bool, device="meta") if extras else None,
+        logits if rule == verify.REJECTION else None,
+        logits if extras else None,
+        0.5,
+        rule,
+        0,
+    )
+    for launch in launches:
+        check(compile_report(launch, cc), torch.float32)

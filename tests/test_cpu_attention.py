@@ -27,6 +27,7 @@ SMALL = {
     "TILE": 4,
     "EDGE_KEYS": 4,
     "GATHERED": 100,
+    "MERGED": 1000,
     "KEPT_WIDTH": 20,
 }
 

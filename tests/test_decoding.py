@@ -155,15 +155,14 @@ def test_cache_holds_what_the_causal_rows_wrote(model, mode, block_size) -> None
             view.index = index
             return view
 
-    decoder = Decoder(model, block_size, mode=mode)
-    run = decoder._start(PROMPTS, 24, ())
-    run.result.cache.__class__ = Recorder
-    for _ in decoder._steps(run):
+    stream = Decoder(model, block_size, mode=mode).stream(PROMPTS, 24)
+    stream.result.cache.__class__ = Recorder
+    for _ in stream:
         pass
-    cache, masks_seen = run.result.cache, 0
+    cache, masks_seen = stream.result.cache, 0
     lengths = [len(prompt) + 24 for prompt in PROMPTS]
     assert cache.lengths.tolist() == lengths
-    for b, (prompt, tokens) in enumerate(zip(PROMPTS, run.result.tokens, strict=True)):
+    for b, (prompt, tokens) in enumerate(zip(PROMPTS, stream.result.tokens, strict=True)):
         fresh = tk.KVCache(num_layers=2, batch_size=1, num_kv_heads=2, head_dim=16, max_len=lengths[b])
         with torch.inference_mode():
             model(torch.tensor([prompt + tokens]), tk.patterns.causal(lengths[b]), fresh)

@@ -25,13 +25,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports from its own floor and from those below. "__init__" is the package's front door.
 FLOORS = (
-    {"_checks", "drawing", "families", "patterns"},
+    {"_checks", "drawing", "families", "noise", "patterns"},
     {"eager"},
     {"kernels"},
     {"cpu", "cpu_attention", "ops"},
     {"cache"},
     {"loss", "sampling"},
     {"layers"},
+    {"session"},
     {"decoding"},
     {"models"},
     {"integrations"},

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .loss import TiDARLoss, tidar_loss
     from .ops import append_kv, attention, step_attention
     from .patterns import Pattern
+    from .sampling import SamplingParams, sample, verify
+    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -25,14 +27,18 @@ __all__ = [
     "GenerationResult",
     "KVCache",
     "Pattern",
+    "SamplingParams",
+    "Session",
     "TiDARAttention",
     "TiDARLoss",
     "append_kv",
     "attention",
     "eager",
     "patterns",
+    "sample",
     "step_attention",
     "tidar_loss",
+    "verify",
 ]
 
 _MODULES = {
@@ -42,6 +48,8 @@ _MODULES = {
     "loss": ("TiDARLoss", "tidar_loss"),
     "ops": ("append_kv", "attention", "step_attention"),
     "patterns": ("Pattern",),
+    "sampling": ("SamplingParams", "sample", "verify"),
+    "session": ("Session",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -13,6 +13,7 @@ row, a piece yields its exact share of the gradients. Sums run in a fixed order 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ CHUNK = 256  # rows of a rectangle; ATen's kernel is 15 % slower a pair at 128, 
 MIN_RECTANGLE = 64  # keys; fewer are left to the edge
 TILE = 32  # rows of an edge tile
 EDGE_KEYS = 16  # edges are as wide as a multiple of this, so that many have one shape
-GATHERED = 2048  # keys gathered at a time, unless one tile alone has more
+GATHERED = 1024  # keys gathered at a time, unless one tile has more; at 4096 page faults cost 5 % of a forward pass
+MERGED = 2**17  # elements merged at a time, unless one head has more
 KEPT_WIDTH = 1024  # masks of edges up to this width are kept: at most 4 kB a row
 
 
@@ -244,6 +246,22 @@ class _Heads:
         return (mask if self.group == 1 else mask.repeat(1, self.group, *[1] * (mask.ndim - 2))).unsqueeze(1)
 
 
+def _merge(so_far: Tensor, so_far_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add to `so_far [a, b, rows, d]` and its lse, in place, what other keys gave for the same rows."""
+    # weights exp(part_lse) : exp(so_far_lse), as a sigmoid of their difference: no overflow, and exact at -inf
+    weight = torch.sigmoid(part_lse - so_far_lse).unsqueeze(-1)
+    # A few heads at a time: temporaries stay in cache, and small enough for the allocator not to give them back.
+    size, width = so_far.shape[:2]
+    inner = max(1, min(width, MERGED // so_far.shape[2:].numel()))
+    outer = max(1, MERGED // (inner * so_far.shape[2:].numel())) if inner >= width else 1
+    for a, b in itertools.product(range(0, size, outer), range(0, width, inner)):
+        some = slice(a, a + outer), slice(b, b + inner)
+        wide = so_far[some].to(weight.dtype).lerp_(part[some].to(weight.dtype), weight[some])
+        if wide.dtype != so_far.dtype:
+            so_far[some] = wide
+    torch.logaddexp(so_far_lse, part_lse, out=so_far_lse)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Forward: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q."""
     plan = _plan_of(lead, own)
@@ -278,10 +296,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale:
                 so_far.copy_(part)
                 so_far_lse.copy_(part_lse)
                 continue
-            # weights exp(part_lse) : exp(so_far_lse), as a sigmoid of their difference: no overflow, and exact at -inf
-            weight = torch.sigmoid(part_lse - so_far_lse).unsqueeze(-1)
-            so_far.copy_(torch.lerp(so_far.to(lse.dtype), part.to(lse.dtype), weight))
-            torch.logaddexp(so_far_lse, part_lse, out=so_far_lse)
+            _merge(so_far, so_far_lse, part, part_lse)
     return out, lse
 
 

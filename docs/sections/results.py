@@ -1,4 +1,4 @@
-"""Tables drawn from the results files of benchmarks/results/, for README.md and docs/performance.md."""
+"""Tables and pictures drawn from the results files of benchmarks/results/, for README.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sections import Section
+from benchmarks import plots
+from sections import Picture, Section
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -105,8 +106,126 @@ def operators_table() -> str:
     return "\n\n".join(parts)
 
 
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    """Time and, in brackets, time against the floor; a dash without figures."""
+    if row is None or "p50_us" not in row:
+        return "–"
+    return f"{row['p50_us'] / 1e3:.1f} ({row['against_floor']:.2f} x)"
+
+
+def _by_case(result: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """(operands, direction) -> implementation -> row, of training attention, in the file's order."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["operator"] == "attention":
+            names = ("dtype", "head_dim", "num_heads", "num_kv_heads", "seq_len", "direction")
+            cases.setdefault(tuple(row[name] for name in names), {})[row["implementation"]] = row
+    return cases
+
+
+def training_table() -> str:
+    """Training attention on the CPU: the peers side by side, and the picture of it."""
+    files = _load("training-cpu.json")
+    if not files:
+        return "No figures of training attention are published yet: `make bench` measures them."
+    parts = []
+    for result in files:
+        cases = _by_case(result)
+        names = ("causal_sdpa", "tidar_kernels", "flex_attention", "sdpa_dense_mask")
+        lines = [
+            "| | query/kv heads | | floor, ms | `tk.attention` | FlexAttention, compiled | SDPA, dense mask |",
+            "| :--- | ---: | :--- | ---: | ---: | ---: | ---: |",
+        ]
+        for (dtype, _, heads, kv_heads, _, direction), rows in cases.items():
+            floor, *others = (rows.get(name) for name in names)
+            first = f"{floor['p50_us'] / 1e3:.1f}" if floor else "–"
+            figures = " | ".join(_milliseconds(row) for row in others)
+            lines.append(f"| {dtype} | {heads}/{kv_heads} | {direction} | {first} | {figures} |")
+        row = next(row for row in result["rows"] if row["operator"] == "attention")
+        notes = {
+            f"{plots.LABELS[row['implementation']]}, {row['direction']}: {row['not_available']}"
+            for row in result["rows"]
+            if row["operator"] == "attention" and "not_available" in row
+        }
+        parts += [
+            "![time of training attention against the floor](images/training_cpu.png)",
+            "\n".join(lines),
+            f"TiDAR training at S = {row['seq_len']} ({row['rows']} rows), B = {row['block_size']}, head dim "
+            f"{row['head_dim']}, batch {row['batch']}; milliseconds and, in brackets, times the floor: two causal SDPA "
+            f"calls on S rows, K/V heads repeated beforehand. Implementations take turns; medians; the backward pass "
+            f"alone. {_where(result)}.",
+            *(f"No figures for {note}" for note in sorted(notes)),
+        ]
+    return "\n\n".join(parts)
+
+
+def training_memory_table() -> str:
+    """Peak memory of a forward and backward pass over sequence lengths."""
+    parts = []
+    for result in _load("training-cpu.json"):
+        rows = [row for row in result["rows"] if row["operator"] == "attention_memory" and "peak_bytes" in row]
+        lines = ["| | S | peak, MiB | bytes a clean token |", "| :--- | ---: | ---: | ---: |"]
+        lines += [
+            f"| {plots.LABELS[row['implementation']]} | {row['seq_len']} | {row['peak_bytes'] / 2**20:.0f} "
+            f"| {row['bytes_per_token']:,} |"
+            for row in rows
+        ]
+        if rows:
+            heads = f"{rows[0]['num_heads']} heads, head dim {rows[0]['head_dim']}, {rows[0]['dtype']}"
+            parts.append(
+                "\n".join(lines) + f"\n\nGrowth of the peak resident memory in one forward and backward pass, operands "
+                f"not counted, each in a fresh process; {heads}. {_where(result)}."
+            )
+    return "\n\n".join(parts) or "No figures are published yet: `make bench` measures them."
+
+
+def training_gpu_table() -> str:
+    """Training attention on CUDA, where somebody has run `make gpu`."""
+    files = [result for result in _load("training-*.json") if result["machine"]["device"] == "cuda"]
+    if not files:
+        return (
+            "No GPU figures are published yet: `make gpu` measures them and writes the file this table is drawn from."
+        )
+    parts = []
+    peers = ("flex_attention", "sdpa_dense_mask", "causal_flash", "causal_cudnn")
+    for result in files:
+        lines = [
+            "| d | query/kv heads | S | | `tk.attention` | "
+            + " | ".join(plots.LABELS[name] for name in peers)
+            + " | of FlexAttention | of the best causal |",
+            "| ---: | ---: | ---: | :--- |" + " ---: |" * (len(peers) + 3),
+        ]
+        for (_, head_dim, heads, kv_heads, seq_len, direction), rows in _by_case(result).items():
+            rate = {name: row["tflops"] for name, row in rows.items() if "tflops" in row}
+            ours = rate.get("tidar_kernels")
+            best = max((rate[name] for name in peers[2:] if name in rate), default=None)
+            cells = [f"{rate[name]:.0f}" if name in rate else "–" for name in ("tidar_kernels", *peers)]
+            cells += [f"{ours / x:.2f} x" if ours and x else "–" for x in (rate.get("flex_attention"), best)]
+            lines.append(f"| {head_dim} | {heads}/{kv_heads} | {seq_len} | {direction} | {' | '.join(cells)} |")
+        parts.append(
+            "\n".join(lines) + "\n\nTFLOP/s on live pairs, 4 d FLOPs a pair and query head forward, 10 d backward; "
+            f"bfloat16. {_where(result)}."
+        )
+    return "\n\n".join(parts)
+
+
+def _training_result() -> dict[str, Any]:
+    return _load("training-cpu.json")[0]
+
+
 SECTIONS: dict[str, Section] = {
     "decode-table": decode_table,
     "gpu-table": gpu_table,
     "operators-table": operators_table,
+    "training-gpu-table": training_gpu_table,
+    "training-memory-table": training_memory_table,
+    "training-table": training_table,
 }
+
+# The picture exists where its results do.
+PICTURES: dict[str, Picture] = {}
+if (RESULTS / "training-cpu.json").is_file():
+    PICTURES["images/training_cpu.png"] = Picture(
+        lambda path: plots.save_training(_training_result(), path),
+        lambda: plots.training_description(_training_result()),
+    )

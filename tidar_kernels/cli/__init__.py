@@ -23,7 +23,7 @@ _BROKEN_PIPE = 128 + 13  # as a shell reports a command that SIGPIPE ended
 _EPILOG = f"""\
 exit codes:
   {OK}    all went well
-  {FAILED}    a check failed, or the outputs differ
+  {FAILED}    a check failed, or outputs differ that must not
   {USAGE}    an argument or an input file is no good; standard error says why
   {INTERRUPTED}  interrupted (Ctrl-C)
 

@@ -13,10 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Number = TypeVar("Number", int, float)
 
 PROGRAM = "tidar-kernels"
 OK, FAILED, USAGE = 0, 1, 2
@@ -58,14 +60,19 @@ def one_line(message: object) -> str:
 
 def whole_number(at_least: int) -> Callable[[str], int]:
     """An argparse type: an int >= `at_least`."""
+    return number(int, lambda value: value >= at_least, f"a whole number >= {at_least}")
 
-    def convert(text: str) -> int:
+
+def number(kind: type[Number], fits: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:
+    """An argparse type: a number of this kind that fits; `expected` says in words which do."""
+
+    def convert(text: str) -> Number:
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            value = at_least - 1
-        if value < at_least:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {at_least}, got {text!r}")
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return convert

@@ -26,6 +26,7 @@ from .common import (
     versions,
     whole_number,
 )
+from .sampling import Sampling, add_sampling_arguments
 
 if TYPE_CHECKING:
     from ..decoding import Decoder, GenerationResult, Mode
@@ -36,14 +37,17 @@ SUMMARY = "decode a prompt, several tokens a forward pass"
 USAGE = "(--prompt TEXT | --prompt-file PATH | --demo) [options]"
 
 EPILOG = f"""\
-Decoding is greedy, so --mode tidar gives what --mode autoregressive gives, token
-for token; --compare runs both and checks it. Figures count decode steps only,
-after a warm-up; the prompt's forward pass is reported apart.
+By default decoding is greedy, and --mode tidar gives what --mode autoregressive
+gives, token for token. At --temperature above 0 the coupled rule still does, for
+each --seed; the two others keep to its distribution, and --beta below 1 to neither.
+--compare runs both modes, and checks outputs that must be identical. Figures count
+decode steps only, after a warm-up; the prompt's forward pass is reported apart.
 
 examples:
   {PROGRAM} generate --demo
   {PROGRAM} generate --prompt 'def mean(values):' --max-new-tokens 64
   {PROGRAM} generate --prompt-file module.py --compare --threads 2
+  {PROGRAM} generate --demo --temperature 0.8 --top-p 0.95 --seed 7
   head -c 500 module.py | {PROGRAM} generate --prompt-file - --json
 """
 
@@ -81,9 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
-        help="decode in the other mode too, compare outputs and speed; exit with 1 if the outputs differ "
+        help="decode in the other mode too, compare outputs and speed; exit with 1 if outputs differ that must not "
         "(default: only with --demo)",
     )
+    add_sampling_arguments(parser.add_argument_group("sampling"))
 
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", metavar="PATH", help="a safetensors checkpoint; default the shipped model")
@@ -115,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
     model, device = _load_model(options)
     other: Mode = "autoregressive" if options.mode == "tidar" else "tidar"
     modes: list[Mode] = [options.mode, other] if compare else [options.mode]
-    tasks = [_Task(model, prompt, mode, options.block_size, options.max_new_tokens) for mode in modes]
+    sampling = Sampling.of(options)
+    tasks = [_Task(model, prompt, mode, options.block_size, options.max_new_tokens, sampling) for mode in modes]
     for task in tasks:
         task.warm_up()
 
@@ -133,10 +139,10 @@ def run(options: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
     }
     if options.json:
-        print_json(_as_json(passes, identical, prompt, options, setting))
+        print_json(_as_json(passes, identical, prompt, options, sampling, setting))
     else:
-        _print_report(terminal, passes, identical, setting)
-    return OK if identical else FAILED
+        _print_report(terminal, passes, identical, sampling, setting)
+    return OK if identical or sampling.promise != "tokens" else FAILED
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,13 @@ class _Task:
     """One prompt to decode in one mode."""
 
     def __init__(
-        self, model: Transformer, prompt: _Prompt, mode: Mode, block_size: int | None, max_new_tokens: int
+        self,
+        model: Transformer,
+        prompt: _Prompt,
+        mode: Mode,
+        block_size: int | None,
+        max_new_tokens: int,
+        sampling: Sampling,
     ) -> None:
         from ..decoding import Decoder
         from ..models.tokenizer import EOS_ID, MASK_ID
@@ -256,12 +268,16 @@ class _Task:
             raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
         mask = MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id
         self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
+        self.parameters = sampling.parameters
         with user_errors(ValueError):
-            self.decoder: Decoder = Decoder(model, block_size, mask, mode=mode)
+            self.decoder: Decoder = Decoder(
+                model, block_size, mask, mode=mode, sampling=sampling.rule, beta=sampling.beta
+            )
         self.stop_tokens = (EOS_ID,)
 
     def warm_up(self) -> None:
-        self.decoder.generate([self.prompt.tokens], min(_WARM_UP_TOKENS, self.max_new_tokens))
+        tokens = min(_WARM_UP_TOKENS, self.max_new_tokens)
+        self._check(self.decoder.generate([self.prompt.tokens], tokens, **self.parameters))
 
     def run(self, watcher: _Watcher | None = None) -> _Pass:
         from ..models.tokenizer import StreamDecoder
@@ -269,7 +285,9 @@ class _Task:
         watcher = watcher or _Watcher()
         decoded = StreamDecoder()
         try:
-            stream = self.decoder.stream([self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens)
+            stream = self.decoder.stream(
+                [self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens, **self.parameters
+            )
         except RuntimeError as error:  # from PyTorch's allocators
             raise UserError(
                 f"--max-new-tokens: expected a cache that fits into memory, got {self.max_new_tokens} tokens "
@@ -284,7 +302,17 @@ class _Task:
             watcher.step(parts[-1], 0)
         finally:
             watcher.finish()
+        self._check(stream.result)
         return _Pass(self.mode, self.decoder.block_size, "".join(parts), stream.result)
+
+    @staticmethod
+    def _check(result: GenerationResult) -> None:
+        """Logits that no token can be taken of end a request early."""
+        if result.finish_reasons[0] == "error":
+            raise UserError(
+                f"--checkpoint: expected a model with finite logits, got NaN or inf behind {len(result.tokens[0])} "
+                "new tokens"
+            )
 
 
 class _Printer(_Watcher):
@@ -337,7 +365,9 @@ def _print_prompt(terminal: Terminal, prompt: _Prompt, demo: bool, show_steps: b
         print(terminal.dim("[decoded, a new colour with every forward pass]" if show_steps else "[decoded]"))
 
 
-def _print_report(terminal: Terminal, passes: list[_Pass], identical: bool, setting: dict[str, Any]) -> None:
+def _print_report(
+    terminal: Terminal, passes: list[_Pass], identical: bool, sampling: Sampling, setting: dict[str, Any]
+) -> None:
     rows = [("mode", "new tokens", "forwards", "tokens/forward", "tokens/s", "seconds")]
     for one in passes:
         result = one.result
@@ -359,11 +389,14 @@ def _print_report(terminal: Terminal, passes: list[_Pass], identical: bool, sett
     prefill = ", ".join(f"{one.result.prefill_seconds:.3f} s" for one in passes)
     threads = setting["threads"]
     where = f"{setting['gpu'] or setting['device']}, {threads} CPU thread{'s' * (threads > 1)}, {setting['dtype']}"
-    print(terminal.dim(f"decode steps only, after a warm-up; prefill apart: {prefill}; {where}"))
+    print(terminal.dim(f"decode steps only, after a warm-up; prefill apart: {prefill}; {sampling}; {where}"))
     if len(passes) > 1:
         tidar, autoregressive = sorted(passes, key=lambda one: one.mode, reverse=True)
         ratio = tidar.result.tokens_per_second / autoregressive.result.tokens_per_second
         print(f"TiDAR decodes {ratio:.2f} x the tokens/s of autoregressive decoding")
+        if sampling.promise != "tokens":
+            print(sampling.verdict())
+            return
         if not identical:
             pairs = enumerate(zip(tidar.tokens, autoregressive.tokens, strict=False))
             first = next((i for i, (a, b) in pairs if a != b), min(len(one.tokens) for one in passes))
@@ -372,13 +405,20 @@ def _print_report(terminal: Terminal, passes: list[_Pass], identical: bool, sett
 
 
 def _as_json(
-    passes: list[_Pass], identical: bool, prompt: _Prompt, options: argparse.Namespace, setting: dict[str, Any]
+    passes: list[_Pass],
+    identical: bool,
+    prompt: _Prompt,
+    options: argparse.Namespace,
+    sampling: Sampling,
+    setting: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures of the asked mode at the top, and of each mode under `modes` when two are compared."""
     report = passes[0].figures()
     if len(passes) > 1:
         report["modes"] = {one.mode: one.figures() for one in passes}
         report["identical"] = identical
+        report["promise"] = sampling.promise
     report["prompt"] = {"source": prompt.source, "text": prompt.text, "tokens": len(prompt.tokens)}
+    report["sampling"] = sampling.as_json()
     report["checkpoint"] = options.checkpoint or "shipped"
     return report | setting | {"versions": versions()}

@@ -1,0 +1,68 @@
+"""Pictures of results files: drawn by the benchmarks beside the file, and by docs/generate.py for the pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "tidar_kernels": "tidar_kernels",
+    "flex_attention": "FlexAttention, compiled",
+    "sdpa_dense_mask": "SDPA, dense mask",
+    "causal_sdpa": "2 causal SDPA calls: the floor",
+    "causal_flash": "causal flash",
+    "causal_cudnn": "causal cuDNN",
+}
+COLOURS = {"tidar_kernels": "#2f6690", "flex_attention": "#d1603d", "sdpa_dense_mask": "#8a8d91"}
+AIMS = {"forward": 1.25, "backward": 1.4}  # of the floor
+
+
+def training_bars(result: dict[str, Any], direction: str) -> dict[str, dict[str, float | None]]:
+    """Time against the floor: operands -> implementation -> ratio, None where there are no figures."""
+    bars: dict[str, dict[str, float | None]] = {}
+    for row in result["rows"]:
+        if row["operator"] == "attention" and row["direction"] == direction and row["implementation"] in COLOURS:
+            group = f"{row['dtype']}, {row['num_heads']}/{row['num_kv_heads']} heads"
+            bars.setdefault(group, {})[row["implementation"]] = row.get("against_floor")
+    return bars
+
+
+def training_description(result: dict[str, Any]) -> str:
+    """What the picture shows, as text: it is stored in the PNG."""
+    lines = [f"training attention, time against the floor, {result['machine']['cpu']}, {result['date']}"]
+    for direction, aim in AIMS.items():
+        for group, bars in training_bars(result, direction).items():
+            values = ", ".join(f"{name} {'none' if x is None else format(x, '.2f')}" for name, x in bars.items())
+            lines.append(f"{direction} (aim {aim}), {group}: {values}")
+    return "\n".join(lines)
+
+
+def save_training(result: dict[str, Any], path: Path) -> None:
+    """The bar chart of a `training-cpu.json` as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib: needed to draw a PNG; install tidar-kernels[bench]") from error
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (direction, aim) in zip(figure.subplots(1, 2), AIMS.items(), strict=True):
+        groups = training_bars(result, direction)
+        for index, (name, colour) in enumerate(COLOURS.items()):
+            heights = [bars.get(name) for bars in groups.values()]
+            at = [group + (index - 1) * 0.27 for group in range(len(groups))]
+            drawn = axes.bar(at, [height or 0.0 for height in heights], 0.25, color=colour, label=LABELS[name])
+            axes.bar_label(drawn, ["n/a" if x is None else f"{x:.2f}" for x in heights], fontsize=7, padding=1)
+        axes.axhline(1.0, color="0.2", lw=0.8)
+        axes.axhline(aim, color="#2f6690", lw=0.8, ls="--", label=f"aim: {aim} x")
+        axes.set_xticks(range(len(groups)), [group.replace(", ", "\n") for group in groups], fontsize=8)
+        axes.set_title(direction, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, loc="upper left")
+        axes.margins(y=0.4)
+    figure.axes[0].set_ylabel("time / time of the floor")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Description": training_description(result), "Software": None})

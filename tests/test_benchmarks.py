@@ -1,0 +1,296 @@
+"""The benchmarks themselves, at tiny sizes: rows, refusals, tables, the picture. No figure here means anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, plots, record, timing, training
+from tidar_kernels import ops as tk_ops
+from tidar_kernels import patterns
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = training.Workload(40, 8, 4, 2, 16)
+WITHOUT_FLEX = tuple(name for name in training.ON_CPU if name != "flex_attention")
+
+
+def once(call: Callable[[], Any]) -> dict[str, float]:
+    """A timer that calls once and says one microsecond."""
+    call()
+    return timing.summary([1e-6])
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["implementation"], row["direction"]): row for row in rows if row["operator"] == "attention"}
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(training, "compiled_flex_attention", broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [TINY, training.Workload(37, 8, 2, 2, 16, batch=2)], ids=str)
+def test_rows_of_the_cpu(case: training.Workload, dtype: torch.dtype, no_compiler: None) -> None:
+    rows = training.run_cpu(case, dtype, budget_s=0.0)
+    found = by_name(rows)
+    assert len(found) == len(rows) == len(training.ON_CPU) * 2
+    for (name, direction), row in found.items():
+        if name == "flex_attention":
+            assert row["not_available"] == "RuntimeError: no C++ compiler"
+            continue
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        floor = found["causal_sdpa", direction]["p50_us"]
+        assert row["against_floor"] == pytest.approx(row["p50_us"] / floor, abs=1e-3)
+        assert row["relative_error"] == 0.0 if name == "causal_sdpa" else 0.0 < row["relative_error"] < 0.05
+    dense = int(patterns.tidar_training(case.seq_len, case.block_size).dense().sum())
+    per_pair = case.head_dim * case.num_heads * case.batch
+    assert found["tidar_kernels", "forward"]["flops"] == 4 * dense * per_pair
+    assert found["tidar_kernels", "backward"]["flops"] == 10 * dense * per_pair
+    assert found["causal_sdpa", "forward"]["flops"] == 4 * case.seq_len * (case.seq_len + 1) * per_pair
+
+
+def test_flex_attention_has_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    masks = []
+    monkeypatch.setattr(training, "compiled_flex_attention", lambda: None)
+    monkeypatch.setattr(training, "create_block_mask", lambda *a, **k: masks.append(a[0]) or create_block_mask(*a, **k))
+    operands = training.Operands(training.Workload(37, 8, 1, 1, 16), "cpu", torch.float32)
+    training.IMPLEMENTATIONS["flex_attention"](operands)
+    row, key = torch.meshgrid(torch.arange(74), torch.arange(74), indexing="ij")
+    assert torch.equal(masks[0](torch.tensor(0), torch.tensor(0), row, key), operands.pattern.dense())
+
+
+def leaking(row: int) -> Callable[..., Any]:
+    """An attention in which one row sees what it must not."""
+
+    def attend(q: Any, k: Any, v: Any, pattern: Any, **options: Any) -> Any:
+        lead = pattern.lead.clone()
+        lead[row, 1] += 1
+        wrong = patterns.Pattern(lead, pattern.own, pattern.positions, pattern.kv_len)
+        return tk_ops.attention(q, k, v, wrong, backend="eager")
+
+    return attend
+
+
+@pytest.mark.parametrize("row", [0, TINY.seq_len])
+def test_a_wrong_result_has_no_speed(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(training.tk, "attention", leaking(row))
+    monkeypatch.setattr(timing, "time_in_turn", lambda *_: timed.append("timed"))
+    with pytest.raises(
+        training.WrongResultError, match=r"^S40-B8-h4_2-d16-b1: expected a relative error <= .* forward"
+    ):
+        training.run_cpu(TINY, torch.float32, WITHOUT_FLEX)
+    assert not timed
+
+
+@pytest.mark.parametrize("wrong", ["dq", "dk", "dv", "rows"])
+def test_a_wrong_gradient_has_no_speed(wrong: str) -> None:
+    operands = training.Operands(training.Workload(70, 8, 1, 1, 16), "cpu", torch.float32)
+    ours = training.IMPLEMENTATIONS[training.OURS](operands)
+
+    def compute(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = tuple(leaves)
+        if wrong != "rows":
+            at = ("dq", "dk", "dv").index(wrong)
+            leaves = (*leaves[:at], leaves[at] + 0.01 * (leaves[at] - leaves[at].detach()), *leaves[at + 1 :])
+            return ours.compute(*leaves)
+        more = (leaves[0] - leaves[0].detach()).mean()
+        return (ours.compute(*leaves)[0] + more,)
+
+    calls = training.Calls(compute, ours.leaves)
+    assert operands.check(calls, "forward") < 1e-5
+    with pytest.raises(training.WrongResultError, match=r"^S70-B8-h1_1-d16-b1: expected"):
+        operands.check(calls, "backward")
+
+
+def test_a_wrong_peer_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(operands: training.Operands) -> training.Calls:
+        return training.Calls(lambda q, k, v: (0.5 * q + 0.0 * (k + v).sum(),), operands.leaves)
+
+    monkeypatch.setitem(training.IMPLEMENTATIONS, "sdpa_dense_mask", wrong)
+    found = by_name(training.run_cpu(TINY, torch.float32, WITHOUT_FLEX, budget_s=0.0))
+    for direction in training.DIRECTIONS:
+        assert found["sdpa_dense_mask", direction]["not_available"].startswith("WrongResultError: S40-B8")
+        assert "p50_us" in found["tidar_kernels", direction]
+
+
+def test_what_runs_on_a_gpu_runs(tmp_path: Path, no_compiler: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU, where cuDNN is one of the peers that fail."""
+    path = tmp_path / "training.json"
+    assert gpu.run_training(path, [TINY, TINY], math.inf, "cpu", once)
+    content = json.loads(path.read_text())
+    found = by_name(content["rows"])
+    assert len(content["rows"]) == 2 * len(training.ON_CUDA) * 2
+    assert found["flex_attention", "backward"]["not_available"] == "RuntimeError: no C++ compiler"
+    assert "not_available" in found["causal_cudnn", "forward"]
+    for name in ("tidar_kernels", "sdpa_dense_mask", "causal_flash"):
+        assert found[name, "backward"]["tflops"] > 0.0
+    assert len(capsys.readouterr().out.splitlines()) == len(content["rows"])
+
+
+def test_a_failure_of_ours_ends_nothing_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.tk, "attention", leaking(TINY.seq_len))
+    monkeypatch.setattr(training, "ON_CUDA", WITHOUT_FLEX)
+    path = tmp_path / "training.json"
+    run = training.run_on_device
+    monkeypatch.setattr(training, "run_on_device", lambda *a, **k: run(*a, **k, names=WITHOUT_FLEX))
+    assert not gpu.run_training(path, [TINY], math.inf, "cpu", once)
+    found = by_name(json.loads(path.read_text())["rows"])
+    assert found["tidar_kernels", "forward"]["not_available"].startswith("WrongResultError")
+    assert "p50_us" in found["sdpa_dense_mask", "forward"]
+
+
+def test_a_case_without_room_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Operands(training.Operands):
+        def __init__(self, case: training.Workload, *rest: Any) -> None:
+            if case.batch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+            super().__init__(case, *rest)
+
+    monkeypatch.setattr(training, "Operands", Operands)
+    path = tmp_path / "training.json"
+    assert not gpu.run_training(path, [dataclasses.replace(TINY, batch=2), TINY], math.inf, "cpu", once)
+    assert {row["batch"] for row in json.loads(path.read_text())["rows"]} == {1}
+    assert "attention S40-B8-h4_2-d16-b2: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_past_the_deadline_nothing_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = training.run_on_device(TINY, device="cpu", timer=once, deadline=0.0)
+    assert all(row["not_available"].endswith("is used up") and not training.failed(row) for row in rows)
+    assert gpu.run_training(tmp_path / "training.json", [TINY], 0.0, "cpu", once)
+    assert "attention: stopped after 0 of 1 cases" in capsys.readouterr().err
+
+
+def test_gpu_cases() -> None:
+    cases = gpu.training_cases()
+    assert len(set(cases)) == len(cases) == 20
+    assert {(case.head_dim, case.num_heads // case.num_kv_heads) for case in cases[:8]} == {
+        (64, 1), (64, 4), (128, 1), (128, 4)
+    }  # fmt: skip
+    assert all(case.num_heads * case.head_dim == 2048 for case in cases)
+    assert [case.seq_len for case in cases[:5]] == [2048, 4096, 8192, 16384, 32768]
+
+
+def test_dense_mask_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MAX_DENSE_MASK", 80**2 - 1)
+    found = by_name(training.run_cpu(TINY, torch.float32, ("tidar_kernels", "sdpa_dense_mask"), budget_s=0.0))
+    assert found["sdpa_dense_mask", "forward"]["not_available"].startswith("MemoryError: the dense mask is left out")
+    assert "against_floor" not in found["tidar_kernels", "forward"]
+
+
+def test_time_in_turn() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}  # type: ignore[misc]
+    assert set(timing.time_in_turn(calls, 0.0, at_least=3)) == {"a", "b"}
+    assert order == ["a", "b"] * 5
+    assert timing.time_in_turn({}, 1.0) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.slow
+def test_peak_memory_is_linear() -> None:
+    short, long = training.memory_rows({"tidar_kernels": (1024, 4096)})
+    assert long["peak_bytes"] > 2**25
+    assert 0.7 < long["bytes_per_token"] / short["bytes_per_token"] < 1.3
+
+
+def test_peak_memory_that_fails_is_recorded() -> None:
+    (row,) = training.memory_rows({"nothing": (16,)})
+    assert row["not_available"] == "KeyError: 'nothing'"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> Path:
+    """A folder of results files that measure TINY."""
+    rows = training.run_cpu(TINY, torch.float32, budget_s=0.0)
+    memory = {"operator": "attention_memory", "implementation": "tidar_kernels", "dtype": "float32", **vars(TINY)}
+    rows.append({**memory, "peak_bytes": 3 * 2**20, "bytes_per_token": 78643})
+    record.write(tmp_path / "training-cpu.json", "training", "cpu", rows)
+    rows = training.run_on_device(TINY, device="cpu", timer=once)
+    record.write(tmp_path / "training-tiny.json", "training", "cpu", rows)
+    content = json.loads((tmp_path / "training-tiny.json").read_text())
+    content["machine"] |= {"device": "cuda", "gpu": "A GPU"}
+    (tmp_path / "training-tiny.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def sections_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """docs/sections/results.py, reading from `folder`."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.setitem(sys.modules, "sections", None)
+    monkeypatch.delitem(sys.modules, "sections")
+    specification = importlib.util.spec_from_file_location("results_of_test", ROOT / "docs" / "sections" / "results.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", folder)
+    return module
+
+
+def test_tables(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sections_of(results, monkeypatch)
+    lines = module.training_table().splitlines()
+    assert [line.split(" | ")[1:3] for line in lines if line.startswith("| float32")] == [
+        ["4/2", "forward"],
+        ["4/2", "backward"],
+    ]
+    assert all(line.count("|") == lines[2].count("|") for line in lines if line.startswith("|"))
+    assert "No figures for FlexAttention, compiled, forward: RuntimeError: no C++ compiler" in lines
+    assert "| tidar_kernels | 40 | 3 | 78,643 |" in module.training_memory_table()
+    lines = module.training_gpu_table().splitlines()
+    assert all(line.count("|") == lines[0].count("|") for line in lines if line.startswith("|"))
+    assert "| 16 | 4/2 | 40 | forward | " in lines[2]
+    assert lines[-1].startswith("TFLOP/s on live pairs")
+    assert "A GPU" in lines[-1]
+
+
+def test_tables_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sections_of(tmp_path, monkeypatch)
+    assert module.training_gpu_table().startswith("No GPU figures are published yet")
+    assert module.training_table().startswith("No figures of training attention")
+    assert module.training_memory_table().startswith("No figures")
+
+
+def test_picture(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    result = json.loads((results / "training-cpu.json").read_text())
+    plots.save_training(result, tmp_path / "new" / "training.png")
+    with image.open(tmp_path / "new" / "training.png") as picture:
+        assert picture.info["Description"] == plots.training_description(result)
+    bars = plots.training_bars(result, "backward")["float32, 4/2 heads"]
+    assert bars["flex_attention"] is None
+    assert bars["tidar_kernels"] == by_name(result["rows"])["tidar_kernels", "backward"]["against_floor"]
+    assert f"flex_attention none, sdpa_dense_mask {bars['sdpa_dense_mask']:.2f}" in plots.training_description(result)
+
+
+def test_without_matplotlib_the_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(training, "run_cpu", lambda *a, **k: [])
+    monkeypatch.setattr(training, "memory_rows", list)
+    assert training.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "training-cpu.json").is_file()
+    assert capsys.readouterr().err == (
+        "no picture of training-cpu.json: matplotlib: needed to draw a PNG; install tidar-kernels[bench]\n"
+    )

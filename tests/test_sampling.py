@@ -1,0 +1,421 @@
+"""Sampling and verification: the definition, the law of what comes out, and the kernel against its twin."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tidar_kernels import eager, noise, ops, sampling
+from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors, verify
+
+GREEDY = SamplingParams()
+PATHS = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpret),
+    pytest.param("cuda", id="triton", marks=pytest.mark.cuda),
+]
+
+
+# The noise.
+
+
+def test_philox_is_philox() -> None:
+    """The published known answers of Philox-4x32-10, word 0."""
+    zero = torch.zeros((), dtype=torch.int64)
+    assert noise.philox(zero, zero, zero, 0).item() == 0x6627E8D5
+
+    def scalar_philox(seed: int, c0: int, c1: int, c2: int) -> int:
+        """The same in unbounded integers."""
+        c, (k0, k1) = [c0, c1, c2, 0], (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+        for _ in range(10):
+            a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [b >> 32 ^ c[1] ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k1, a & 0xFFFFFFFF]
+            k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        return c[0]
+
+    for seed, token, position, stream in ((1, 2, 3, 1), (-1, 262_143, 2**31 - 1, 3), (2**62 + 5, 0, 77, 2)):
+        words = (torch.tensor(x) for x in (seed, token, position))
+        assert noise.philox(*words, stream).item() == scalar_philox(seed % 2**64, token, position, stream)
+
+
+def test_gumbel_has_its_moments_and_no_infinities() -> None:
+    g = noise.gumbel(torch.tensor(3), torch.arange(2**20), torch.tensor(5), 0).double()
+    assert g.isfinite().all()
+    assert g.mean().item() == pytest.approx(0.5772156649, abs=4 * math.pi / 6**0.5 / 2**10)
+    assert g.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+    # Far out, where one in 2^17 lies: the law of the maximum needs the tail.
+    share = (g > -math.log(-math.log1p(-(2.0**-17)))).double().mean().item()
+    assert share == pytest.approx(2.0**-17, abs=4 * 2.0**-18.5)
+
+
+def test_streams_positions_and_seeds_are_independent() -> None:
+    token = torch.arange(2**16)
+    draws = torch.stack(
+        [
+            noise.gumbel(torch.tensor(s), token, torch.tensor(p), w)
+            for s, p, w in itertools.product((0, 1), (7, 8), (0, 1))
+        ]
+    )
+    correlation = torch.corrcoef(draws.double()) - torch.eye(8)
+    assert correlation.abs().max() < 5 / 2**8
+
+
+# The definition of what is kept, in plain Python.
+
+
+def kept_by_definition(x: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Top-k, then top-p of what is left, then min-p; tied tokens share their fate."""
+    values = sorted(x, reverse=True)
+    edge = values[top_k - 1] if 0 < top_k <= len(x) else -math.inf
+    kept = [v for v in values if v >= edge]
+    if top_p < 1.0:
+        weights = [math.exp(v - values[0]) for v in kept]
+        mass, total = 0.0, math.fsum(weights)
+        for value, weight in zip(kept, weights, strict=True):
+            mass, edge = mass + weight, value
+            if mass >= top_p * total:
+                break
+    if min_p > 0.0:
+        edge = max(edge, values[0] + math.log(min_p))
+    return {token for token, value in enumerate(x) if value >= edge}
+
+
+SHAPES = [
+    ([0.3, -1.0, 2.0, 0.3, 1.7], 3, 1.0, 0.0),
+    ([0.3, -1.0, 2.0, 0.3, 1.7], 4, 0.8, 0.0),
+    ([0.3, -1.0, 2.0, 0.3, 1.7], 0, 0.62, 0.0),
+    ([0.3, -1.0, 2.0, 0.3, 1.7], 0, 1.0, 0.3),
+    ([0.3, -1.0, 2.0, 0.3, 1.7], 4, 0.95, 0.2),
+    ([1.0] * 6, 0, 0.1, 0.0),  # all equal: all stay
+    ([1.0] * 6, 2, 0.5, 0.9),
+    ([0.0, 60.0, 0.0], 0, 0.999, 0.0),  # one-hot
+    ([0.0, 60.0, 0.0], 0, 1e-6, 0.0),
+    ([5.0, 5.0, 1.0, 1.0], 0, 0.5, 0.0),  # a tie at the edge
+    ([5.0, 5.0, 1.0, 1.0], 3, 1.0, 0.0),
+    ([2.0, -math.inf, 1.0], 0, 0.9, 0.0),
+    ([2.0, 1.0], 7, 1.0, 1.0),  # k beyond the vocabulary
+]
+
+
+@pytest.mark.parametrize(("x", "top_k", "top_p", "min_p"), SHAPES)
+def test_what_is_kept(x: list[float], top_k: int, top_p: float, min_p: float) -> None:
+    knobs, _ = sampling_tensors([SamplingParams(1.0, top_k, top_p, min_p)], "cpu")
+    shaped = eager.shaped_scores(torch.tensor([[x]]).double(), knobs.double())[0, 0]
+    assert {i for i, v in enumerate(shaped.tolist()) if v > -math.inf} == kept_by_definition(x, top_k, top_p, min_p)
+
+
+@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize(("x", "top_k", "top_p", "min_p"), SHAPES)
+def test_samples_are_of_what_is_kept(x: list[float], top_k: int, top_p: float, min_p: float, device: str) -> None:
+    """Temperature 4 makes every kept token likely: 60 draws see all of few, and never another."""
+    rows = 12 if ops.interpreting() else 60
+    params = SamplingParams(4.0, top_k, top_p, min_p, seed=11)
+    tokens = sample(torch.tensor(x, device=device).expand(1, rows, -1), torch.tensor([0]), params)
+    scaled = [v / 4.0 for v in x]
+    allowed = kept_by_definition(scaled, top_k, top_p, min_p) - {i for i, v in enumerate(x) if v == -math.inf}
+    assert set(tokens[0].tolist()) <= allowed
+    if 60.0 not in x and rows == 60:
+        assert set(tokens[0].tolist()) == allowed
+
+
+@pytest.mark.parametrize("device", PATHS)
+def test_greedy_takes_the_lowest_of_ties(device: str) -> None:
+    logits = torch.tensor([[[0.0, 2.0, 2.0, -1.0], [-math.inf, -math.inf, 3.0, 3.0]]], device=device)
+    assert sample(logits, torch.tensor([0]), GREEDY).tolist() == [[1, 2]]
+
+
+def test_repetition_penalty_by_definition() -> None:
+    logits = torch.tensor([[[2.0, -2.0, 1.0, 3.0]] * 2])
+    seen = torch.tensor([[True, True, False, False]])
+    knobs, _ = sampling_tensors([SamplingParams(repetition_penalty=2.0)], "cpu")
+    shaped = eager.shaped_scores(logits, knobs, seen[:, None].expand(-1, 2, -1))
+    assert shaped[0, 0].tolist() == [1.0, -4.0, 1.0, 3.0]
+    # Row 1 has seen draft 1 = token 3 too: 3 / 2 loses to nothing but ties; row 0 has only seen draft 0 = token 2.
+    drafts = torch.tensor([[2, 3]])
+    accepted, following, _ = verify(
+        logits, drafts, torch.tensor([0]), SamplingParams(repetition_penalty=4.0), seen=seen
+    )
+    assert (accepted.tolist(), following.tolist()) == ([2], [3])
+
+
+# The law of what comes out.
+
+
+def chain_law(table: Tensor, first: int, length: int, params: SamplingParams) -> Tensor:
+    """Probability of every continuation of an order-1 chain, `[vocab] * length`, from its logits `[vocab, vocab]`."""
+    knobs, _ = sampling_tensors([params], "cpu")
+    p = eager.shaped_scores(table[None].double(), knobs.double())[0].softmax(-1)
+    law = p[first]
+    for _ in range(length - 1):
+        law = law[..., None] * p
+    return law
+
+
+def speculate(
+    table: Tensor, draft_table: Tensor, block: int, length: int, params: list[SamplingParams], rule: Any
+) -> Tensor:
+    """Decode `length` tokens of the chain for a batch of requests: TiDAR's loop, with logits from two tables.
+
+    Draft i of a block is drawn from row `[last committed token, i]` of `draft_table [vocab, block, vocab]`: like a mask
+    row it knows nothing of the drafts beside it.
+    """
+    batch, vocab = len(params), table.shape[0]
+    state = sampling_tensors(params, "cpu")
+    stream = noise.Stream.TOKEN if rule == "coupled" else noise.Stream.DRAFT
+    out = torch.full((batch, length + block), -1)
+    filled, last = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    following = sample(table[last][:, None], filled, state)[:, 0]
+    while int(filled.min()) < length:
+        draft_logits = draft_table[last]
+        drafted = (
+            draft_logits.argmax(-1) if rule == "point_mass" else sample(draft_logits, filled, state, stream=stream)
+        )
+        drafts = torch.cat([following[:, None], drafted[:, 1:]], dim=1)
+        logits = table[drafts]
+        found = verify(
+            logits, drafts, filled + 1, state, rule=rule, draft_logits=draft_logits if rule == "rejection" else None
+        )
+        open_ = filled < length
+        for i in range(block):
+            take = open_ & (i < found.accepted)
+            out[take, filled[take] + i] = drafts[take, i]
+        last = torch.where(open_, drafts.gather(1, found.accepted[:, None] - 1)[:, 0], last)
+        filled = torch.where(open_, filled + found.accepted, filled)
+        following = torch.where(open_, found.next_tokens, following)
+    assert vocab > int(out[:, :length].max())
+    return out[:, :length]
+
+
+CHUNK = 4_000  # requests at a time: what they need fits a cache
+
+
+def in_chunks(
+    table: Tensor, drafts: Tensor, block: int, length: int, params: list[SamplingParams], rule: Any
+) -> Tensor:
+    """`speculate` of many requests."""
+    parts = [params[start : start + CHUNK] for start in range(0, len(params), CHUNK)]
+    return torch.cat([speculate(table, drafts, block, length, part, rule) for part in parts])
+
+
+def distance(tokens: Tensor, law: Tensor) -> tuple[float, float]:
+    """Total variation between an empirical law and `law`, and what sampling alone makes of it: mean + 3 standard
+    deviations, by drawing as many samples of `law` itself."""
+    flat = law.flatten()
+    index = tokens[:, 0]
+    for i in range(1, tokens.shape[1]):
+        index = index * law.shape[0] + tokens[:, i]
+
+    def tv(counts: Tensor) -> float:
+        return 0.5 * (counts.double() / len(tokens) - flat).abs().sum().item()
+
+    generator = torch.Generator().manual_seed(0)
+    noise_tv = torch.tensor(
+        [
+            tv(torch.multinomial(flat, len(tokens), True, generator=generator).bincount(minlength=len(flat)))
+            for _ in range(12)
+        ]
+    )
+    return tv(index.bincount(minlength=len(flat))), (noise_tv.mean() + 3 * noise_tv.std()).item()
+
+
+SAMPLES = 100_000
+SHAPINGS = {
+    "plain": {"temperature": 1.0},
+    "top_k": {"temperature": 1.3, "top_k": 2},
+    "top_p": {"temperature": 0.8, "top_p": 0.75},
+}
+
+
+def toy(vocab: int, block: int) -> tuple[Tensor, Tensor]:
+    """A chain, and drafts that are like it but wrong: accepted often, not always."""
+    generator = torch.Generator().manual_seed(vocab * 10 + block)
+    table = torch.randn(vocab, vocab, generator=generator) * 1.5
+    drafts = table[:, None] + torch.randn(vocab, block, vocab, generator=generator)
+    return table, drafts
+
+
+@pytest.mark.parametrize(
+    ("vocab", "block", "shaping"),
+    [*((v, b, shaping) for v, b in ((5, 2), (3, 4)) for shaping in SHAPINGS), (3, 1, "plain"), (8, 3, "top_p")],
+)
+@pytest.mark.parametrize("rule", sampling.RULES)
+def test_law_of_the_first_four_tokens(rule: str, vocab: int, block: int, shaping: str) -> None:
+    table, drafts = toy(vocab, block)
+    params = [SamplingParams(**SHAPINGS[shaping], seed=seed) for seed in range(SAMPLES)]
+    tokens = in_chunks(table, drafts, block, 4, params, rule)
+    found, limit = distance(tokens, chain_law(table, 0, 4, params[0]))
+    assert found <= limit
+    if rule == "coupled":
+        alone = speculate(table, drafts[:, :1], 1, 4, params[:CHUNK], rule)
+        assert torch.equal(tokens[:CHUNK], alone)
+
+
+@pytest.mark.parametrize("rule", ["rejection", "point_mass"])
+def test_a_replacement_drawn_from_p_is_seen(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public bug: after a rejection the token comes from p instead of norm(max(p - q, 0)). The test must be red."""
+    table, drafts = toy(5, 3)
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(SAMPLES)]
+    right = eager.verify
+
+    def wrong(logits: Tensor, drafts: Tensor, positions: Tensor, knobs: Tensor, seeds: Tensor, **options: Any) -> Any:
+        accepted, following, bad = right(logits, drafts, positions, knobs, seeds, **options)
+        of_p = eager.sample(logits, positions, knobs, seeds, stream=noise.Stream.RESIDUAL)
+        return accepted, of_p.gather(1, accepted[:, None] - 1)[:, 0], bad
+
+    monkeypatch.setattr(eager, "verify", wrong)
+    found, limit = distance(in_chunks(table, drafts, 3, 4, params, rule), chain_law(table, 0, 4, params[0]))
+    assert found > 2 * limit
+
+
+# The kernel against its twin.
+
+
+def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(2, rows, vocab, generator=generator) * scale
+
+    logits = normal(3.0)
+    tensors = {"logits": logits, "draft_logits": logits + normal(0.7), "mix": logits + normal(1.0)}
+    tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
+    return tensors | {"seen": (torch.rand(2, vocab, generator=generator) < 0.2).to(device)}
+
+
+CASES = [
+    (50, 4, torch.float32, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}),
+    (50, 1, torch.float32, {"temperature": 1.0}),
+    (50, 8, torch.float16, {"temperature": 1.5, "min_p": 0.05, "repetition_penalty": 1.3}),
+    (1, 2, torch.float32, {"temperature": 1.0}),
+    (32_000, 3, torch.float32, {"temperature": 0.8, "top_p": 0.8}),
+    (32_000, 2, torch.float16, {"temperature": 1.0, "top_k": 40, "repetition_penalty": 1.1}),
+    (151_936, 2, torch.float32, {"temperature": 1.0, "top_k": 50, "top_p": 0.95}),
+    (151_936, 2, torch.float16, {"temperature": 0.6}),
+]
+
+
+@pytest.mark.parametrize("device", PATHS[1:])
+@pytest.mark.parametrize("rule", sampling.RULES)
+@pytest.mark.parametrize(("vocab", "rows", "dtype", "shaping"), CASES, ids=lambda x: str(x).removeprefix("torch."))
+def test_kernel_parity(vocab: int, rows: int, dtype: torch.dtype, shaping: Any, rule: Any, device: str) -> None:
+    """Every decision the same, of a sampled and a greedy sequence, with and without the optional operands."""
+    for seed, extras in enumerate([(), ("seen",), ("mix", "seen")] if vocab < 1000 else [("mix", "seen")]):
+        at = operands(vocab, rows, dtype, seed, device)
+        params = [SamplingParams(**shaping, seed=2**64 - 1 - seed), SamplingParams(seed=seed)]
+        state, positions = sampling_tensors(params, device), torch.tensor([3, 2**31 - 40], device=device)
+        stream = noise.Stream.TOKEN if rule == "coupled" else noise.Stream.DRAFT
+        drafts = sample(at["draft_logits"], positions - 1, state, seen=at["seen"], stream=stream)
+        wide = torch.empty(2, rows, 2 * vocab, dtype=dtype, device=device)[..., ::2]  # a stride of 2, and NaN between
+        wide.copy_(at["logits"])
+        options: dict[str, Any] = {name: at[name] for name in extras} | {"rule": rule}
+        options |= {"beta": 0.6} if "mix" in extras else {}
+        options |= {"draft_logits": at["draft_logits"]} if rule == "rejection" else {}
+        found = verify(wide, drafts, positions, state, **options)
+        expected = verify(at["logits"], drafts, positions, state, backend="eager", **options)
+        for name, a, b in zip(found._fields, found, expected, strict=True):
+            assert a.tolist() == b.tolist(), name
+        tokens = sample(at["logits"], positions, state, seen=at["seen"])
+        assert torch.equal(tokens, sample(at["logits"], positions, state, seen=at["seen"], backend="eager"))
+
+
+@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize("rule", sampling.RULES)
+def test_batch_mates_change_nothing(rule: Any, device: str) -> None:
+    at = operands(40, 4, torch.float32, 5, device)
+    params = [SamplingParams(0.9, seed=1), SamplingParams(1.1, top_k=7, seed=2)]
+    positions, drafts = torch.tensor([10, 90], device=device), at["draft_logits"].argmax(-1)
+
+    def run(rows: slice) -> list[list[int]]:
+        q = {"draft_logits": at["draft_logits"][rows]} if rule == "rejection" else {}
+        return [
+            x.tolist() for x in verify(at["logits"][rows], drafts[rows], positions[rows], params[rows], rule=rule, **q)
+        ]
+
+    together, alone = run(slice(0, 2)), [run(slice(b, b + 1)) for b in range(2)]
+    assert together == [[x[0] for x in pair] for pair in zip(*alone, strict=True)]
+
+
+@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bad_logits(temperature: float, value: float, device: str) -> None:
+    """Sequence 1 is bad at row 1, which its drafts reach; sequence 0 goes on; row 2 of sequence 2 is not reached."""
+    logits = torch.randn(4, 3, 9, device=device)
+    params = SamplingParams(temperature, seed=4)
+    positions = torch.tensor([1, 1, 1, 1], device=device)
+    good = sample(logits, positions, params)
+    drafts = torch.cat([good[:, :1] * 0, good[:, :-1]], dim=1)
+    drafts[2, 1] = (drafts[2, 1] + 1) % 9
+    logits[1, 1, 4] = value
+    logits[2, 2, 4] = value
+    logits[3] = -math.inf
+    found = verify(logits, drafts, positions, params, check=False)
+    assert found.accepted.tolist() == [3, 2, 1, 1]
+    assert found.bad_rows.tolist() == [-1, 1, -1, 0]
+    assert found.next_tokens.tolist() == [good[0, 2], -1, good[2, 0], -1]
+    with pytest.raises(ValueError, match=r"^logits: expected finite numbers, got NaN, inf .* in sequence 1, row 1$"):
+        verify(logits, drafts, positions, params)
+    assert sample(logits, positions, params)[1].tolist() == [good[1, 0], -1, good[1, 2]]
+
+
+@pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
+def test_opcheck(path: str) -> None:
+    at = operands(12, 3, torch.float32, 0, "cpu")
+    knobs, seeds = sampling_tensors([SamplingParams(1.0)] * 2, "cpu")
+    positions, drafts = torch.tensor([1, 2]), torch.randint(12, (2, 3))
+    args = (at["logits"], drafts, positions, knobs, seeds, at["seen"], at["draft_logits"], at["mix"], 0.5, 1)
+    torch.library.opcheck(torch.ops.tidar_kernels.verify.default, args)
+    torch.library.opcheck(torch.ops.tidar_kernels.sample.default, (at["logits"], positions, knobs, seeds, None, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"temperature": -1.0}, ValueError, r"^temperature: expected 0, or a number in \[1e-4, 1e4\], got -1.0$"),
+        ({"temperature": math.nan}, ValueError, r"^temperature: expected 0, or a number in \[1e-4, 1e4\], got nan$"),
+        ({"temperature": "1"}, TypeError, r"^temperature: expected a number, got str$"),
+        ({"top_k": -1}, ValueError, r"^top_k: expected >= 0, got -1$"),
+        ({"top_k": 1.5}, TypeError, r"^top_k: expected an int, got float$"),
+        ({"top_p": 0.0}, ValueError, r"^top_p: expected a number in \(0, 1\], got 0.0$"),
+        ({"min_p": 1.5}, ValueError, r"^min_p: expected a number in \[0, 1\], got 1.5$"),
+        ({"repetition_penalty": 0}, ValueError, r"^repetition_penalty: expected a number in \[1e-4, 1e4\], got 0$"),
+        ({"seed": 2**64}, ValueError, r"^seed: expected a 64-bit int, got 18446744073709551616$"),
+    ],
+)
+def test_bad_params(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SamplingParams(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 3)}, ValueError, r"^logits: expected 3 dimensions, got shape \[2, 3\]$"),
+        ({"drafts": torch.zeros(2, 4).long()}, ValueError, r"^drafts: expected shape \[2, 3\], got \[2, 4\]$"),
+        ({"drafts": torch.zeros(2, 3)}, TypeError, r"^drafts: expected int64 on cpu, got torch.float32 on cpu$"),
+        ({"positions": torch.zeros(3).long()}, ValueError, r"^positions: expected shape \[2\], got \[3\]$"),
+        ({"positions": torch.zeros(2)}, TypeError, r"^positions: expected int32 or int64, got torch.float32$"),
+        ({"params": [GREEDY]}, ValueError, r"^params: expected one for each of 2 sequences, got 1$"),
+        ({"rule": "lossy"}, ValueError, r"^rule: expected one of coupled, rejection, point_mass, got 'lossy'$"),
+        ({"rule": "rejection"}, ValueError, r'^draft_logits: expected for rule "rejection" and no other, got none'),
+        ({"draft_logits": torch.zeros(2, 3, 5)}, ValueError, r"^draft_logits: expected .* got some for 'coupled'$"),
+        ({"beta": 0.5}, ValueError, r"^beta: expected a number in \[0, 1\], and 1 without mix, got 0.5$"),
+        ({"mix": torch.zeros(2, 3, 4)}, ValueError, r"^mix: expected shape \[2, 3, 5\], got \[2, 3, 4\]$"),
+        ({"seen": torch.zeros(2, 5)}, TypeError, r"^seen: expected dtype bool, got torch.float32$"),
+        ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "logits": torch.zeros(2, 3, 5),
+        "drafts": torch.zeros(2, 3, dtype=torch.int64),
+        "positions": torch.zeros(2, dtype=torch.int64),
+        "params": GREEDY,
+    }
+    with pytest.raises(error, match=message):
+        verify(**arguments | change)
