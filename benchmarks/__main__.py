@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from . import decode, record, training
+from . import breakdown, decode, record, training
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         line.pop("case", None)
     record.write(options.out / "operators-cpu.json", "operators", "cpu", rows)
     out = ["--out", str(options.out)]
-    return training.main(out) or decode.main(out)
+    return training.main(out) or decode.main(out) or breakdown.main(out)
 
 
 if __name__ == "__main__":

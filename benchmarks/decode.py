@@ -1,6 +1,6 @@
 """Decoding with the shipped model on held-out prompts: TiDAR at several block lengths against autoregression.
 
-    python -m benchmarks.decode --out DIR [--new-tokens N] [--block-sizes 1 2 4 8 16]
+    python -m benchmarks.decode --out DIR [--new-tokens N] [--block-sizes 1 2 4 8 16] [--batch-sizes 1 4 16]
 
 Every TiDAR output is compared with the autoregressive one, token for token, before its speed is reported.
 """
@@ -29,11 +29,11 @@ def prompts() -> list[list[int]]:
     return [list(text[len(text) // 4 :][:PROMPT_BYTES]) for text in texts]
 
 
-def run(new_tokens: int, block_sizes: list[int], repeats: int = 2) -> list[dict[str, Any]]:
+def run(new_tokens: int, block_sizes: list[int], batch_size: int = 1, repeats: int = 2) -> list[dict[str, Any]]:
     """One row a block length, the autoregressive baseline (block_size 0) first.
 
-    Each prompt is decoded alone, `repeats` times, the modes taking turns so that a drift of the machine meets all of
-    them; the faster of the repeats counts.
+    Prompts are decoded `batch_size` at a time, `repeats` times, the modes taking turns so that a drift of the machine
+    meets all of them; the faster of the repeats counts.
 
     Raises:
         RuntimeError: an output differs from the autoregressive one.
@@ -43,10 +43,13 @@ def run(new_tokens: int, block_sizes: list[int], repeats: int = 2) -> list[dict[
     seconds: dict[int, list[float]] = {b: [] for b in decoders}
     forwards, steps = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0)
     identical = dict.fromkeys(decoders, True)
-    batch = prompts()
+    known = prompts()
+    count = -(-len(known) // batch_size) * batch_size
+    everything = [known[i % len(known)] for i in range(count)]
+    groups = [everything[start : start + batch_size] for start in range(0, count, batch_size)]
     for decoder in decoders.values():
-        decoder.generate(batch[0], 16)
-    for prompt in batch:
+        decoder.generate(groups[0], 16)
+    for prompt in groups:
         best = dict.fromkeys(decoders, float("inf"))
         for repeat in range(repeats):
             reference: list[list[int]] = []
@@ -62,7 +65,7 @@ def run(new_tokens: int, block_sizes: list[int], repeats: int = 2) -> list[dict[
             seconds[block].append(best[block])
     rows = []
     for block in decoders:
-        tokens = new_tokens * len(batch)
+        tokens = new_tokens * count
         speedups = [a / b for a, b in zip(seconds[0], seconds[block], strict=True)]
         rows.append(
             {
@@ -70,7 +73,8 @@ def run(new_tokens: int, block_sizes: list[int], repeats: int = 2) -> list[dict[
                 "mode": "tidar" if block else "autoregressive",
                 "block_size": block,
                 "rows": block * (block + 1) or 1,
-                "prompts": len(batch),
+                "batch": batch_size,
+                "prompts": count,
                 "prompt_tokens": PROMPT_BYTES,
                 "new_tokens": tokens,
                 "forwards": forwards[block],
@@ -90,15 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for decode-cpu.json")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's own choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = run(options.new_tokens, options.block_sizes)
+    rows = []
+    for batch_size in options.batch_sizes:
+        rows += run(options.new_tokens, options.block_sizes, batch_size, 2 if batch_size == 1 else 1)
     for line in rows:
         print(
-            f"{line['mode']:15} B={line['block_size']:<3} {line['tokens_per_forward']:6.2f} tokens/forward"
-            f" {line['tokens_per_second']:8.1f} tokens/s  {line['speedup']:5.2f} x  identical: {line['identical']}",
+            f"batch {line['batch']:<3} {line['mode']:15} B={line['block_size']:<3}"
+            f" {line['tokens_per_forward']:6.2f} tokens/forward {line['tokens_per_second']:8.1f} tokens/s"
+            f"  {line['speedup']:5.2f} x  identical: {line['identical']}",
             flush=True,
         )
     record.write(options.out / "decode-cpu.json", "decode", "cpu", rows)

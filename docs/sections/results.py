@@ -31,12 +31,12 @@ def decode_table() -> str:
             "| | rows a forward | tokens a forward | tokens/s | against AR | same tokens |",
             "| :--- | ---: | ---: | ---: | ---: | :---: |",
         ]
-        for row in result["rows"]:
-            name = f"TiDAR, B = {row['block_size']}" if row["block_size"] else "autoregressive"
-            lines.append(
-                f"| {name} | {row['rows']} | {row['tokens_per_forward']:.2f} | {row['tokens_per_second']:.0f} "
-                f"| {row['speedup']:.2f} x | {'yes' if row['identical'] else 'NO'} |"
-            )
+        lines += [
+            f"| {_mode(row)} | {row['rows']} | {row['tokens_per_forward']:.2f} | {row['tokens_per_second']:.0f} "
+            f"| {row['speedup']:.2f} x | {'yes' if row['identical'] else 'NO'} |"
+            for row in result["rows"]
+            if row["batch"] == 1
+        ]
         first = result["rows"][0]
         parts.append(
             "\n".join(lines)
@@ -44,6 +44,40 @@ def decode_table() -> str:
             f"{first['prompt_tokens']} bytes, {first['new_tokens'] // first['prompts']} new bytes each, one at a time; "
             f"prefill not counted. {_where(result)}."
         )
+    return "\n\n".join(parts)
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return f"TiDAR, B = {row['block_size']}" if row["block_size"] else "autoregressive"
+
+
+def decode_batch_table() -> str:
+    """The same, several sequences at a time."""
+    parts = []
+    for result in _load("decode-*.json"):
+        batches = sorted({row["batch"] for row in result["rows"]})
+        head = "".join(f" batch {batch}: tokens/s | against AR |" for batch in batches)
+        lines = [f"| |{head}", f"| :--- |{' ---: | ---: |' * len(batches)}"]
+        for block in sorted({row["block_size"] for row in result["rows"]}):
+            rows = {row["batch"]: row for row in result["rows"] if row["block_size"] == block}
+            cells = "".join(f" {rows[b]['tokens_per_second']:.0f} | {rows[b]['speedup']:.2f} x |" for b in batches)
+            lines.append(f"| {_mode(rows[batches[0]])} |{cells}")
+        parts.append("\n".join(lines) + f"\n\nTokens of all sequences together. {_where(result)}.")
+    return "\n\n".join(parts)
+
+
+BREAKDOWN = ("attention", "append", "projections", "lm_head", "verify", "rest")
+
+
+def breakdown_table() -> str:
+    """Where the time of a step goes."""
+    parts = []
+    for result in _load("breakdown-*.json"):
+        lines = ["| | step, ms | " + " | ".join(BREAKDOWN) + " |", "| :--- |" + " ---: |" * (len(BREAKDOWN) + 1)]
+        for row in result["rows"]:
+            cells = " | ".join(f"{row[f'{part}_ms']:.2f}" for part in BREAKDOWN)
+            lines.append(f"| {_mode(row)} | {row['step_ms']:.2f} | {cells} |")
+        parts.append("\n".join(lines) + f"\n\nMilliseconds, batch 1. {_where(result)}.")
     return "\n\n".join(parts)
 
 
@@ -214,6 +248,8 @@ def _training_result() -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Section] = {
+    "breakdown-table": breakdown_table,
+    "decode-batch-table": decode_batch_table,
     "decode-table": decode_table,
     "gpu-table": gpu_table,
     "operators-table": operators_table,
