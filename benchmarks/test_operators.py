@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tidar_kernels as tk
+from tidar_kernels.rotary import RotaryEmbedding, rotary_append
 
 from . import training
 from .step import Operands, Workload
@@ -48,3 +49,28 @@ def test_attention(benchmark: Any, case: training.Workload, direction: str, impl
     call, _ = training.checked(operands, implementation, calls, direction)
     benchmark.extra_info.update(vars(case))
     benchmark(call)
+
+
+@pytest.mark.parametrize("block_size", [4, 8])
+def test_rotary_append(benchmark: Any, block_size: int) -> None:
+    """One layer of Qwen2.5-1.5B before its attention."""
+    pattern = tk.patterns.tidar_step(block_size)
+    q, (k, v) = torch.randn(1, 12, pattern.q_len, 128), torch.randn(2, 1, 2, pattern.q_len, 128)
+    caches, lengths = torch.zeros(2, 1, 2, 4096, 128), torch.tensor([1000])
+    rotary = RotaryEmbedding(128)(pattern.positions + 1000, torch.float32)
+    _, turned = rotary_append(q, k, v, rotary, *caches, lengths, block_size)
+    if not torch.equal(caches[0, :, :, 1000 : 1000 + block_size], turned[:, :, :block_size]):
+        pytest.fail("rotary_append wrote something else; no speed is reported")
+    benchmark(rotary_append, q, k, v, rotary, *caches, lengths, block_size)
+
+
+@pytest.mark.parametrize("vocab_size", [258, 151_936])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_verify(benchmark: Any, vocab_size: int, temperature: float) -> None:
+    """Eight drafts, greedy and sampled."""
+    logits, params = torch.randn(1, 8, vocab_size) * 3, tk.SamplingParams(temperature, seed=1)
+    picks = tk.sample(logits, torch.tensor([1]), params)
+    drafts = torch.cat([picks[:, :1], picks[:, :-1]], dim=1)
+    if tk.verify(logits, drafts, torch.tensor([1]), params).accepted.item() != 8:
+        pytest.fail("verify accepts something else; no speed is reported")
+    benchmark(tk.verify, logits, drafts, torch.tensor([1]), params)

@@ -141,11 +141,12 @@ def test_cache_holds_what_the_causal_rows_wrote(model, mode, block_size) -> None
     written: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     class Recorder(tk.KVCache):
-        def append(self, layer, k, v):
+        def rotary_append(self, layer, q, k, v, rotary, keep):
+            q, k = super().rotary_append(layer, q, k, v, rotary, keep)
             for b, length in enumerate(self.lengths.tolist()):
-                for j in range(k.shape[2]):
+                for j in range(keep):
                     written[self.index + b, layer, length + j] = (k[b, :, j].clone(), v[b, :, j].clone())
-            super().append(layer, k, v)
+            return q, k
 
         index = 0
 

@@ -29,6 +29,7 @@ FLOORS = (
     {"eager"},
     {"kernels"},
     {"cpu", "cpu_attention", "ops"},
+    {"rotary"},
     {"cache"},
     {"loss", "sampling"},
     {"layers"},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .loss import TiDARLoss, tidar_loss
     from .ops import append_kv, attention, step_attention
     from .patterns import Pattern
+    from .rotary import rotary_append
     from .sampling import SamplingParams, sample, verify
     from .session import Session
 
@@ -35,6 +36,7 @@ __all__ = [
     "attention",
     "eager",
     "patterns",
+    "rotary_append",
     "sample",
     "step_attention",
     "tidar_loss",
@@ -48,6 +50,7 @@ _MODULES = {
     "loss": ("TiDARLoss", "tidar_loss"),
     "ops": ("append_kv", "attention", "step_attention"),
     "patterns": ("Pattern",),
+    "rotary": ("rotary_append",),
     "sampling": ("SamplingParams", "sample", "verify"),
     "session": ("Session",),
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .rotary import rotary_append
 
 __all__ = ["KVCache"]
 
@@ -115,6 +116,17 @@ class KVCache:
         """
         self.check_room(k.shape[2])
         ops.append_kv(*self.layer(layer), k, v, self.lengths)
+
+    def rotary_append(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q and k, and `append` the first `keep` rows' rotated k and v, in one launch; returns `(q, k)` rotated.
+
+        Raises:
+            ValueError: as `append`, and `tidar_kernels.rotary.rotary_append`.
+        """
+        self.check_room(keep)
+        return rotary_append(q, k, v, rotary, *self.layer(layer), self.lengths, keep)
 
     def commit(self, accepted: Tensor | int, at_most: int | None = None) -> None:
         """Advance the lengths: the first `accepted[b]` appended slots become context.

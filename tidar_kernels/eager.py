@@ -18,7 +18,7 @@ from . import noise
 from .noise import Stream
 from .patterns import Pattern
 
-__all__ = ["append_kv", "attention", "sample", "shaped_scores", "step_attention", "verify"]
+__all__ = ["append_kv", "attention", "rotary_append", "sample", "shaped_scores", "step_attention", "verify"]
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -79,6 +79,24 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
         if lo < hi:
             k_cache[b, :, lo:hi] = k[b, :, lo - length : hi - length]
             v_cache[b, :, lo:hi] = v[b, :, lo - length : hi - length]
+
+
+def rotary_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """Eager twin of `tidar_kernels.rotary_append`, with cos and sin `[batch or 1, rows, head_dim]`."""
+    half = q.shape[-1] // 2
+    q, k = (x * cos[:, None] + torch.roll(x, half, dims=-1) * sin[:, None] for x in (q, k))
+    append_kv(k_cache, v_cache, k[:, :, :keep], v[:, :, :keep], lengths)
+    return q, k
 
 
 def shaped_scores(logits: Tensor, knobs: Tensor, history: Tensor | None = None) -> Tensor:

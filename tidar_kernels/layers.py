@@ -1,4 +1,4 @@
-"""The drop-in attention module, and the norm and rotary positions that decoders around it need."""
+"""The drop-in attention module, and the norm that decoders around it need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import ops
 from .cache import KVCache
 from .patterns import Pattern
+from .rotary import RotaryEmbedding, apply_rotary
 
 __all__ = ["RMSNorm", "RotaryEmbedding", "TiDARAttention", "apply_rotary"]
 
@@ -23,36 +24,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary positions (Su et al. 2021), in the half-split layout of Llama and Qwen."""
-
-    inv_freq: Tensor
-
-    def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
-        super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number for rotary positions, got {head_dim}")
-        self.register_buffer("inv_freq", theta ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`positions` int `[..., rows]` -> `(cos, sin)`, each `[..., rows, 1, head_dim]`, for `apply_rotary`.
-
-        The sign of the rotation is folded into `sin`, so that applying it is one roll and no concatenation.
-        """
-        angle = positions.to(torch.float32).unsqueeze(-1) * self.inv_freq.to(torch.float32)
-        cos, sin = angle.cos(), angle.sin()
-        return (
-            torch.cat([cos, cos], dim=-1).unsqueeze(-2).to(dtype),
-            torch.cat([-sin, sin], dim=-1).unsqueeze(-2).to(dtype),
-        )
-
-
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate `x [batch, rows, heads, head_dim]` by `(cos, sin)` from `RotaryEmbedding`."""
-    cos, sin = rotary
-    return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin
 
 
 class TiDARAttention(nn.Module):
@@ -125,14 +96,17 @@ class TiDARAttention(nn.Module):
         v = self.v_proj(x).view(batch, rows, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is None:
-            out = ops.attention(q, k, v, pattern)
+            if rotary is not None:
+                q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+            out = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v, pattern)
         else:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
             keep = pattern.causal_len
-            cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
+            if rotary is None:
+                cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
+            else:
+                q, k = cache.rotary_append(self.layer_idx, q, k, v, rotary, keep)
             k_cache, v_cache = cache.layer(self.layer_idx)
             out = ops.step_attention(q, k, v, k_cache, v_cache, cache.lengths, pattern)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
