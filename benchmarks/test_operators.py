@@ -56,12 +56,13 @@ def test_rotary_append(benchmark: Any, block_size: int) -> None:
     """One layer of Qwen2.5-1.5B before its attention."""
     pattern = tk.patterns.tidar_step(block_size)
     q, (k, v) = torch.randn(1, 12, pattern.q_len, 128), torch.randn(2, 1, 2, pattern.q_len, 128)
-    caches, lengths = torch.zeros(2, 1, 2, 4096, 128), torch.tensor([1000])
+    k_cache, v_cache = torch.zeros(1, 2, 4096, 128), torch.zeros(1, 2, 4096, 128)
+    lengths = torch.tensor([1000])
     rotary = RotaryEmbedding(128)(pattern.positions + 1000, torch.float32)
-    _, turned = rotary_append(q, k, v, rotary, *caches, lengths, block_size)
-    if not torch.equal(caches[0, :, :, 1000 : 1000 + block_size], turned[:, :, :block_size]):
+    _, turned = rotary_append(q, k, v, rotary, k_cache, v_cache, lengths, block_size)
+    if not torch.equal(k_cache[:, :, 1000 : 1000 + block_size], turned[:, :, :block_size]):
         pytest.fail("rotary_append wrote something else; no speed is reported")
-    benchmark(rotary_append, q, k, v, rotary, *caches, lengths, block_size)
+    benchmark(rotary_append, q, k, v, rotary, k_cache, v_cache, lengths, block_size)
 
 
 @pytest.mark.parametrize("vocab_size", [258, 151_936])

@@ -13,7 +13,7 @@ from ..decoding import Decoder
 from ..patterns import tidar_training
 from .transformer import Transformer
 
-__all__ = ["evaluate_briefly", "evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
+__all__ = ["evaluate_block_lengths", "evaluate_briefly", "evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
 
 
 def held_out_prompts(texts: dict[str, bytes], prompt_len: int = 256, per_module: int = 3) -> dict[str, list[bytes]]:
@@ -124,6 +124,29 @@ def evaluate_briefly(
     else:
         skipped.append(f"tokens a forward: no held-out text is as long as a prompt of {prompt_len} bytes")
     return {"blocks": blocks, "skipped": skipped}
+
+
+def evaluate_block_lengths(
+    model: Transformer, prompts: Sequence[bytes], block_sizes: Sequence[int], max_new_tokens: int = 128
+) -> list[dict[str, Any]]:
+    """Greedy decoding of every prompt, one at a time, at each block length, trained or not.
+
+    Returns:
+        For each of `block_sizes` its `tokens_per_forward`, and `identical`: whether every output is that of
+        autoregressive decoding.
+    """
+    reference = [Decoder(model, mode="autoregressive").generate([list(p)], max_new_tokens).tokens for p in prompts]
+    rows = []
+    for block_size in block_sizes:
+        results = [Decoder(model, block_size).generate([list(p)], max_new_tokens) for p in prompts]
+        rows.append(
+            {
+                "block_size": block_size,
+                "tokens_per_forward": max_new_tokens * len(prompts) / sum(result.forwards for result in results),
+                "identical": [result.tokens for result in results] == reference,
+            }
+        )
+    return rows
 
 
 def evaluate_decoding(model: Transformer, prompts: dict[str, list[bytes]], max_new_tokens: int = 128) -> dict[str, Any]:

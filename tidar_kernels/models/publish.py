@@ -23,7 +23,7 @@ import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import HELD_OUT, SKIPPED_FOLDERS, Corpus, held_out_texts
-from .evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
+from .evaluate import evaluate_block_lengths, evaluate_decoding, evaluate_likelihood, held_out_prompts
 from .shipped import FIGURES, WEIGHTS, shipped_figures
 from .train import Trainer, weights_sha256
 from .train_config import TrainConfig
@@ -32,6 +32,7 @@ from .train_report import draw_curve, run_figures, write_figures
 __all__ = ["document", "main", "measure", "measure_again", "publish"]
 
 MAX_BYTES = 8_000_000
+BLOCK_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -80,11 +81,13 @@ def measure(weights: Path, seq_len: int) -> dict[str, Any]:
     """Held-out figures of a weights file, loaded in float32; `load_average` says how busy the machine was before."""
     model, texts = load_checkpoint(weights), held_out_texts()
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    prompts = held_out_prompts(texts)
     return {
         "modules": list(texts),
         "likelihood": evaluate_likelihood(model, texts.values(), seq_len),
         "load_average": load,
-        "decoding": evaluate_decoding(model, held_out_prompts(texts)),
+        "decoding": evaluate_decoding(model, prompts),
+        "block_lengths": evaluate_block_lengths(model, [group[0] for group in prompts.values()], BLOCK_LENGTHS),
     }
 
 
@@ -177,6 +180,12 @@ steps that committed m + 1 tokens.
 | held-out module | tokens a forward |
 |---|---|
 {texts}
+
+At other block lengths, trained and not, one prompt of each module:
+
+| B | tokens a forward | outputs identical to autoregressive ones |
+|---|---|---|
+{lengths}
 """
 
 
@@ -233,6 +242,10 @@ def document(figures: dict[str, Any]) -> str:
             for m, accuracy, count in zip(
                 range(block), likelihood["mask_row_accuracy"], decoding["accepted"], strict=True
             )
+        ),
+        lengths="\n".join(
+            f"| {row['block_size']} | {row['tokens_per_forward']:.2f} | {'yes' if row['identical'] else 'NO'} |"
+            for row in figures["held_out"]["block_lengths"]
         ),
         texts="\n".join(f"| `{name}` | {rate:.2f} |" for name, rate in decoding["tokens_per_forward_of"].items()),
     )
