@@ -31,7 +31,7 @@ from .decode import prompts
 # What is wrapped: part -> (owner, attribute).
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "attention": ((ops, "step_attention"),),
-    "append": ((KVCache, "append"),),
+    "append": ((KVCache, "rotary_append"),),
     "projections": ((torch.nn.Linear, "forward"),),
     "lm_head": ((Transformer, "logits"),),
     "verify": ((session, "verify"), (session, "sample")),
