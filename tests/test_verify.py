@@ -323,6 +323,23 @@ def test_kernel_parity(vocab: int, rows: int, dtype: torch.dtype, shaping: Any, 
         assert torch.equal(tokens, sample(at["logits"], positions, state, seen=at["seen"], backend="eager"))
 
 
+@pytest.mark.parametrize("device", PATHS[1:])
+@pytest.mark.parametrize("rule", sampling.RULES)
+def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
+    """A small vocabulary and drafts that are often wrong: acceptances and replacements of every kind."""
+    generator = torch.Generator().manual_seed(0)
+    logits, draft_logits = torch.randn(2, 64, 2, 8, generator=generator).to(device)
+    drafts = torch.randint(8, (64, 2), generator=generator).to(device)
+    params = [SamplingParams(1.0, seed=seed) for seed in range(64)]
+    options: dict[str, Any] = {"rule": rule} | ({"draft_logits": draft_logits} if rule == "rejection" else {})
+    positions = torch.arange(64, device=device)
+    found = verify(logits, drafts, positions, params, **options)
+    expected = verify(logits, drafts, positions, params, backend="eager", **options)
+    assert 5 < found.accepted.eq(2).sum() < 59
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert a.tolist() == b.tolist(), name
+
+
 @pytest.mark.parametrize("device", PATHS)
 @pytest.mark.parametrize("rule", sampling.RULES)
 def test_batch_mates_change_nothing(rule: Any, device: str) -> None:
