@@ -53,6 +53,29 @@ def scale(value: float | None, head_dim: int) -> float:
     return float(value)
 
 
+def softcap(value: float | None) -> float | None:
+    """The cap of the logits: None, or positive."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"softcap: expected a float or None, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"softcap: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def sinks(value: Any, q: Tensor) -> None:
+    """`value` is None, or a float tensor `[heads]` on the device of q, of whatever float dtype."""
+    if value is None:
+        return
+    tensor("sinks", value, 1)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sinks: expected dtype float32, float16, bfloat16 or float64, got {value.dtype}")
+    shape("sinks", value, (q.shape[1],))
+    if value.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} like the other operands, got {value.device}")
+
+
 def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:
     """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too."""
     tensor("lengths", value, 1)

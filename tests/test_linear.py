@@ -1,0 +1,415 @@
+"""Projections whose rows keep to themselves, and LoRA on some rows: parity by the budget rule, and promised bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tidar_kernels import eager_linear, ops
+from tidar_kernels.linear import gated_lora, row_invariant_linear
+from tidar_kernels.testing import Guarded, bits, budget, guarded, poisoned_allocations
+
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpret),
+    pytest.param("cuda", id="triton", marks=pytest.mark.cuda),
+]
+PATHS = DEVICES[:2]
+# NumPy's view of products with NaN and inf in the interpreter.
+NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+BASES = pytest.mark.parametrize("row_invariant", [True, False], ids=["row_invariant", "library"])
+
+CASES = [
+    # leading shape, in, out, rank, layout of the operands, bias
+    ((1,), 16, 16, 1, "bhnd", False),
+    ((2, 19), 70, 50, 8, "bhnd", True),
+    ((37,), 33, 65, 64, "gaps", True),
+    ((20,), 96, 33, 5, "bhdn", False),
+    ((3, 6), 48, 40, 256, "bhnd", False),
+]
+LARGE = [
+    # rows of a decode step and of training, at shapes of Qwen2.5-1.5B and Qwen3-8B
+    ((72,), 1536, 8960, 64, "bhnd", False),
+    ((1, 20), 8960, 1536, 8, "bhnd", False),
+    ((300,), 1537, 259, 33, "gaps", True),
+    ((2, 2049), 4096, 1024, 256, "bhnd", False),
+]
+
+
+def place(values: Tensor, layout: str = "bhnd") -> Guarded:
+    """A matrix in one of the layouts of the harness."""
+    found = guarded(values[None, None], layout)
+    return Guarded(found.tensor[0, 0], found.buffer, found.before)
+
+
+def random_gate(rows: int) -> Tensor:
+    """None, some and all rows of a tile: rows 16 to 32 (a tile, interpreted) have no adapter, the next 16 all do."""
+    gate = torch.where(torch.rand(rows) < 0.5, torch.randn(rows), 0.0)
+    gate[16:32], gate[32:48] = 0.0, 1.0
+    gate[:1] = 0.5
+    return gate
+
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def operands(rows: int, inner: int, outer: int, rank: int, dtype: torch.dtype = torch.float32) -> Operands:
+    """x, weight, lora_a, lora_b, gate, bias."""
+    x, weight = torch.randn(rows, inner).to(dtype), (torch.randn(outer, inner) * inner**-0.5).to(dtype)
+    lora_a, lora_b = (torch.randn(rank, inner) * inner**-0.5).to(dtype), torch.randn(outer, rank).to(dtype)
+    return x, weight, lora_a, lora_b, random_gate(rows), torch.randn(outer).to(dtype)
+
+
+def check_parity(case: Any, dtype: torch.dtype, row_invariant: bool, device: str) -> None:
+    leading, inner, outer, rank, layout, has_bias = case
+    given = operands(int(torch.Size(leading).numel()), inner, outer, rank, dtype)
+    matrices = {name: place(t.to(device), layout) for name, t in zip(("x", "w", "a", "b"), given[:4], strict=True)}
+    gate = given[4].to(device).view(leading)
+    bias = given[5].to(device) if has_bias and given[5] is not None else None
+    grad = place(torch.randn(gate.numel(), outer).to(device, dtype), layout).tensor
+
+    def run(call: Callable[..., Tensor], wide: torch.dtype, **options: bool) -> dict[str, Tensor]:
+        x, w, a, b = (m.tensor.to(wide).detach().requires_grad_() for m in matrices.values())
+        wide_bias = None if bias is None else bias.to(wide).requires_grad_()
+        out = call(x.view(*leading, inner) if x.is_contiguous() else x, w, a, b, gate, 0.75, wide_bias, **options)
+        leaves = [x, w, a, b, *([] if wide_bias is None else [wide_bias])]
+        grads = torch.autograd.grad(out, leaves, grad.to(wide).view_as(out))
+        return dict(zip(("out", "dx", "dW", "dA", "dB", "dbias"), (out.detach(), *grads), strict=False))
+
+    with poisoned_allocations():
+        found = run(gated_lora, dtype, row_invariant=row_invariant)
+    expected, eager = run(eager_linear.gated_lora, torch.float64), run(eager_linear.gated_lora, dtype)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        measure = budget(value, expected[name], eager[name], name, by_row=name == "out")
+        assert measure.error <= measure.budget, name
+    for name, matrix in matrices.items():
+        matrix.check(name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@HALF_AND_FULL
+@pytest.mark.parametrize("case", CASES, ids=str)
+@BASES
+def test_parity(case: Any, dtype: torch.dtype, row_invariant: bool, device: str) -> None:
+    check_parity(case, dtype, row_invariant, device)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@BASES
+def test_parity_at_models_shapes(case: Any, dtype: torch.dtype, row_invariant: bool) -> None:
+    check_parity(case, dtype, row_invariant, "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@HALF_AND_FULL
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_projection_parity(case: Any, dtype: torch.dtype, device: str) -> None:
+    leading, inner, outer, _, layout, has_bias = case
+    x, weight, *_, bias = operands(int(torch.Size(leading).numel()), inner, outer, 1, dtype)
+    x, weight = place(x.to(device), layout).tensor, place(weight.to(device), layout).tensor
+    bias = bias.to(device) if has_bias and bias is not None else None
+    with poisoned_allocations():
+        out = row_invariant_linear(x, weight, bias)
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    measure = budget(out, F.linear(*wide), F.linear(x, weight, bias), by_row=True)
+    assert measure.error <= measure.budget
+
+
+def check_rows(call: Callable[[Tensor, Tensor], Tensor], rows: Tensor, gate: Tensor) -> None:
+    """Each row alone, against itself in every slot of batches of many sizes, beside random, NaN and huge neighbours."""
+    alone = torch.cat([call(rows[i : i + 1], gate[i : i + 1]) for i in range(len(rows))])
+    assert bool(alone[2:].isfinite().all())
+    for size in (1, 2, 7, 8, 9, 20, 72):
+        order = torch.randint(len(rows), (size,), device=rows.device)
+        differs = bits(call(rows[order], gate[order])) != bits(alone[order])
+        assert not bool(differs.any()), (size, differs.any(1).nonzero().flatten().tolist())
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 40), (200, 3)], ids=str)
+def test_the_bits_of_a_row_are_its_own(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    if device == "cuda":
+        shape = {70: (1536, 8960), 200: (4096, 4096)}[shape[0]]
+    x, weight, lora_a, lora_b, gate, bias = (
+        None if t is None else t.to(device) for t in operands(24, *shape, 8, dtype)
+    )
+    x[0], x[1], x[2], gate[0] = torch.nan, torch.inf, 1000.0 * x[2], 1.0
+    check_rows(lambda rows, _: row_invariant_linear(rows, weight, bias), x, gate)
+    check_rows(lambda rows, m: gated_lora(rows, weight, lora_a, lora_b, m, 0.5, bias), x, gate)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(33, 3), (709, 34), (1095, 35), (1536, 64), (1000, 258), (771, 17)], ids=str)
+def test_the_bits_of_a_row_are_its_own_on_any_number_of_threads(shape: tuple[int, int], threads: int) -> None:
+    """Shapes at which MKL's float32 products give odd rows other bits than even ones, and some at which they do not."""
+    x, weight, *_ = operands(24, *shape, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_rows(lambda rows, _: row_invariant_linear(rows, weight), x, x[:, 0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_change_a_row(device: str) -> None:
+    x, weight = torch.randn(9, 70, device=device), torch.randn(40, 70, device=device)
+    expected = row_invariant_linear(x, weight)
+    for layout in ("gaps", "bhdn"):
+        assert torch.equal(row_invariant_linear(place(x, layout).tensor, weight), expected)
+    folded = row_invariant_linear(x.view(3, 3, 70).transpose(0, 1), weight)
+    assert torch.equal(folded, expected.view(3, 3, 40).transpose(0, 1))
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", [1.0, torch.nan, torch.inf], ids=str)
+@BASES
+def test_rows_without_adapter_have_the_bits_of_the_base(
+    dtype: torch.dtype, adapter: float, row_invariant: bool, device: str
+) -> None:
+    """Whatever the adapter holds, and down to the sign of zero."""
+    x, weight, lora_a, lora_b, gate, _ = (None if t is None else t.to(device) for t in operands(53, 70, 50, 8, dtype))
+    x[17:20] *= 1e-30 if dtype != torch.float16 else 1e-7  # results that are negative zeros, or barely not
+    weight[:9] *= 1e-30 if dtype != torch.float16 else 1e-4
+    lora_a, lora_b = lora_a * adapter, lora_b * adapter
+    off = gate == 0
+    x.requires_grad_()
+    with poisoned_allocations():
+        out = gated_lora(x, weight, lora_a, lora_b, gate, 0.5, row_invariant=row_invariant)
+        base = (row_invariant_linear if row_invariant else F.linear)(x, weight)
+        grad = torch.randn_like(out)
+        (grad_x,) = torch.autograd.grad(out, x, grad)
+    assert bool((base[off] == 0).any()), "no zero to lose the sign of"
+    assert torch.equal(bits(out[off]), bits(base[off]))
+    assert torch.equal(bits(grad_x[off]), bits((grad @ weight)[off]))
+    assert not bool((out[~off] == base[~off]).all(1).any())
+    if adapter == 1.0:
+        assert bool(out.isfinite().all())
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("device", DEVICES)
+@BASES
+def test_gradients_of_the_adapter_read_gated_rows_alone(row_invariant: bool, device: str) -> None:
+    x, weight, lora_a, lora_b, gate, _ = (None if t is None else t.to(device) for t in operands(53, 70, 50, 8))
+    grad, on = torch.randn(53, 50, device=device), gate != 0
+
+    def gradients(x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        a, b = lora_a.clone().requires_grad_(), lora_b.clone().requires_grad_()
+        out = gated_lora(x, weight, a, b, gate, 0.5, row_invariant=row_invariant)
+        return torch.autograd.grad(out, (a, b), grad)
+
+    plain = gradients(x, gate, grad)
+    for again, first in zip(gradients(x, gate, grad), plain, strict=True):
+        assert torch.equal(again, first)
+    x[~on], grad[~on] = torch.nan, torch.inf
+    for found, expected in zip(gradients(x, gate, grad), plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@BASES
+def test_nothing_to_do(row_invariant: bool, device: str) -> None:
+    """No rows, or no row with an adapter."""
+    x, weight, lora_a, lora_b, gate, bias = (None if t is None else t.to(device) for t in operands(20, 33, 18, 3))
+    lora_a.requires_grad_()
+    lora_b.requires_grad_()
+    for rows in (0, 20):
+        out = gated_lora(x[:rows], weight, lora_a, lora_b, gate[:rows] * 0, 1.0, bias, row_invariant=row_invariant)
+        assert out.shape == (rows, 18)
+        grads = torch.autograd.grad(out, (lora_a, lora_b), torch.randn_like(out))
+        assert not any(bool(g.any()) for g in grads)
+    assert row_invariant_linear(x[:0], weight).shape == (0, 18)
+    assert torch.equal(row_invariant_linear(x[:, :0], weight[:, :0], bias), bias.expand(20, 18))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@BASES
+def test_inputs_of_the_adapter_are_zero_elsewhere(row_invariant: bool, device: str) -> None:
+    """The operator's second result, which the backward pass reads."""
+    x, weight, lora_a, lora_b, gate, bias = (None if t is None else t.to(device) for t in operands(53, 70, 50, 8))
+    with poisoned_allocations():
+        _, h = torch.ops.tidar_kernels.gated_lora(x, weight, bias, lora_a, lora_b, gate, 0.5, row_invariant)
+    torch.testing.assert_close(h, gate.unsqueeze(1) * (x @ lora_a.t()))
+    assert not bool(h[gate == 0].any())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gate_is_broadcast(path: str) -> None:
+    x, weight, lora_a, lora_b, gate, bias = operands(20, 33, 18, 3)
+    folded, gate = x.view(4, 5, 33), gate != 0
+    expected = gated_lora(x, weight, lora_a, lora_b, gate[:5].repeat(4), bias=bias)
+    for given in (gate[:5], gate[:5].expand(4, 5), gate[None, :5].float(), gate[:5].half()):
+        assert torch.equal(gated_lora(folded, weight, lora_a, lora_b, given, bias=bias).view(20, 18), expected)
+    alone = gated_lora(x[3], weight, lora_a, lora_b, torch.tensor(True), bias=bias)
+    assert torch.equal(alone, gated_lora(x, weight, lora_a, lora_b, torch.tensor(1.0), bias=bias)[3])
+
+
+def test_gradcheck() -> None:
+    leaves = [t.double().requires_grad_() for t in operands(9, 7, 5, 3)[:4]]
+    gate, bias = torch.tensor([0.0, 1.0, -0.5] * 3), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    for row_invariant in (True, False):
+
+        def lora(*given: Tensor, row_invariant: bool = row_invariant) -> Tensor:
+            return gated_lora(*given[:4], gate, 0.7, given[4], row_invariant=row_invariant)
+
+        assert torch.autograd.gradcheck(lora, (*leaves, bias))
+    assert torch.autograd.gradcheck(row_invariant_linear, (*leaves[:2], bias))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@BASES
+def test_opcheck(row_invariant: bool, path: str) -> None:
+    x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
+    library = torch.ops.tidar_kernels
+    torch.library.opcheck(library.row_invariant_linear.default, (x, weight.requires_grad_(), bias))
+    given = (x, weight, bias, lora_a.requires_grad_(), lora_b.requires_grad_(), gate, 0.5, row_invariant)
+    torch.library.opcheck(library.gated_lora.default, given)
+    plain = [t.detach() for t in (torch.randn(9, 18), x, weight, lora_a, lora_b, gate, torch.randn(9, 3))]
+    torch.library.opcheck(library.gated_lora_backward.default, (*plain, 0.5))
+    plain[2] = None  # type: ignore[call-overload]
+    torch.library.opcheck(library.gated_lora_backward.default, (*plain, 0.5))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_compiles_without_a_graph_break(path: str) -> None:
+    x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return row_invariant_linear(gated_lora(2.0 * x, weight, a, b, gate, 0.5, bias).relu(), weight.t())
+
+    found = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
+        out = call(*leaves)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for compiled, plain in zip(*found, strict=True):
+        assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast(path: str) -> None:
+    x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
+    lora_a.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = gated_lora(x, weight, lora_a, lora_b, gate, 0.5, bias)
+    half = [t.half() for t in (x, weight, lora_a, lora_b)]
+    assert torch.equal(out, gated_lora(*half, gate, 0.5, bias.half()))
+    (grad,) = torch.autograd.grad(out.float().sum(), lora_a)
+    assert grad.dtype == torch.float32
+
+
+def test_no_second_derivative() -> None:
+    x, weight, lora_a, lora_b, gate, _ = operands(9, 33, 18, 3)
+    out = gated_lora(x.requires_grad_(), weight, lora_a.requires_grad_(), lora_b, gate)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^gated_lora: expected at most first derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.interpret
+def test_kernels_refuse_float64() -> None:
+    x, weight, *_ = (t.double() for t in operands(2, 16, 16, 1)[:4])
+    with pytest.raises(TypeError, match=r"^x: expected float32, float16 or bfloat16 for the Triton kernels"):
+        row_invariant_linear(x, weight)
+
+
+BAD = [
+    ({"x": [1.0]}, TypeError, r"^x: expected a torch.Tensor, got list$"),
+    ({"x": torch.zeros(2, 3, 5)}, ValueError, r"^x: expected shape \[\.\.\., 6\] for this weight, got \[2, 3, 5\]$"),
+    ({"x": torch.zeros(2, 3, 6).long()}, TypeError, r"^dtype: expected float32, .*, got torch.int64$"),
+    ({"weight": torch.zeros(6)}, ValueError, r"^weight: expected 2 dimensions, got shape \[6\]$"),
+    ({"weight": torch.zeros(4, 6).half()}, TypeError, r"^weight: expected dtype torch.float32"),
+    ({"bias": torch.zeros(6)}, ValueError, r"^bias: expected shape \[4\], got \[6\]$"),
+    ({"lora_a": torch.zeros(0, 6)}, ValueError, r"^lora_a: expected a rank of at least 1, got shape \[0, 6\]$"),
+    ({"lora_a": torch.zeros(2, 5)}, ValueError, r"^lora_a: expected shape \[2, 6\], got \[2, 5\]$"),
+    ({"lora_b": torch.zeros(4, 3)}, ValueError, r"^lora_b: expected shape \[4, 2\], got \[4, 3\]$"),
+    ({"lora_b": torch.zeros(4, 2, device="meta")}, ValueError, r"^lora_b: expected device cpu .*, got meta$"),
+    ({"gate": True}, TypeError, r"^gate: expected a torch.Tensor, got bool$"),
+    ({"gate": torch.ones(3).int()}, TypeError, r"^gate: expected dtype bool or a float, got torch.int32$"),
+    ({"gate": torch.ones(2)}, ValueError, r"^gate: expected a shape that broadcasts to \[2, 3\], got \[2\]$"),
+    ({"gate": torch.ones(1, 2, 3)}, ValueError, r"^gate: expected .* broadcasts to \[2, 3\], got \[1, 2, 3\]$"),
+    ({"gate": torch.ones(3, device="meta")}, ValueError, r"^gate: expected device cpu"),
+    ({"gate": torch.ones(3, requires_grad=True)}, ValueError, r"^gate: expected a tensor without gradient"),
+    ({"scale": "1"}, TypeError, r"^scale: expected a float, got str$"),
+    ({"scale": float("nan")}, ValueError, r"^scale: expected a finite number, got nan$"),
+    ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
+    ({"backend": "cuda"}, ValueError, r'^backend: expected None, "triton" or "eager"'),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {
+        "x": torch.zeros(2, 3, 6),
+        "weight": torch.zeros(4, 6),
+        "bias": torch.zeros(4),
+        "lora_a": torch.zeros(2, 6),
+        "lora_b": torch.zeros(4, 2),
+        "gate": torch.ones(3),
+    }
+    gated_lora(**given)
+    with pytest.raises(error, match=message):
+        gated_lora(**(given | change))
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_backends_agree(backend: Any) -> None:
+    x, weight, lora_a, lora_b, gate, bias = operands(20, 33, 18, 3)
+    expected = eager_linear.gated_lora(x, weight, lora_a, lora_b, gate, 0.5, bias)
+    found = gated_lora(x.view(4, 5, 33), weight, lora_a, lora_b, gate.view(4, 5), 0.5, bias, backend=backend)
+    torch.testing.assert_close(found.view(20, 18), expected)
+    torch.testing.assert_close(row_invariant_linear(x, weight, bias, backend=backend), F.linear(x, weight, bias))
+
+
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@pytest.mark.parametrize("cc", TENSOR_CORE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_configuration_compiles(cc: int, dtype: torch.dtype) -> None:
+    """Every entry of the tables at shapes of Qwen2.5-1.5B and Qwen3-8B: no spill, tensor cores, shared memory."""
+    pytest.importorskip("triton")
+    from tidar_kernels.kernels import linear, linear_configs
+    from tidar_kernels.testing.compilation import SHARED_LIMITS, compile_report
+
+    assert not ops.interpreting()
+    tables = linear_configs._FLOAT32 if dtype == torch.float32 else linear_configs._HALF[cc]
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def adapter(out_features: int, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        return gate, meta(rows, rank), meta(out_features, rank), 0.5
+
+    rows, hidden, wide, rank = 72, 1536, 12288, 64
+    gate, x = meta(rows, dtype=torch.float32), meta(rows, hidden)
+    launches = {
+        "wide": linear.plan_linear(x, meta(wide, hidden), None, cc, adapter(wide, rank))[0],
+        "narrow": linear.plan_linear(x, meta(hidden, hidden), meta(hidden), cc, adapter(hidden, 8))[0],
+        "down": linear.plan_gated_rows("down", x, meta(rank, hidden), gate, 1.0, cc)[0],
+        "train_down": linear.plan_gated_rows("train_down", x, meta(hidden, 256).t(), gate, 0.5, cc)[0],
+        "add": linear.plan_gated_rows("add", meta(rows, rank), meta(wide, rank), gate, 0.5, cc, meta(rows, wide))[0],
+        "sum": linear.plan_gated_sum(meta(rows, rank), x, gate, 1.0, cc)[0],
+    }
+    assert launches.keys() == tables.keys()
+    for role, launch in launches.items():
+        report = compile_report(launch, cc)
+        assert (report.stack_bytes, report.local_accesses, report.spill_bytes) == (0, 0, 0), role
+        assert report.shared_bytes <= SHARED_LIMITS[cc], role
+        # The tiles of "down" are below the 64 rows of wgmma and tcgen05: it waits for memory, not for products.
+        instruction = "HMMA" if role == "down" else TENSOR_CORE[cc]
+        assert report.tensor_core == (() if dtype == torch.float32 else (instruction,)), role
