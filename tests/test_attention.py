@@ -47,6 +47,9 @@ def test_two_runs_give_the_same_bits(device: str, case: testing.AttentionCase) -
     testing.check_attention_repeats(case, device)
 
 
+MORE = {"softcap": 0.7, "sinks": torch.tensor([0.3, -0.5], dtype=torch.float64)}
+
+
 def operands(pattern: patterns.Pattern, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Two heads of one kv head, two sequences, as a projection gives them."""
     shapes = ((pattern.q_len, 2), (pattern.kv_len, 1), (pattern.kv_len, 1))
@@ -59,16 +62,40 @@ def test_gradcheck(attend: Any, pattern: patterns.Pattern) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, 0.6, return_lse=True), operands(pattern))
 
 
+@pytest.mark.parametrize("attend", [eager.attention, tk.attention], ids=["eager", "operator"])
+def test_gradcheck_with_more(attend: Any) -> None:
+    pattern = patterns.tidar_training(6, 4).windowed(3)
+    leaves = [*operands(pattern), MORE["sinks"].clone().requires_grad_()]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
+        return attend(q, k, v, pattern, 0.6, softcap=0.7, sinks=sinks, return_lse=True)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_sinks_without_a_gradient() -> None:
+    pattern = patterns.tidar_training(6, 4)
+    leaves = operands(pattern)
+    found, exact = (
+        torch.autograd.grad(attend(*leaves, pattern, **MORE).sin().sum(), leaves)
+        for attend in (tk.attention, eager.attention)
+    )
+    torch.testing.assert_close(found, exact)
+
+
 @pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
 def test_opcheck(path: str) -> None:
     pattern = patterns.tidar_training(5, 2)
     q, k, v = operands(pattern, torch.float32)
     lead, own, _ = pattern.on("cpu")
     torch.library.opcheck(torch.ops.tidar_kernels.attention.default, (q, k, v, lead, own, 0.5))
+    sinks = torch.randn(2, requires_grad=True)
+    torch.library.opcheck(torch.ops.tidar_kernels.attention.default, (q, k, v, lead, own, 0.5, 2.0, sinks))
     saved = [x.detach() for x in (q, k, v, *torch.ops.tidar_kernels.attention(q, k, v, lead, own, 0.5))]
     for grad_lse in (None, torch.randn_like(saved[4])):
         args = (torch.randn_like(saved[3]), grad_lse, *saved, lead, own, 0.5)
-        torch.library.opcheck(torch.ops.tidar_kernels.attention_backward.default, args)
+        for more in ((), (2.0,)):
+            torch.library.opcheck(torch.ops.tidar_kernels.attention_backward.default, (*args, *more))
 
 
 def test_second_derivatives_are_an_error() -> None:
@@ -121,6 +148,19 @@ def test_training_step_compiles_whole_and_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_more_compiles_whole() -> None:
+    pattern = patterns.tidar_training(12, 4).windowed(5)
+    leaves = [*operands(pattern), MORE["sinks"].clone().requires_grad_()]
+
+    def step(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        return tk.attention(q, k, v, pattern, softcap=0.7, sinks=sinks).sin().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found, exact = (torch.autograd.grad(run(*leaves), leaves) for run in (compiled, step))
+    torch.testing.assert_close(found, exact)
+
+
 def test_activation_checkpointing() -> None:
     model, pattern = small_model(), patterns.tidar_training(24, 4)
     tokens = torch.randint(64, (3, 48))
@@ -161,6 +201,11 @@ def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
     out.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
+    sinks = torch.randn(2, requires_grad=True)  # a parameter, which stays as it is
+    with torch.autocast("cpu", dtype):
+        tk.attention(q, k, v, pattern, sinks=sinks).sum().backward()
+    assert sinks.grad is not None
+    assert sinks.grad.dtype == torch.float32
 
 
 PATTERN = patterns.tidar_training(3, 2)
@@ -181,6 +226,9 @@ PATTERN = patterns.tidar_training(3, 2)
         ({"q": torch.zeros(1, 2, 5, 4)}, ValueError, r"^q: expected 6 rows for tidar_training"),
         ({"pattern": torch.zeros(6, 6)}, TypeError, r"^pattern: expected a tidar_kernels.Pattern, got Tensor$"),
         ({"scale": -1.0}, ValueError, r"^scale: expected a positive finite number, got -1.0$"),
+        ({"softcap": -1.0}, ValueError, r"^softcap: expected a positive finite number, got -1.0$"),
+        ({"softcap": True}, TypeError, r"^softcap: expected a float or None, got bool$"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"^sinks: expected shape \[2\], got \[3\]$"),
         ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
         ({"backend": "sdpa"}, ValueError, r"^backend: expected None"),
         ({"v": None}, TypeError, r"^v: expected a torch.Tensor, got NoneType$"),

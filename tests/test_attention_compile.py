@@ -44,6 +44,8 @@ def compiled(
     heads: tuple[int, int] = (32, 8),
     layout: str = "bnhd",
     lse_grad: bool = False,
+    softcap: float | None = None,
+    sinks: bool = False,
     only: tuple[str, ...] = KERNELS,
 ) -> list[CompileReport]:
     """Reports of the launches of one forward and backward pass, of S = 4096 tokens unless a pattern is given."""
@@ -55,8 +57,10 @@ def compiled(
 
     q, k = operand(heads[0], pattern.q_len), operand(heads[1], pattern.kv_len)
     lead, own, _ = pattern.on("meta")
-    forward, out, lse = plan_attention(q, k, k, lead, own, 0.125, cc)
-    backward, *_ = plan_attention_backward(q, lse if lse_grad else None, q, k, k, out, lse, lead, own, 0.125, cc)
+    sink = torch.empty(heads[0], dtype=dtype, device="meta") if sinks else None
+    forward, out, lse = plan_attention(q, k, k, lead, own, 0.125, softcap, sink, cc)
+    grads = (q, lse if lse_grad else None)
+    backward, *_ = plan_attention_backward(*grads, q, k, k, out, lse, lead, own, 0.125, softcap, cc)
     launches = [launch for launch in (forward, *backward) if launch.kernel.__name__ in only]
     return [compile_report(launch, cc) for launch in launches]
 
@@ -87,6 +91,25 @@ def test_half_dtypes(cc: int, head_dim: int) -> None:
     assert tuple(report.kernel for report in reports) == wanted
     for report in reports:
         check(report, torch.bfloat16)
+
+
+FORWARD, DQ, DKDV = MULTIPLYING
+
+
+@pytest.mark.parametrize(
+    ("cc", "head_dim", "dtype", "kernels"),
+    [
+        *((cc, head_dim, torch.bfloat16, MULTIPLYING) for cc in CHIPS for head_dim in (64, 128, 256)),
+        (80, 32, torch.bfloat16, (FORWARD,)),
+        (90, 96, torch.bfloat16, (DKDV,)),
+        (90, 16, torch.float32, (DKDV,)),
+        (90, 64, torch.float32, (FORWARD,)),
+    ],
+)
+def test_a_cap_and_sinks(cc: int, head_dim: int, dtype: torch.dtype, kernels: tuple[str, ...]) -> None:
+    """In their own configurations where the plain ones spill."""
+    for report in compiled(cc, head_dim, dtype, softcap=50.0, sinks=True, only=kernels):
+        check(report, dtype)
 
 
 @pytest.mark.parametrize(("cc", "head_dim"), [(90, 32), (90, 64), (90, 128), (90, 256), (80, 64), (100, 256)])

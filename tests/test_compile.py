@@ -49,6 +49,7 @@ def test_the_tables_are_covered() -> None:
     assert set(CHIPS) == set(SHARED_LIMITS) == set(TENSOR_CORE)
     assert set(configs._FLOAT32) <= set(HEAD_DIMS)
     assert all(set(table) <= set(HEAD_DIMS) for table in configs._HALF.values())
+    assert set(configs._HALF_EXTRAS) == set(configs._FLOAT32_EXTRAS) == set(CHIPS)
 
 
 @pytest.mark.parametrize("cc", CHIPS)
@@ -67,6 +68,31 @@ def test_step_attention_in_float16(cc: int) -> None:
     """The half dtypes share their table, and their code but for the type of its instructions."""
     for report in step(cc, 64, torch.float16):
         check(report, torch.float16)
+
+
+FEATURES = {
+    "softcap": {"softcap": 50.0},
+    "window": {"window": 1024},
+    "all": {"softcap": 50.0, "sinks": True, "window": 1024},
+}
+
+
+@pytest.mark.parametrize(
+    ("cc", "head_dim", "dtype", "features"),
+    [
+        *((cc, head_dim, torch.bfloat16, "all") for cc in CHIPS for head_dim in (64, 128, 256)),
+        *((cc, 256, torch.bfloat16, "window") for cc in (80, 90)),
+        (80, 16, torch.bfloat16, "all"),
+        (100, 128, torch.float32, "all"),
+        (100, 256, torch.float32, "softcap"),
+    ],
+)
+def test_step_attention_with_more(cc: int, head_dim: int, dtype: torch.dtype, features: str) -> None:
+    """A cap, sinks and a window, in their own configurations where the plain ones spill."""
+    attend, combine = step(cc, head_dim, dtype, **FEATURES[features])
+    check(attend, dtype)
+    if "window" in FEATURES[features]:
+        check(combine, dtype)
 
 
 @pytest.mark.parametrize("cc", CHIPS)

@@ -6,6 +6,7 @@ Most tests shrink the constants that say when a piece is worth a call, so that s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tidar_kernels as tk
-from tidar_kernels import cpu_attention, eager, families, patterns
+from tidar_kernels import cpu_attention, cpu_parts, eager, families, patterns
 from tidar_kernels.patterns import Pattern
 from tidar_kernels.testing import irregular_pattern
 from tidar_kernels.testing.attention import AttentionCase, check_attention
@@ -36,6 +37,8 @@ SMALL = {
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(cpu_attention, name, value)
+    monkeypatch.setattr(cpu_parts, "CAPPED_ROWS", 7)
+    monkeypatch.setattr(cpu_parts, "CAPPED_KEYS", 11)
 
 
 def rising(first: list[int], start: int = 0, length: int = 40) -> Pattern:
@@ -78,6 +81,15 @@ CUTS: dict[str, Callable[[], Pattern]] = {
 def test_parity_of_every_cut(name: str, dtype: torch.dtype, heads: tuple[int, int], small: None) -> None:
     case = AttentionCase(name, CUTS[name](), 2, *heads, head_dim=16, dtype=dtype, lse_grad=dtype != torch.bfloat16)
     check_attention(case, "cpu")
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_parity_with_a_cap_and_sinks(name: str, small: None) -> None:
+    """A cap is computed in blocks of rows and keys within pieces; sinks meet the merged rows."""
+    dtype = torch.bfloat16 if name == "prefill" else torch.float64
+    case = AttentionCase(name, CUTS[name](), 2, 4, 2, 16, dtype, lse_grad=True, softcap=1.5, sinks=True)
+    check_attention(case, "cpu")
+    check_attention(replace(case, softcap=None), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -167,7 +179,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("heads", "softcap"), [((2, 2), None), ((4, 2), None), ((4, 2), 2.0)])
 @pytest.mark.parametrize(
     "pattern_of",
     [
@@ -178,17 +190,25 @@ class LargestTensor(TorchDispatchMode):
     ],
     ids=["tidar", "long_blocks", "documents", "packed"],
 )
-def test_no_tensor_is_quadratic(pattern_of: Callable[[int], Pattern], heads: tuple[int, int]) -> None:
-    """The largest tensor of a forward and backward pass has a length times a constant: it is an operand or smaller."""
+def test_no_tensor_is_quadratic(
+    pattern_of: Callable[[int], Pattern], heads: tuple[int, int], softcap: float | None
+) -> None:
+    """The largest tensor of a forward and backward pass has a length times a constant: it is an operand or smaller.
+
+    But for capped logits, whose blocks of scores have a constant number of elements.
+    """
 
     def largest(s: int) -> int:
         pattern = pattern_of(s)
         shapes = ((pattern.q_len, heads[0]), (pattern.kv_len, heads[1]), (pattern.kv_len, heads[1]))
         leaves = [torch.randn(1, h, rows, 16, requires_grad=True) for rows, h in shapes]
         with LargestTensor() as seen:
-            tk.attention(*leaves, pattern).square().sum().backward()
+            tk.attention(*leaves, pattern, softcap=softcap).square().sum().backward()
         return seen.elements
 
     short, long = largest(1000), largest(4000)
     assert long <= 4.2 * short
+    if softcap is not None:
+        assert long <= max(2 * 8000 * heads[0] * 16, heads[0] * cpu_parts.CAPPED_ROWS * cpu_parts.CAPPED_KEYS)
+        return
     assert long < 2 * 8000 * heads[0] * 16

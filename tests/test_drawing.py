@@ -285,3 +285,16 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         save_png(causal(2), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
     assert as_text(causal(2)).startswith("causal(length=2)")
+
+
+def test_a_window_hides_context() -> None:
+    """The last columns of the context, those that a window can leave; blocks stay blocks."""
+    pattern = tidar_step(2).windowed(3)
+    lines = pattern.draw(context_len=12).splitlines()
+    assert "(the 12 context columns are drawn as the last 8)" in lines
+    rows = [line.split() for line in lines if "P+" in line]
+    context = [next(part for part in row if len(part) == 8) for row in rows]
+    reach = [2, 1, 1, 0, 0, 0]
+    assert context == ["·" * (8 - n) + "░" * n for n in reach]
+    assert [row[0] for row in rows] == ["draft", "draft", "mask", "mask", "mask", "mask"]
+    assert [row[1] for row in rows[2:]] == ["1", "1", "2", "2"]

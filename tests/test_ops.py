@@ -58,6 +58,16 @@ def test_opcheck_step_attention(layout: str, lengths: tuple[int, int], num_heads
 
 
 @both_paths
+def test_opcheck_step_attention_with_more() -> None:
+    case = testing.StepCase("opcheck", STEP, (3, 14), 4, 2, 16, max_len=MAX_LEN, window=4, sinks=True)
+    operands, pattern = testing.step_operands(case), STEP.windowed(4)
+    lead, own, _ = pattern.on("cpu")
+    more = (pattern.reach_on("cpu"), 2.0, operands.options["sinks"])
+    step = torch.ops.tidar_kernels.step_attention.default
+    torch.library.opcheck(step, (*operands.tensors, lead, own, 0.25, MAX_LEN, *more))
+
+
+@both_paths
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "gaps", "bhdn"])
 def test_opcheck_append_kv(layout: str) -> None:
     memory = {name: testing.guarded(x, layout).tensor if x.ndim == 4 else x for name, x in operands().items()}
@@ -79,11 +89,17 @@ def test_fake_tensors_have_the_shapes_of_real_ones(dtype: torch.dtype) -> None:
 
 @both_paths
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_without_a_graph_break(backend: str) -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_compiles_without_a_graph_break(backend: str, more: bool) -> None:
+    options = {"softcap": 2.0, "sinks": torch.randn(4)} if more else {}
+    if more:
+        STEP.windowed(5).on("cpu")  # memos are filled outside of graphs
+
     def layer(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Any:
         keep = STEP.causal_len
         tk.append_kv(k_cache, v_cache, k[:, :, :keep], v[:, :, :keep], lengths)
-        return tk.step_attention(2.0 * q, k, v, k_cache, v_cache, lengths, STEP, return_lse=True)
+        pattern = STEP.windowed(5) if more else STEP
+        return tk.step_attention(2.0 * q, k, v, k_cache, v_cache, lengths, pattern, **options, return_lse=True)
 
     given = operands()
     plain, compiled = [[x.clone() for x in given.values()] for _ in range(2)]
@@ -148,6 +164,14 @@ BAD_STEPS: list[Bad] = [
     ({}, {"scale": "1"}, TypeError, "scale", "a float", "str"),
     ({}, {"scale": 0.0}, ValueError, "scale", "a positive finite number", "0.0"),
     ({}, {"scale": float("nan")}, ValueError, "scale", "a positive finite number", "nan"),
+    ({}, {"softcap": "50"}, TypeError, "softcap", "a float or None", "str"),
+    ({}, {"softcap": 0.0}, ValueError, "softcap", "a positive finite number", "0.0"),
+    ({}, {"softcap": float("inf")}, ValueError, "softcap", "a positive finite number", "inf"),
+    ({}, {"sinks": [0.0] * 4}, TypeError, "sinks", "a torch.Tensor", "list"),
+    ({}, {"sinks": torch.zeros(1, 4)}, ValueError, "sinks", "1 dimensions", "shape [1, 4]"),
+    ({}, {"sinks": torch.zeros(2)}, ValueError, "sinks", "shape [4]", "[2]"),
+    ({}, {"sinks": torch.zeros(4).int()}, TypeError, "sinks", "dtype float32", "torch.int32"),
+    ({}, {"sinks": torch.zeros(4, device="meta")}, ValueError, "sinks", "device cpu", "meta"),
     ({}, {"max_context": 21}, ValueError, "max_context", "0 <= max_context <= max_len = 20", "21"),
     ({}, {"max_context": -1}, ValueError, "max_context", "0 <= max_context <= max_len = 20", "-1"),
     ({}, {"max_context": 13}, ValueError, "lengths", "0 <= length <= max_context = 13", "14 in sequence 1"),

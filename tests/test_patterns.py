@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tidar_kernels import families
 from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
 
 BLOCK_SIZES = range(1, 33)
@@ -339,3 +340,118 @@ def test_packed_documents_and_prompts(lengths: list[int], prompts: list[int], bl
 def test_bad_documents(documents: list[int] | None, prompts: list[int] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tidar_training(6, 2, documents, prompts)
+
+
+EVERY_KIND = [
+    causal(9),
+    tidar_prefill(7, 4),
+    tidar_step(4),
+    tidar_step(5, bidirectional=False),
+    tidar_training(13, 4),
+    tidar_training(20, 3, [7, 4, 9], [3, 4, 0]),
+    families.idlm_training(9, 4),
+    families.block_diffusion_training(9, 4),
+    families.set_block_training(9, 4),
+    families.dflash_training(9, [0, 3, 9], 4),
+    families.jacobi_forcing_training(4, 7),
+]
+EVERY_KIND.append(families.packed(EVERY_KIND))
+
+
+def within(pattern: Pattern, window: int, context_len: int) -> torch.Tensor:
+    """The mask behind a window, from absolute positions: a query sees keys less than `window` positions behind it."""
+    keys = torch.cat([torch.arange(context_len), context_len + pattern.key_positions.long()])
+    behind = (context_len + pattern.positions.long())[:, None] - keys
+    return pattern.dense(context_len) & (behind < window)
+
+
+@pytest.mark.parametrize("pattern", EVERY_KIND, ids=lambda pattern: pattern.name[:40])
+def test_windows(pattern: Pattern) -> None:
+    for window in (1, 2, 3, 4, 5, 7, 11, 30, 2**40):
+        windowed = pattern.windowed(window)
+        for context_len in (0, 1, 5, 17):
+            assert torch.equal(windowed.dense(context_len), within(pattern, window, context_len))
+            both = windowed.windowed(4).dense(context_len)
+            assert torch.equal(both, within(pattern, min(window, 4), context_len))
+        assert windowed.causal_len == pattern.causal_len
+        assert (windowed.q_len, windowed.kv_len) == (pattern.q_len, pattern.kv_len)
+        for same in ("positions", "roles", "predicts", "key_positions"):
+            assert torch.equal(getattr(windowed, same), getattr(pattern, same))
+
+
+def test_a_window_is_made_once() -> None:
+    pattern = tidar_step(4)
+    with torch.inference_mode():
+        windowed = pattern.windowed(6)
+    assert pattern.windowed(6) is windowed
+    assert windowed.name == "tidar_step(block_size=4).windowed(6)"
+    assert not windowed.lead.is_inference()
+    assert pattern.reach_on("cpu") is pattern.reach is None
+    assert windowed.reach is not None
+    assert torch.equal(windowed.reach_on("cpu"), windowed.reach)
+    assert windowed.reach.tolist() == [max(0, 5 - at) for at in pattern.positions.tolist()]
+    assert [x.device.type for x in (*windowed.on("meta"), windowed.reach_on("meta"))] == ["meta"] * 4
+
+
+def test_causal_rows_share_one_window() -> None:
+    good = causal(6).windowed(3)
+    fields = {"lead": good.lead, "own": good.own, "positions": good.positions, "kv_len": 6}
+    assert Pattern(**fields, reach=good.reach).causal_len == 6
+    assert Pattern(**fields).causal_len == 3  # without a reach, rows that do not see key 0 are not causal
+    for row, more in ((1, 1), (4, 1)):
+        reach = good.reach.clone()
+        reach[row] += more
+        assert Pattern(**fields, reach=reach).causal_len == row
+    lead = good.lead.clone()
+    lead[5, 0] -= 1
+    assert Pattern(**{**fields, "lead": lead}, reach=good.reach).causal_len == 5
+
+
+def test_packed_sequences_keep_their_reach() -> None:
+    parts = [causal(2), causal(3).windowed(2)]
+    packed = families.packed(parts)
+    assert packed.reach is not None
+    assert packed.reach.tolist() == [2**31 - 1, 2**31 - 1, 1, 0, 0]
+    own = [part.dense(3)[:, :3] for part in parts]
+    assert torch.equal(packed.dense(3)[:, :3], torch.cat(own))
+    unknown = Pattern(int32([0, 2]), int32([0, 0]), torch.tensor([1], dtype=torch.int32), 2)
+    assert families.packed([unknown, causal(2)]).key_positions is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "window", "error", "message"),
+    [
+        (causal(3), 0, ValueError, r"^window: expected >= 1, got 0$"),
+        (causal(3), 2.0, TypeError, r"^window: expected an int, got float$"),
+        (
+            Pattern(int32([0, 3]), int32([0, 0]), torch.tensor([2], dtype=torch.int32), 3),
+            2,
+            ValueError,
+            r"^window: expected a pattern with key_positions, which 3 keys of 1 rows need, got pattern without$",
+        ),
+        (
+            Pattern(*(int32([0, 0], [0, 2]), int32([0, 0], [0, 0])), torch.tensor([3, 3], dtype=torch.int32), 2),
+            2,
+            ValueError,
+            r"^window: expected keys whose positions ascend by one in lead, got \[3, 3\] in row 1 of pattern$",
+        ),
+    ],
+)
+def test_bad_windows(pattern: Pattern, window: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pattern.windowed(window)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reach": torch.zeros(2)}, TypeError, r"^reach: expected an int32 CPU tensor, got torch.float32 on cpu$"),
+        ({"reach": torch.zeros(3, dtype=torch.int32)}, ValueError, r"^reach: expected shape \[2\], got \[3\]$"),
+        ({"reach": torch.tensor([1, -2], dtype=torch.int32)}, ValueError, r"^reach: expected >= 0, got -2$"),
+        ({"key_positions": [0]}, TypeError, r"^key_positions: expected an int32 CPU tensor, got list$"),
+        ({"key_positions": torch.zeros(2, dtype=torch.int32)}, ValueError, r"^key_positions: expected shape \[3\]"),
+    ],
+)
+def test_bad_reach_and_key_positions(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Pattern(**fields(**change))

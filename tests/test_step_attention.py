@@ -60,6 +60,45 @@ def test_lengths_outside_the_cache_are_clamped(device: str) -> None:
     assert torch.equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_slots_behind_every_window_are_not_read(device: str) -> None:
+    """NaN in all tiles of context that no row reaches, splits too: what is computed in vain would show."""
+    window, length, tile = (300, 2000, 64) if device == "cuda" else (30, 200, 16)
+    case = testing.StepCase("behind", patterns.tidar_step(4), (length, length - 5), 4, 2, 16, window=window, sinks=True)
+    operands = testing.step_operands(case, device)
+    k_cache, v_cache = operands.tensors[3:5]
+    pattern = case.windowed(case.pattern)
+
+    def run() -> Tensor:
+        return ops.step_attention(*operands.tensors, pattern, **operands.options)
+
+    expected = run()
+    behind = (length - 5 - window) // tile * tile
+    k_cache[:, :, :behind], v_cache[:, :, :behind] = torch.nan, torch.nan
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sink_of_minus_infinity_is_none(device: str) -> None:
+    case = testing.StepCase("none", testing.irregular_pattern(9, 7), (0, 70), 4, 2, 16, sinks=True)
+    operands = testing.step_operands(case, device)
+    expected, found = (
+        ops.step_attention(*operands.tensors, case.pattern, sinks=sinks, return_lse=True)
+        for sinks in (None, torch.full_like(operands.options["sinks"], -torch.inf))
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sinks_have_a_dtype_of_their_own(device: str) -> None:
+    case = testing.StepCase("dtype", patterns.tidar_step(2), (9,), 4, 2, 16, torch.float16, sinks=True)
+    operands = testing.step_operands(case, device)
+    sinks = operands.options["sinks"]
+    found, expected = (ops.step_attention(*operands.tensors, case.pattern, sinks=x) for x in (sinks.float(), sinks))
+    assert torch.equal(found, expected)
+
+
 def far_apart(device: str, folder: Path, rows: int, head_dim: int, stride: int) -> Tensor:
     """A cache `[1, 1, rows, head_dim]` of float16 whose rows lie `stride` elements apart.
 

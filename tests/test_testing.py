@@ -154,6 +154,10 @@ def test_the_table_covers_what_it_must() -> None:
     assert {length for case in cases for length in case.lengths} >= {0, 1, 13, 15, 16, 17, 63, 64, 65, 127, 128}
     assert {case.lengths_dtype for case in cases} == {torch.int32, torch.int64}
     assert {case.layout for case in cases} == {case.cache_layout for case in cases} == set(testing.LAYOUTS)
+    wholly = [case for case in cases if case.window and case.softcap and case.sinks]
+    assert {case.head_dim for case in wholly} >= {64, 80, 256}
+    assert {case.window for case in cases} >= {None, 1, 20, 65}
+    assert any(case.window and case.softcap and case.sinks for case in testing.BITS_CASES)
     for blocks in (2, 8, 16):
         bits = [case for case in testing.BITS_CASES if case.pattern.name == patterns.tidar_step(blocks).name]
         assert {length % 16 for case in bits for length in case.lengths} >= {15, 0, 1}

@@ -1,16 +1,20 @@
 """The fast PyTorch paths that the operators take on the CPU, on top of ATen's fused CPU attention.
 
 Same idea as the kernels: the context is one dense call without a mask, the in-flight part is a small masked call, and
-the two merge by their log-sum-exp. Query heads of one kv head are packed into rows, so K/V is never repeated.
+the two merge by their log-sum-exp. Query heads of one kv head are packed into rows, so K/V is never repeated. Behind a
+sliding window the context is what every row reaches, and a small masked call for what only some do.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .cpu_parts import add_sinks, capped_attention, share, unit_stride
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -33,16 +37,40 @@ def _packed_mask(
         found = _masks[lead] = (own, {})
     key = (kv_len, dtype, group)
     if key not in found[1]:
-        mask = dense_mask(lead, own, kv_len).repeat(group, 1)
-        empty = ~mask.any(dim=1)
-        additive = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
-        found[1][key] = (additive[None, None], empty if bool(empty.any()) else None)
+        found[1][key] = _additive(dense_mask(lead, own, kv_len), dtype, group)
     return found[1][key]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied if its last stride is not 1: ATen's fused attention takes that stride for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _additive(visible: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor | None]:
+    """`visible [q_len, keys]` as what is added to scores of packed rows, and the rows that see nothing, or None."""
+    visible = visible.repeat(group, 1)
+    empty = ~visible.any(dim=1)
+    additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)
+    return additive[None, None], empty if bool(empty.any()) else None
+
+
+def _context_parts(
+    length: int, reach: Tensor | None, dtype: torch.dtype, group: int
+) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
+    """`(slots, mask, rows that see none of them)` of one sequence's context, of which not every row may see all."""
+    near = far = length
+    if reach is not None and reach.numel():
+        near, far = min(length, int(reach.min())), min(length, int(reach.max()))
+    if near:
+        yield slice(length - near, length), None, None
+    if far > near and reach is not None:
+        slot = torch.arange(length - far, length - near)
+        yield slice(length - far, length - near), *_additive(slot >= length - reach[:, None].long(), dtype, group)
+
+
+def _attend(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, mask: Tensor | None, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of packed rows `[batch, kv_heads, rows, d]`; `empty`: the rows that see nothing under the mask."""
+    if softcap is not None:
+        return capped_attention(rows, k, v, scale, softcap, mask)
+    out, lse = _flash(rows, unit_stride(k), unit_stride(v), attn_mask=mask, scale=scale)
+    return out, lse if empty is None else lse.masked_fill(empty, -math.inf)
 
 
 def step_attention(
@@ -55,20 +83,21 @@ def step_attention(
     lead: Tensor,
     own: Tensor,
     scale: float,
+    reach: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    rows = _unit_stride(q.reshape(batch, num_kv_heads, num_heads // num_kv_heads * q_len, head_dim))
+    rows = unit_stride(q.reshape(batch, num_kv_heads, group * q_len, head_dim))
     if rows.numel() == 0 or kv_len == 0:  # ATen divides by zero there
         out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -math.inf, dtype=lse_dtype)
     else:
-        mask, empty = _packed_mask(lead, own, kv_len, q.dtype, num_heads // num_kv_heads)
-        out, lse = _flash(rows, _unit_stride(k), _unit_stride(v), attn_mask=mask, scale=scale)
-        if empty is not None:
-            lse = lse.masked_fill(empty, -math.inf)
-    counts = lengths.tolist()
+        out, lse = _attend(rows, k, v, scale, softcap, *_packed_mask(lead, own, kv_len, q.dtype, group))
+    counts = lengths.tolist() if rows.numel() else []
     # Sequences of one length share a call; a ragged batch takes one call a sequence.
     groups = (
         [(slice(0, batch), counts[0])]
@@ -77,20 +106,22 @@ def step_attention(
     )
     merged = []
     for at, length in groups:
-        if length == 0 or rows.numel() == 0:
-            merged.append((out[at], lse[at]))
-            continue
-        k_ctx, v_ctx = _unit_stride(k_cache[at, :, :length]), _unit_stride(v_cache[at, :, :length])
-        ctx, ctx_lse = _flash(rows[at], k_ctx, v_ctx, scale=scale)
-        # weights exp(ctx_lse) : exp(lse), as a sigmoid of their difference: no overflow, and exact at -inf
-        weight = torch.sigmoid(ctx_lse - lse[at]).unsqueeze(-1)
-        # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
-        both = torch.lerp(out[at].to(lse_dtype), ctx.to(lse_dtype), weight).to(q.dtype)
-        merged.append((both, torch.logaddexp(ctx_lse, lse[at])))
+        so_far, so_far_lse = out[at], lse[at]
+        for slots, mask, empty in _context_parts(length, reach, q.dtype, group):
+            k_ctx, v_ctx = k_cache[at, :, slots], v_cache[at, :, slots]
+            ctx, ctx_lse = _attend(rows[at], k_ctx, v_ctx, scale, softcap, mask, empty)
+            weight = share(ctx_lse, so_far_lse).unsqueeze(-1)
+            # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
+            so_far = torch.lerp(so_far.to(lse_dtype), ctx.to(lse_dtype), weight)
+            so_far_lse = torch.logaddexp(ctx_lse, so_far_lse)
+        merged.append((so_far.to(q.dtype), so_far_lse))
     if merged:
         out, lse = map(torch.cat, zip(*merged, strict=True)) if len(merged) > 1 else merged[0]
     # contiguous, as the schema's fake tensors are: ATen's results are transposed
-    return out.reshape(q.shape).contiguous(), lse.reshape(q.shape[:-1]).contiguous()
+    out, lse = out.reshape(q.shape).contiguous(), lse.reshape(q.shape[:-1]).contiguous()
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
+    return out, lse
 
 
 def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:

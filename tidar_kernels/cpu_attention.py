@@ -8,7 +8,8 @@ A pattern is cut once into pieces, and every call of the operator is a few calls
     edges        TILE rows and what is left of their intervals, gathered: a small mask
 
 The forward pass merges the pieces of a row by log-sum-exp. The backward pass only adds: given out and lse of the whole
-row, a piece yields its exact share of the gradients. Sums run in a fixed order in both.
+row, a piece yields its exact share of the gradients. Sums run in a fixed order in both. With capped logits, which ATen
+does not fuse, there are no staircases and plain PyTorch computes the pieces (`cpu_parts`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .cpu_parts import add_sinks, capped_attention, capped_attention_backward, share, unit_stride
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -202,11 +205,6 @@ def _plan_of(lead: Tensor, own: Tensor, staircases: bool = True) -> _Plan:
     return found[2][staircases]
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied if its last stride is not 1: ATen's fused attention takes that stride for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Heads:
     """Grouped heads as ATen's kernel takes them, which wants as many K/V heads as query heads.
 
@@ -248,8 +246,7 @@ class _Heads:
 
 def _merge(so_far: Tensor, so_far_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add to `so_far [a, b, rows, d]` and its lse, in place, what other keys gave for the same rows."""
-    # weights exp(part_lse) : exp(so_far_lse), as a sigmoid of their difference: no overflow, and exact at -inf
-    weight = torch.sigmoid(part_lse - so_far_lse).unsqueeze(-1)
+    weight = share(part_lse, so_far_lse).unsqueeze(-1)
     # A few heads at a time: temporaries stay in cache, and small enough for the allocator not to give them back.
     size, width = so_far.shape[:2]
     inner = max(1, min(width, MERGED // so_far.shape[2:].numel()))
@@ -262,13 +259,37 @@ def _merge(so_far: Tensor, so_far_lse: Tensor, part: Tensor, part_lse: Tensor) -
     torch.logaddexp(so_far_lse, part_lse, out=so_far_lse)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if softcap is None:
+        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return capped_attention(q, k, v, scale, softcap, mask)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lead: Tensor,
+    own: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Forward: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q."""
-    plan = _plan_of(lead, own)
+    plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if plan.bare is not None:
         out.index_fill_(2, plan.bare, 0.0)
         lse.index_fill_(2, plan.bare, -math.inf)
@@ -276,28 +297,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale:
         key, mask, unseen = edges.keys()
         mask = heads.tile_mask(mask.to(lse.dtype))
         for b in range(len(q)):
-            part, part_lse = _flash(
+            part, part_lse = _attend(
                 heads.tile_rows(q[b], edges.rows, edges.height),
                 heads.tile_keys(k[b], key, edges.width),
                 heads.tile_keys(v[b], key, edges.width),
-                attn_mask=mask,
-                scale=scale,
+                scale,
+                softcap,
+                mask=mask,
             )
             if unseen is not None:
                 part_lse = part_lse.masked_fill(heads.tile_mask(unseen), -math.inf)
-            out[b][:, edges.rows] = heads.untile_rows(part, edges.height)
+            out[b][:, edges.rows] = heads.untile_rows(part, edges.height).to(out.dtype)
             lse[b][:, edges.rows] = heads.untile_rows(part_lse, edges.height)
     for piece in plan.pieces:
         for call in heads.calls:
             rows, so_far, so_far_lse = (heads.rows(x, call, piece.rows) for x in (q, out, lse))
             keys, values = heads.keys(k, call, piece.keys), heads.keys(v, call, piece.keys)
-            part, part_lse = _flash(rows, keys, values, 0.0, piece.causal, scale=scale)
+            part, part_lse = _attend(rows, keys, values, scale, softcap, causal=piece.causal)
             if piece.alone:
                 so_far.copy_(part)
                 so_far_lse.copy_(part_lse)
                 continue
             _merge(so_far, so_far_lse, part, part_lse)
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
     return out, lse
+
+
+def _attend_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of `(dq, dk, dv)`; `summary` is the rows' `out`, or delta with capped logits."""
+    if softcap is None:
+        return _flash_backward(grad_out, q, k, v, summary, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return capped_attention_backward(grad_out, summary, q, k, v, lse, scale, softcap, mask)
 
 
 def attention_backward(
@@ -311,44 +354,51 @@ def attention_backward(
     lead: Tensor,
     own: Tensor,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward: `(dq, dk, dv)`, in the layout of q, k, v; `grad_lse` is None if lse was not used."""
-    if grad_lse is not None:
+    if grad_lse is not None and softcap is None:
         # dS gains P * grad_lse. Its product with K is what attention gives for V = K, that with Q is a dV for dO = Q.
-        weight = grad_lse.masked_fill(lse == -math.inf, 0.0).mul(scale).unsqueeze(-1).to(q.dtype)
-        average, _ = attention(q, k, k, lead, own, scale)
+        weight = grad_lse.masked_fill(lse == -math.inf, 0.0).mul(scale).unsqueeze(-1)
+        average, keys_lse = attention(q, k, k, lead, own, scale)
+        # What the keys have of the softmax: all of it, but for a sink.
+        average *= torch.where(keys_lse == -math.inf, 0.0, (keys_lse - lse).exp()).unsqueeze(-1)
         dq, dk, dv = attention_backward(grad_out, None, q, k, v, out, lse, lead, own, scale)
+        weight = weight.to(q.dtype)
         more = attention_backward(weight * q, None, q, k, v, out, lse, lead, own, scale)[2]
         return dq.add_(weight * average), dk.add_(more), dv
-    plan = _plan_of(lead, own)
+    plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])
+    summary = out
+    if softcap is not None:
+        summary = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        summary = summary if grad_lse is None else summary - grad_lse
     lse = torch.where(lse == -math.inf, math.inf, lse)  # exp(score - inf) = 0: a row that saw no key has no gradient
     sums = q_sum, k_sum, v_sum = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
     dtypes = [x.dtype for x in (q, k, v)]
-    grad_out, q, k, v, out = map(_unit_stride, (grad_out, q, k, v, out))
+    grad_out, q, k, v, summary = map(unit_stride, (grad_out, q, k, v, summary))
+    by_row = (grad_out, q, summary, lse)
     for edges in plan.edges:
         key, mask, _ = edges.keys()
         mask = heads.tile_mask(mask.to(lse.dtype))
         for b in range(len(q)):
             # In float32 (float64): on tiles this small ATen's bfloat16 backward takes 2 to 5 times as long.
-            by_row = (grad_out, q, out, lse)
-            grad_part, q_part, out_part, lse_part = (
+            grad_part, q_part, summary_part, lse_part = (
                 heads.tile_rows(x[b], edges.rows, edges.height).to(lse.dtype) for x in by_row
             )
             k_part, v_part = (heads.tile_keys(x[b], key, edges.width).to(lse.dtype) for x in (k, v))
-            q_part, k_part, v_part = _flash_backward(
-                grad_part, q_part, k_part, v_part, out_part, lse_part, 0.0, False, attn_mask=mask, scale=scale
+            q_part, k_part, v_part = _attend_backward(
+                grad_part, q_part, k_part, v_part, summary_part, lse_part, scale, softcap, mask=mask
             )
             q_sum[b][:, edges.rows] += heads.untile_rows(q_part, edges.height)
             k_sum[b].index_add_(1, key, k_part.transpose(0, 1).flatten(1, 2))
             v_sum[b].index_add_(1, key, v_part.transpose(0, 1).flatten(1, 2))
     for piece in plan.pieces:
         for call in heads.calls:
-            by_row = (grad_out, q, out, lse)
-            grad_part, q_part, out_part, lse_part = (heads.rows(x, call, piece.rows) for x in by_row)
+            grad_part, q_part, summary_part, lse_part = (heads.rows(x, call, piece.rows) for x in by_row)
             k_part, v_part = heads.keys(k, call, piece.keys), heads.keys(v, call, piece.keys)
-            q_part, k_part, v_part = _flash_backward(
-                grad_part, q_part, k_part, v_part, out_part, lse_part, 0.0, piece.causal, scale=scale
+            q_part, k_part, v_part = _attend_backward(
+                grad_part, q_part, k_part, v_part, summary_part, lse_part, scale, softcap, causal=piece.causal
             )
             heads.rows(q_sum, call, piece.rows).add_(q_part)
             for total, part in ((k_sum, k_part), (v_sum, v_part)):

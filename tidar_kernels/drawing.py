@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["as_text", "save_png"]
 
 MAX_TEXT_CELLS = 80  # rows and in-flight columns of a text drawing: one tall, wide terminal
-MAX_TEXT_CONTEXT = 8  # context columns of a text drawing: every row sees all of them, so a few say it
+MAX_TEXT_CONTEXT = 8  # context columns of a text drawing: rows see all of them, or the last ones, so a few say it
 MAX_PNG_CELLS = 1200  # beyond this a cell would be less than a pixel
 
 _LEAD, _OWN, _CONTEXT, _IN_PART, _HIDDEN = "█", "▒", "░", "▚", "·"
@@ -87,7 +87,7 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
     """A pattern as a matrix of characters, one line a query row, labelled with its role and position.
 
     More than 80 rows or in-flight keys are binned (cut at block edges, where blocks are not too many), and more than
-    8 context keys are drawn as 8; the first lines say so.
+    8 context keys are drawn as 8; the first lines say so. Behind a window these are the last 8.
 
     Args:
         pattern: what to draw.
@@ -105,19 +105,21 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
     label_width = max(map(len, labels), default=0)
     bounds = [*map(columns.cell, columns.cuts), columns.cells]
 
-    def line(label: str, context_mark: str, cells: str) -> str:
+    def line(label: str, context: str, cells: str) -> str:
         parts = [cells[a:b] for a, b in pairwise(bounds)]
-        return " ".join([f"{label:<{label_width}} ", *[context_mark * shown] * (shown > 0), *parts])
+        return " ".join([f"{label:<{label_width}} ", *[context] * (shown > 0), *parts])
 
     lines = [pattern.name, _summary(pattern, context_len)]
     if shown < context_len:
-        lines.append(f"(the {context_len} context columns are drawn as {shown})")
+        last = "" if pattern.reach is None else "the last "
+        lines.append(f"(the {context_len} context columns are drawn as {last}{shown})")
     if max(rows.per_cell, columns.per_cell) > 1:
         lines.append(f"(a character stands for up to {rows.per_cell} rows x {columns.per_cell} keys)")
-    lines += ["", line("", "p", "".join(role.name[0].lower() for role in roles))]
-    lines += [line(label, _CONTEXT, cells) for label, cells in zip(labels, body, strict=True)]
+    context = ["".join(map(_context_character, share)) for share in _context_shares(pattern, rows, shown).tolist()]
+    lines += ["", line("", "p" * shown, "".join(role.name[0].lower() for role in roles))]
+    lines += [line(*parts) for parts in zip(labels, context, body, strict=True)]
     kinds = ["p cached context"] * (shown > 0) + [f"{r.name[0].lower()} {r.name.lower()}" for r in Role if r in roles]
-    drawn = set("".join(body)) | set(_CONTEXT * shown)
+    drawn = set("".join(body + context))
     marks = [f"{mark} {meaning}" for mark, meaning in _MEANING.items() if mark in drawn]
     return "\n".join([*lines, "", f"keys: {', '.join(kinds)}; cells: {', '.join(marks)}", ""])
 
@@ -164,13 +166,15 @@ def _axes(pattern: Pattern, limit: int) -> tuple[_Axis, _Axis]:
 
 
 def _groups(pattern: Pattern) -> list[_Group]:
-    """Split the rows where the role or the block (where a non-empty own interval starts) changes."""
+    """Split the rows where the role or the block changes: where own intervals have no key in common with the last."""
     if not pattern.q_len:
         return [_Group(Role.CLEAN, 0, 0)]
     roles = _roles(pattern)
-    block = torch.where(pattern.own[:, 1] > pattern.own[:, 0], pattern.own[:, 0], -1)
-    kind = torch.stack([torch.tensor(roles), block], dim=1)
-    starts = [0, *((kind[1:] != kind[:-1]).any(dim=1).nonzero().flatten() + 1).tolist()]
+    lo, hi = pattern.own.unbind(1)
+    apart = torch.maximum(lo[1:], lo[:-1]) >= torch.minimum(hi[1:], hi[:-1])
+    apart &= (lo < hi)[1:] | (lo < hi)[:-1]
+    role = torch.tensor(roles)
+    starts = [0, *((apart | (role[1:] != role[:-1])).nonzero().flatten() + 1).tolist()]
     spans = list(zip(starts, [*starts[1:], pattern.q_len], strict=True))
     # A decode step has no block 0: its block g is the one conditioned on g drafts.
     number = 1 if Role.DRAFT in roles else 0
@@ -215,6 +219,20 @@ def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> tuple[Tensor, Tens
             share[cell] = pairs.double() / ((b - a) * (right - left))
         shares.append(share)
     return shares[0], shares[1]
+
+
+def _context_shares(pattern: Pattern, rows: _Axis, shown: int) -> Tensor:
+    """The share of each cell's rows that see each of the last `shown` context keys: float64 `[row cells, shown]`."""
+    shares = torch.ones(rows.cells, shown, dtype=torch.float64)
+    if pattern.reach is not None:
+        seen = torch.arange(shown, 0, -1) <= pattern.reach[:, None]
+        for cell, (a, b) in enumerate(pairwise(rows.edges)):
+            shares[cell] = seen[a:b].double().mean(dim=0)
+    return shares
+
+
+def _context_character(share: float) -> str:
+    return _CONTEXT if share == 1 else _IN_PART if share > 0 else _HIDDEN
 
 
 def _character(lead: float, own: float) -> str:
@@ -297,7 +315,8 @@ def _render(pattern: Pattern, context_len: int) -> bytes:
     layout = _lay_out(pattern, context_len)
     rows, columns = layout.rows, layout.columns
     lead, own = _shares(pattern, rows, columns)
-    legend = _legend(columns, lead, own, layout.context)
+    context = _context_shares(pattern, rows, layout.context)
+    legend = _legend(columns, lead, own, context)
 
     width = max(layout.right + 50, 1200)
     per_line = (width - 40) // 290
@@ -306,7 +325,7 @@ def _render(pattern: Pattern, context_len: int) -> bytes:
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
-    _draw_cells(axes, layout, lead, own)
+    _draw_cells(axes, layout, lead, own, context)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     _draw_grid(axes, layout, _clean_block_edges(pattern))
@@ -339,21 +358,26 @@ def _paler(colour: Tensor) -> Tensor:
     return 1 - 0.6 * (1 - colour)
 
 
-def _legend(columns: _Axis, lead: Tensor, own: Tensor, context: int) -> list[tuple[str, Any]]:
+def _legend(columns: _Axis, lead: Tensor, own: Tensor, context: Tensor) -> list[tuple[str, Any]]:
     """Text and colour of what is in the picture, and of nothing else."""
-    entries: list[tuple[str, Any]] = [("cached context", _CONTEXT_COLOUR)] if context else []
+    entries: list[tuple[str, Any]] = [("cached context", _CONTEXT_COLOUR)] if context.any() else []
     roles = columns.cell_roles
     for name, share in (("lead", lead), ("own", own)):
         for role in Role:
             if share[:, [cell for cell, of_cell in enumerate(roles) if of_cell is role]].any():
                 colour = _rgb(_COLOUR[role]) if name == "lead" else _paler(_rgb(_COLOUR[role]))
                 entries.append((f"{role.name.lower()} key ({name})", tuple(colour.tolist())))
-    return entries + ([("not visible", _HIDDEN_COLOUR)] if (lead + own).lt(1 - 1e-12).any() else [])
+    hidden = (lead + own).lt(1 - 1e-12).any() or context.lt(1).any()
+    return entries + ([("not visible", _HIDDEN_COLOUR)] if hidden else [])
 
 
-def _draw_cells(axes: Axes, at: _Layout, lead: Tensor, own: Tensor) -> None:
-    if at.context:
+def _draw_cells(axes: Axes, at: _Layout, lead: Tensor, own: Tensor, context: Tensor) -> None:
+    if at.context and context.eq(1).all():
         _rectangle(axes, at.left, at.top, at.context_right, at.bottom, _CONTEXT_COLOUR)
+    elif context.numel():
+        image = context[..., None] * _rgb(_CONTEXT_COLOUR) + (1 - context)[..., None] * _rgb(_HIDDEN_COLOUR)
+        box = (at.left, at.context_right, at.bottom, at.top)
+        axes.imshow(image.numpy(), extent=box, interpolation="nearest", aspect="auto")
     if not lead.numel():
         return
     key = torch.stack([_rgb(_COLOUR[role]) for role in at.columns.cell_roles])

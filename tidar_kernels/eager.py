@@ -15,24 +15,42 @@ from einops import rearrange
 from torch import Tensor
 
 from . import noise
+from .eager_linear import gated_lora, row_invariant_linear
 from .noise import Stream
 from .patterns import Pattern
 
-__all__ = ["append_kv", "attention", "rotary_append", "sample", "shaped_scores", "step_attention", "verify"]
+__all__ = [
+    "append_kv",
+    "attention",
+    "gated_lora",
+    "rotary_append",
+    "row_invariant_linear",
+    "sample",
+    "shaped_scores",
+    "step_attention",
+    "verify",
+]
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Softmax attention of `q [.., heads, q_len, d]` over `k, v [.., kv_heads, kv_len, d]` under a boolean mask.
 
-    Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = -inf. lse is float32 at least.
+    Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = the head's sink, or -inf without sinks. lse is
+    float32 at least.
     """
     num_kv_heads, head_dim = k.shape[-3], q.shape[-1]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     grouped = rearrange(q, "... (kv group) row dim -> ... kv group row dim", kv=num_kv_heads)
     scores = grouped @ rearrange(k, "... kv key dim -> ... kv 1 dim key")
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
     probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
     out = probs.to(v.dtype) @ rearrange(v, "... kv key dim -> ... kv 1 key dim")
     merge = "... kv group row -> ... (kv group) row"
@@ -40,10 +58,18 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None = None, *, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Any:
     """Eager twin of `tidar_kernels.attention`; same arguments, same results."""
-    out, lse = _masked_attention(q, k, v, pattern.dense().to(q.device), scale)
+    out, lse = _masked_attention(q, k, v, pattern.dense().to(q.device), scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -57,6 +83,8 @@ def step_attention(
     pattern: Pattern,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Eager twin of `tidar_kernels.step_attention`; same arguments, same results."""
@@ -64,7 +92,8 @@ def step_attention(
     for b, length in enumerate(lengths.tolist()):
         keys = torch.cat([k_cache[b, :, :length], k[b]], dim=1)
         values = torch.cat([v_cache[b, :, :length], v[b]], dim=1)
-        out, lse = _masked_attention(q[b], keys, values, pattern.dense(length).to(q.device), scale)
+        mask = pattern.dense(length).to(q.device)
+        out, lse = _masked_attention(q[b], keys, values, mask, scale, softcap, sinks)
         outs.append(out)
         lses.append(lse)
     out, lse = torch.stack(outs), torch.stack(lses)
@@ -139,7 +168,7 @@ def _history(seen: Tensor | None, drafts: Tensor | None, rows: int) -> Tensor | 
     history = seen[:, None].expand(-1, rows, -1)
     if drafts is None:
         return history
-    drafted = torch.nn.functional.one_hot(drafts, seen.shape[1]).cumsum(1) > 0
+    drafted = torch.nn.functional.one_hot(drafts.clamp(min=0), seen.shape[1]).cumsum(1) > 0
     return history | drafted
 
 
@@ -205,8 +234,8 @@ def verify(
             if draft_logits is None:
                 raise ValueError("draft_logits: expected a tensor for the rejection rule, got None")
             q = shaped_scores(draft_logits, knobs, _history(seen, None, rows)).softmax(-1)
-            bad = bad | torch.cat([_is_bad(draft_logits)[:, 1:], torch.zeros_like(bad[:, :1])], dim=1)
-            q = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+            bad = bad | torch.cat([_is_bad(draft_logits)[:, 1:], torch.zeros_like(bad[:, :1])], dim=1) & has_draft
+            q = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1).masked_fill(~has_draft[..., None], 0.0)
         else:
             q = torch.nn.functional.one_hot(behind.clamp(min=0), x.shape[-1]) * has_draft[..., None].to(p.dtype)
         rest = (p - q).clamp(min=0)

@@ -37,10 +37,20 @@ def _next(token: Tensor, num_tokens: int) -> Tensor:
 
 
 def _pattern(
-    lead: Tensor, own: Tensor, positions: Tensor, noisy: Tensor, predicts: Tensor, kv_len: int, name: str
+    lead: Tensor,
+    own: Tensor,
+    positions: Tensor,
+    noisy: Tensor,
+    predicts: Tensor,
+    kv_len: int,
+    name: str,
+    key_positions: Tensor | None = None,
 ) -> Pattern:
     roles = torch.where(noisy, int(Role.MASK), int(Role.CLEAN)).to(torch.int8)
-    return Pattern(lead, own, positions.to(torch.int32), kv_len, roles, predicts.to(torch.int32), name)
+    keys = None if key_positions is None else key_positions.to(torch.int32)
+    return Pattern(
+        lead, own, positions.to(torch.int32), kv_len, roles, predicts.to(torch.int32), name, key_positions=keys
+    )
 
 
 def idlm_training(seq_len: int, block_size: int) -> Pattern:
@@ -115,7 +125,8 @@ def dflash_training(context_len: int, anchors: Sequence[int], block_size: int) -
     lead, own = _intervals(torch.zeros_like(row), anchor_of, noisy), _intervals(own_start, own_start + block, noisy)
     name = f"dflash_training(context_len={n}, {len(anchors)} anchors, block_size={block})"
     positions = anchor_of + row % block
-    return _pattern(lead, own, positions, noisy, torch.where(positions < n, positions, -1), n + len(row), name)
+    predicts, keys = torch.where(positions < n, positions, -1), torch.cat([torch.arange(n), positions])
+    return _pattern(lead, own, positions, noisy, predicts, n + len(row), name, keys)
 
 
 def jacobi_forcing_training(prompt_len: int, response_len: int) -> Pattern:
@@ -164,6 +175,10 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     for pattern in patterns:
         predicts.append(torch.where(pattern.predicts < 0, -1, pattern.predicts + tokens))
         tokens += pattern.num_labels
+    reach, keys = None, [pattern.key_positions for pattern in patterns]
+    if any(pattern.reach is not None for pattern in patterns):
+        everything = torch.iinfo(torch.int32).max
+        reach = torch.cat([torch.full_like(p.positions, everything) if p.reach is None else p.reach for p in patterns])
     return Pattern(
         shifted[0],
         shifted[1],
@@ -172,4 +187,6 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
         torch.cat([pattern.roles for pattern in patterns]),
         torch.cat(predicts),
         f"packed({', '.join(pattern.name for pattern in patterns)})",
+        reach,
+        None if any(key is None for key in keys) else torch.cat([key for key in keys if key is not None]),
     )

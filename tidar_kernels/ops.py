@@ -1,4 +1,4 @@
-"""The public operators: checks, `torch.library` schemas, fake tensors, and who runs them.
+"""The public operators: checks, and who runs them (`tidar_kernels.registration`).
 
     device of the operands            what runs
     CUDA                              the Triton kernels (`tidar_kernels.kernels`)
@@ -11,35 +11,19 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import _checks, cpu, cpu_attention, eager
+from . import _checks, eager
 from .patterns import Pattern
+from .registration import interpreting, library
 
 __all__ = ["append_kv", "attention", "interpreting", "step_attention"]
 
 Backend = Literal["triton", "eager"]
-
-_library = torch.library.Library("tidar_kernels", "DEF")
-_library.define(
-    "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-    "Tensor lead, Tensor own, float scale, int max_context) -> (Tensor, Tensor)"
-)
-_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor lead, Tensor own, float scale) -> (Tensor, Tensor)")
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor lead, Tensor own, float scale) -> (Tensor, Tensor, Tensor)"
-)
-_library.define("append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths) -> ()")
-
-
-def interpreting() -> bool:
-    """True if Triton kernels run interpreted on the CPU (`TRITON_INTERPRET=1`, read before they are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
+_library = library  # to which `rotary` and `sampling` add their operators
 
 
 def _check_backend(backend: str | None, device: torch.device) -> None:
@@ -68,6 +52,8 @@ def attention(
     pattern: Pattern,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: Backend | None = None,
 ) -> Tensor: ...
@@ -81,6 +67,8 @@ def attention(
     pattern: Pattern,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -93,6 +81,8 @@ def attention(
     pattern: Pattern,
     scale: float | None = None,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -107,12 +97,15 @@ def attention(
         k, v: `[batch, kv_heads, kv_len, head_dim]`; `kv_heads` divides `heads`.
         pattern: `pattern.q_len` and `pattern.kv_len` match q and k.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
+        softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
+        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
+            (GPT-OSS); lse has it too. Differentiable. Default none.
         return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
         backend: None picks by device; "triton" or "eager" by name.
 
     Returns:
-        `[batch, heads, q_len, head_dim]` in the dtype and layout of q; a row that sees no key is 0 with lse = -inf,
-        and has no gradient.
+        `[batch, heads, q_len, head_dim]` in the dtype and layout of q; a row that sees no key is 0 with lse = -inf
+        (its head's sink, with sinks), and q has no gradient there.
 
     Raises:
         TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices or backend do not fit.
@@ -129,13 +122,14 @@ def attention(
     _checks.shape("k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]))
     _checks.shape("v", v, tuple(k.shape))
     _check_pattern(pattern, q, k)
-    scale = _checks.scale(scale, q.shape[3])
+    scale, softcap = _checks.scale(scale, q.shape[3]), _checks.softcap(softcap)
+    _checks.sinks(sinks, q)
     _check_backend(backend, q.device)
     if backend == "eager":
-        return eager.attention(q, k, v, pattern, scale, return_lse=return_lse)
+        return eager.attention(q, k, v, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
     # On the pattern's own device without its memo: `torch.compile` would guard on that and compile twice.
     on_device = (pattern.lead, pattern.own) if q.device == pattern.lead.device else pattern.on(q.device)
-    out, lse = torch.ops.tidar_kernels.attention(q, k, v, on_device[0], on_device[1], scale)
+    out, lse = torch.ops.tidar_kernels.attention(q, k, v, on_device[0], on_device[1], scale, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -151,6 +145,8 @@ def step_attention(
     scale: float | None = None,
     *,
     max_context: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: Backend | None = None,
 ) -> Tensor: ...
@@ -168,6 +164,8 @@ def step_attention(
     scale: float | None = None,
     *,
     max_context: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -184,13 +182,16 @@ def step_attention(
     scale: float | None = None,
     *,
     max_context: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
     Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]` and `own[q]`
-    (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`). The bits of a causal row do not depend on how it
+    (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
+    these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
     was launched: draft row m of a step at length P equals single-token decoding at length P + m.
 
     Args:
@@ -202,11 +203,15 @@ def step_attention(
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
         max_context: an upper bound of `lengths` that the host happens to know; fewer programs are launched, the bits
             stay. Default `max_len`.
+        softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
+        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
+            (GPT-OSS); lse has it too. Default none.
         return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
         backend: None picks by device; "triton" or "eager" by name.
 
     Returns:
-        `[batch, heads, q_len, head_dim]` in the dtype of q; a row that sees no key is 0 with lse = -inf.
+        `[batch, heads, q_len, head_dim]` in the dtype of q; a row that sees no key is 0 with lse = -inf
+        (its head's sink, with sinks).
 
     Raises:
         TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths or backend do not fit.
@@ -229,12 +234,16 @@ def step_attention(
     elif not 0 <= max_context <= max_len:
         raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
     _checks.lengths(lengths, batch, q.device, max_context, "max_context")
-    scale = _checks.scale(scale, head_dim)
+    scale, softcap = _checks.scale(scale, head_dim), _checks.softcap(softcap)
+    _checks.sinks(sinks, q)
     _check_backend(backend, q.device)
+    operands = (q, k, v, k_cache, v_cache, lengths)
     if backend == "eager":
-        return eager.step_attention(q, k, v, k_cache, v_cache, lengths, pattern, scale, return_lse=return_lse)
+        return eager.step_attention(*operands, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
     lead, own, _ = pattern.on(q.device)
-    out, lse = torch.ops.tidar_kernels.step_attention(q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context)
+    out, lse = torch.ops.tidar_kernels.step_attention(
+        *operands, lead, own, scale, max_context, pattern.reach_on(q.device), softcap, sinks
+    )
     return (out, lse) if return_lse else out
 
 
@@ -278,125 +287,3 @@ def append_kv(
         eager.append_kv(k_cache, v_cache, k, v, lengths)
         return
     torch.ops.tidar_kernels.append_kv(k_cache, v_cache, k, v, lengths)
-
-
-def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    launch = _attention_triton if interpreting() else cpu_attention.attention
-    return launch(q, k, v, lead, own, scale)
-
-
-def _attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    from .kernels.attention_forward import attention as launch
-
-    return launch(q, k, v, lead, own, scale)
-
-
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _attention_backward_cpu(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lead: Tensor, own: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    launch = _attention_backward_triton if interpreting() else cpu_attention.attention_backward
-    return launch(grad_out, grad_lse, q, k, v, out, lse, lead, own, scale)
-
-
-def _attention_backward_triton(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lead: Tensor, own: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from .kernels.attention_backward import attention_backward as launch
-
-    return launch(grad_out, grad_lse, q, k, v, out, lse, lead, own, scale)
-
-
-def _attention_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lead: Tensor, own: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lead, own, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, lead, own)
-    ctx.scale = scale
-    ctx.set_materialize_grads(False)
-
-
-def _attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None and grad_lse is None:
-        return (None,) * 6
-    q, k, v, out, lse, lead, own = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.tidar_kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, lead, own, ctx.scale)
-    return (*grads, None, None, None)
-
-
-def _attention_no_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("attention: expected at most first derivatives, got a request for a second one")
-
-
-def _step_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
-    scale: float, max_context: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if interpreting():
-        return _step_attention_triton(q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context)
-    return cpu.step_attention(q, k, v, k_cache, v_cache, lengths, lead, own, scale)
-
-
-def _step_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
-    scale: float, max_context: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from .kernels.step_attention import step_attention as launch
-
-    return launch(q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context)
-
-
-def _step_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
-    scale: float, max_context: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=lse_dtype)
-
-
-def _append_kv_cpu(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-    if interpreting():
-        _append_kv_triton(k_cache, v_cache, k, v, lengths)
-    else:
-        cpu.append_kv(k_cache, v_cache, k, v, lengths)
-
-
-def _append_kv_triton(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-    from .kernels.append_kv import append_kv as launch
-
-    launch(k_cache, v_cache, k, v, lengths)
-
-
-def _append_kv_fake(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-    return None
-
-
-_library.impl("attention", _attention_cpu, "CPU")
-_library.impl("attention", _attention_triton, "CUDA")
-_library.impl("attention_backward", _attention_backward_cpu, "CPU")
-_library.impl("attention_backward", _attention_backward_triton, "CUDA")
-_library.impl("step_attention", _step_attention_cpu, "CPU")
-_library.impl("step_attention", _step_attention_triton, "CUDA")
-_library.impl("append_kv", _append_kv_cpu, "CPU")
-_library.impl("append_kv", _append_kv_triton, "CUDA")
-torch.library.register_fake("tidar_kernels::attention", _attention_fake, lib=_library)
-torch.library.register_fake("tidar_kernels::attention_backward", _attention_backward_fake, lib=_library)
-torch.library.register_autograd(
-    "tidar_kernels::attention", _attention_autograd, setup_context=_attention_setup_context, lib=_library
-)
-torch.library.register_autograd("tidar_kernels::attention_backward", _attention_no_double_backward, lib=_library)
-torch.library.register_fake("tidar_kernels::step_attention", _step_attention_fake, lib=_library)
-torch.library.register_fake("tidar_kernels::append_kv", _append_kv_fake, lib=_library)

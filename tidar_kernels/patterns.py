@@ -3,18 +3,18 @@
 Every mask of the "draft by diffusion, verify autoregressively" family is an instance of one rule
 (TiDAR, arXiv 2511.08923; block diffusion; I-DLM, arXiv 2604.11035; self-speculation):
 
-    visible(q, context key k)   = k < P
+    visible(q, context key k)   = P - reach[q] <= k < P
     visible(q, in-flight key k) = lead_lo[q] <= k < lead_hi[q]  or  own_lo[q] <= k < own_hi[q]
 
-*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block. A `Pattern` holds
-these intervals and nothing else, so it costs 16 bytes a row where a dense mask costs `kv_len` a row, and it is
-built once and reused at every prefix length `P`.
+*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block, and *reach* is without
+bound but for sliding windows (`Pattern.windowed`). A `Pattern` holds these and nothing else, so it costs 16 bytes a row
+where a dense mask costs `kv_len` a row, and it is built once and reused at every prefix length `P`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Which keys each query row sees: all of the cached context, and two intervals of in-flight keys.
+    """Which keys each query row sees: the cached context as far as it reaches, and two intervals of in-flight keys.
 
     Args:
         lead: int32 `[q_len, 2]`, half-open intervals over in-flight key indices.
@@ -46,12 +46,15 @@ class Pattern:
         predicts: int32 `[q_len]`, index of the clean token that training wants the row to predict, -1 for none;
             default none. Labels are gathered by it, so a shift lives in the pattern and nowhere else.
         name: shown in drawings and errors.
+        reach: int32 `[q_len]`, how many of the last context tokens each row sees; None for all of them.
+        key_positions: int32 `[kv_len]`, the position of each in-flight key minus `P`, which windows need; default
+            `positions` where there are as many rows as keys, else unknown (None).
         num_labels: derived; one past the last clean token that any row predicts, 0 if none does.
 
     Raises:
         TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
         ValueError: shapes disagree, an interval is reversed or leaves `[0, kv_len]`, `lead` and `own` of a row
-            overlap (a key would count twice), or a role is not one of `Role`.
+            overlap (a key would count twice), a reach is negative, or a role is not one of `Role`.
     """
 
     lead: Tensor
@@ -61,42 +64,44 @@ class Pattern:
     roles: Tensor = None  # type: ignore[assignment]  # None stands for all clean; never None once built
     predicts: Tensor = None  # type: ignore[assignment]
     name: str = "pattern"
+    reach: Tensor | None = None
+    key_positions: Tensor | None = None
     num_labels: int = field(init=False, default=0)
-    _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor, ...]] = field(init=False, default_factory=dict, repr=False)
+    _windowed: dict[int, Pattern] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kv_len, int) or isinstance(self.kv_len, bool):
             raise TypeError(f"kv_len: expected an int, got {type(self.kv_len).__name__}")
         for name in ("lead", "own", "positions"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device.type != "cpu":
-                got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name}: expected an int32 CPU tensor, got {got}")
+            _check_tensor(name, getattr(self, name), torch.int32)
         rows = self.positions.numel()
-        predicts: Any = self.predicts
-        if predicts is None:
+        optional: dict[str, Any] = {"predicts": self.predicts, "roles": self.roles}
+        if optional["predicts"] is None:
             object.__setattr__(self, "predicts", torch.full((rows,), -1, dtype=torch.int32))
-        elif not isinstance(predicts, Tensor) or predicts.dtype != torch.int32 or predicts.device.type != "cpu":
-            got = f"{predicts.dtype} on {predicts.device}" if isinstance(predicts, Tensor) else type(predicts).__name__
-            raise TypeError(f"predicts: expected an int32 CPU tensor, got {got}")
-        elif predicts.shape != (rows,) or bool(((predicts < -1) | (predicts >= self.kv_len)).any()):
+        predicts = _check_tensor("predicts", self.predicts, torch.int32)
+        if predicts.shape != (rows,) or bool(((predicts < -1) | (predicts >= self.kv_len)).any()):
             raise ValueError(
                 f"predicts: expected {rows} clean token indices in [-1, {self.kv_len}), got shape "
                 f"{list(predicts.shape)}, values {predicts.min() if rows else 0} to {predicts.max() if rows else 0}"
             )
         for name, shape in (("lead", (rows, 2)), ("own", (rows, 2)), ("positions", (rows,))):
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(getattr(self, name).shape)}")
-        roles: Any = self.roles
-        if roles is None:
+            _check_shape(name, getattr(self, name), shape)
+        if optional["roles"] is None:
             object.__setattr__(self, "roles", torch.zeros(rows, dtype=torch.int8))
-        elif not isinstance(roles, Tensor) or roles.dtype != torch.int8 or roles.device.type != "cpu":
-            got = f"{roles.dtype} on {roles.device}" if isinstance(roles, Tensor) else type(roles).__name__
-            raise TypeError(f"roles: expected an int8 CPU tensor, got {got}")
-        elif roles.shape != (rows,):
-            raise ValueError(f"roles: expected shape [{rows}], got {list(roles.shape)}")
-        elif not set(roles.tolist()) <= set(Role):
-            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {sorted(set(roles.tolist()))}")
+        _check_shape("roles", _check_tensor("roles", self.roles, torch.int8), (rows,))
+        if not set(self.roles.tolist()) <= set(Role):
+            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {sorted(set(self.roles.tolist()))}")
+        if self.reach is not None:
+            _check_shape("reach", _check_tensor("reach", self.reach, torch.int32), (rows,))
+            if bool((self.reach < 0).any()):
+                raise ValueError(f"reach: expected >= 0, got {int(self.reach.min())}")
+        if self.key_positions is None and self.kv_len == rows:
+            object.__setattr__(self, "key_positions", self.positions)
+        if self.key_positions is not None:
+            _check_shape(
+                "key_positions", _check_tensor("key_positions", self.key_positions, torch.int32), (self.kv_len,)
+            )
         for name in ("lead", "own"):
             lo, hi = getattr(self, name).unbind(1)
             bad = (lo < 0) | (hi < lo) | (hi > self.kv_len)
@@ -124,13 +129,19 @@ class Pattern:
 
     @cached_property
     def causal_len(self) -> int:
-        """Number of leading rows that are plainly causal: row i sees in-flight keys `[0, i]`, at position P + i.
+        """Number of leading rows of tokens, not masks, that are plainly causal: row i sees in-flight keys `[0, i]`, at
+        position P + i, or as much of context and keys as one window leaves of them.
 
         Exactly these rows compute what autoregressive decoding would, so exactly their K/V may enter the cache.
         """
         rows = torch.arange(self.q_len, dtype=torch.int32)
-        causal = (self.lead[:, 0] == 0) & (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1])
-        causal &= self.positions == rows
+        causal = (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1]) & (self.positions == rows)
+        causal &= self.roles != int(Role.MASK)
+        if self.reach is None:
+            causal &= self.lead[:, 0] == 0
+        else:  # the window is what row 0 sees: itself and its reach
+            behind = self.reach[:1] - rows
+            causal &= (self.reach == behind.clamp(min=0)) & (self.lead[:, 0] == (-behind).clamp(min=0))
         return int(causal.to(torch.int32).cumprod(0).sum())
 
     @cached_property
@@ -141,11 +152,67 @@ class Pattern:
 
     def on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
         """`(lead, own, positions)` on `device`; copied once, then kept."""
+        lead, own, positions, *_ = self._copies(device)
+        return lead, own, positions
+
+    def reach_on(self, device: torch.device | str) -> Tensor | None:
+        """`reach` on `device`, copied once, then kept; None if every row sees the whole context."""
+        return None if self.reach is None else self._copies(device)[3]
+
+    def _copies(self, device: torch.device | str) -> tuple[Tensor, ...]:
         device = torch.device(device)
         if device not in self._on_device:
+            fields = (self.lead, self.own, self.positions) + (() if self.reach is None else (self.reach,))
             with torch.inference_mode(False):  # a copy made while decoding must still serve training
-                self._on_device[device] = (self.lead.to(device), self.own.to(device), self.positions.to(device))
+                self._on_device[device] = tuple(x.to(device) for x in fields)
         return self._on_device[device]
+
+    def windowed(self, window: int) -> Pattern:
+        """The same rows behind a sliding window: a key stays visible if it is less than `window` positions behind.
+
+        That is `sliding_window` of transformers: a row sees itself and `window - 1` tokens before it. Keys at later
+        positions, in bidirectional blocks, stay visible. Each window is made once and kept, so a layer can ask for its
+        own in every forward pass; windows of a windowed pattern intersect.
+
+        Raises:
+            TypeError, ValueError: `window` is not an int >= 1. ValueError: the positions of the keys are not known, or
+                do not ascend by one within an interval, so that what a window leaves of it is no interval.
+        """
+        if window not in self._windowed:
+            check_int("window", window, 1)
+            with torch.inference_mode(False):  # as in `_copies`
+                self._windowed[window] = self._clip(window)
+        return self._windowed[window]
+
+    def _clip(self, window: int) -> Pattern:
+        window = min(window, torch.iinfo(torch.int32).max // 2)  # more tokens than a cache holds
+        if self.key_positions is None:
+            raise ValueError(
+                f"window: expected a pattern with key_positions, which {self.kv_len} keys of {self.q_len} rows need, "
+                f"got {self.name} without"
+            )
+        position = self.key_positions
+        # Keys that follow their predecessor in position, counted: a run without a jump has as many as it has steps.
+        follows = torch.cat([position.new_zeros(1), (position[1:] == position[:-1] + 1).int()]).cumsum(0)
+        clipped = []
+        for name in ("lead", "own"):
+            lo, hi = getattr(self, name).long().unbind(1)
+            live = lo < hi
+            first, last = torch.where(live, lo, 0), torch.where(live, hi - 1, 0)
+            if bool(live.any()):
+                jumps = live & (follows[last] - follows[first] != last - first)
+                if bool(jumps.any()):
+                    row = int(jumps.nonzero()[0])
+                    raise ValueError(
+                        f"window: expected keys whose positions ascend by one in {name}, got "
+                        f"{position[lo[row] : hi[row]].tolist()} in row {row} of {self.name}"
+                    )
+                lo = torch.maximum(lo, lo + self.positions.long() - (window - 1) - position[first])
+            clipped.append(_intervals(lo, hi, lo < hi))
+        reach = (window - 1 - self.positions.long()).clamp(min=0).to(torch.int32)
+        if self.reach is not None:
+            reach = torch.minimum(reach, self.reach)
+        return replace(self, lead=clipped[0], own=clipped[1], reach=reach, name=f"{self.name}.windowed({window})")
 
     def dense(self, context_len: int = 0) -> Tensor:
         """The mask as booleans, `[q_len, context_len + kv_len]`, context columns first: the oracle of every test.
@@ -159,6 +226,8 @@ class Pattern:
         for interval in (self.lead, self.own):
             in_flight |= (interval[:, :1] <= key) & (key < interval[:, 1:])
         context = torch.ones(self.q_len, context_len, dtype=torch.bool)
+        if self.reach is not None:
+            context = torch.arange(context_len) >= context_len - self.reach[:, None].long()
         return torch.cat([context, in_flight], dim=1)
 
     def draw(self, path: Any = None, context_len: int = 0) -> str:
@@ -177,6 +246,19 @@ def check_int(name: str, value: Any, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"{name}: expected >= {at_least}, got {value}")
     return value
+
+
+def _check_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.device.type != "cpu":
+        got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected an {kind} CPU tensor, got {got}")
+    return value
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 
 def _intervals(lo: Tensor, hi: Tensor, live: Tensor) -> Tensor:
@@ -224,7 +306,7 @@ def tidar_prefill(prompt_len: int, block_size: int) -> Pattern:
     )
 
 
-def tidar_step(block_size: int, bidirectional: bool = True) -> Pattern:
+def tidar_step(block_size: int, bidirectional: bool = True, levels: Sequence[int] | None = None) -> Pattern:
     """One TiDAR decode step: `[d_0 .. d_{B-1} | block 1 | ... | block B]`, B + B*B rows (arXiv 2511.08923).
 
     With g = q // B and m = q % B: draft row m (g = 0) sees drafts `[0, m]`; row m of block g sees the first g
@@ -234,24 +316,31 @@ def tidar_step(block_size: int, bidirectional: bool = True) -> Pattern:
     Args:
         block_size: B, tokens drafted and verified a step.
         bidirectional: mask rows see their whole block (the paper); False for checkpoints trained with causal blocks.
+        levels: numbers of accepted drafts that get a block, ascending; the first is 1, for that many are always
+            accepted. Default 1..B. Block g is then conditioned on `levels[g - 1]` drafts.
 
     Raises:
-        TypeError, ValueError: `block_size` is not an int >= 1, or `bidirectional` is not a bool.
+        TypeError, ValueError: `block_size` is not an int >= 1, `bidirectional` is not a bool, or `levels` are not
+            ascending ints from 1 to at most B.
     """
     block = check_int("block_size", block_size, 1)
     if not isinstance(bidirectional, bool):
         raise TypeError(f"bidirectional: expected a bool, got {type(bidirectional).__name__}")
-    row = torch.arange(block + block * block)
+    chosen = list(range(1, block + 1)) if levels is None else [check_int("levels", level, 1) for level in levels]
+    if chosen[:1] != [1] or chosen != sorted(set(chosen)) or chosen[-1] > block:
+        raise ValueError(f"levels: expected ascending ints from 1 to at most {block}, got {chosen}")
+    row = torch.arange(block + len(chosen) * block)
     g, m = row // block, row % block
+    level = torch.tensor([0, *chosen])[g]
     is_mask = g >= 1
-    zero = torch.zeros_like(row)
+    options = f"{'' if bidirectional else ', bidirectional=False'}{'' if levels is None else f', levels={chosen}'}"
     return Pattern(
-        lead=_intervals(zero, torch.where(is_mask, g, m + 1), row >= 0),
+        lead=_intervals(torch.zeros_like(row), torch.where(is_mask, level, m + 1), row >= 0),
         own=_intervals(g * block, g * block + (block if bidirectional else m + 1), is_mask),
-        positions=(g + m).to(torch.int32),
+        positions=(level + m).to(torch.int32),
         kv_len=row.numel(),
         roles=torch.where(is_mask, int(Role.MASK), int(Role.DRAFT)).to(torch.int8),
-        name=f"tidar_step(block_size={block}{'' if bidirectional else ', bidirectional=False'})",
+        name=f"tidar_step(block_size={block}{options})",
     )
 
 

@@ -5,6 +5,9 @@ Computes (twin: autograd through `tidar_kernels.eager.attention`), with S = scal
     dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    dQ = scale * dS K    dK = scale * dS^T Q
     delta = rowsum(dO * O) - d lse
 
+With a cap on the logits S = softcap * T, T = tanh(scale / softcap * Q K^T), and dS gets the factor 1 - T^2. Sinks need
+nothing here: they are in lse.
+
 Every sum runs in a fixed order inside one program, so two runs give the same bits. Five kernels:
 
     attention_rows        per row -lse / scale (-inf if it saw no key, so that its P is 0) and -delta
@@ -26,7 +29,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_interval, load_tile, row_pointers, tile_bounds
+from .common import (
+    load_interval,
+    load_tile,
+    modify_scores,
+    row_pointers,
+    score_units,
+    slope_of_scores,
+    tile_bounds,
+)
 from .configs import attention_config, chip_of
 from .launch import INTERPRET, Launch, block_dim, strided
 
@@ -36,7 +47,7 @@ def attention_rows_kernel(
     grad_out, out, lse, grad_lse, neg_lse, neg_delta, q_len, num_heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one head; `grad_lse` may be None."""
+    """BLOCK_M rows of one head; `grad_lse` may be None. `scale` is the cap, if there is one (`common.score_units`)."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,19 +68,21 @@ def attention_rows_kernel(
 
 
 @triton.jit
-def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, scale2, visible):
+def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, scale2, inner, visible):
     """`dQ / scale` after one more key tile; `scale2` is scale * log2(e), `neg_lse2` is -lse in base 2."""
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    scores = modify_scores(scores, inner, q_tile.dtype == tl.float32)
     p = tl.exp2(tl.fma(scores, scale2, neg_lse2[:, None]))
     if visible is not None:
         p = tl.where(visible, p, 0.0)
     ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee") + neg_delta[:, None])
+    ds = slope_of_scores(ds, scores, inner)
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
 @triton.jit
 def attention_dq_kernel(
-    q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, scale,
+    q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one row tile of one head."""
@@ -87,8 +100,8 @@ def attention_dq_kernel(
     key = tl.arange(0, BLOCK_N)
     at_k = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
     at_v = row_pointers(v, b * v.stride[0] + head // group * v.stride[1], key, BLOCK_D)
-    k_step = tl.to_tensor(k.stride[2]).to(tl.int64) * BLOCK_N
-    v_step = tl.to_tensor(v.stride[2]).to(tl.int64) * BLOCK_N
+    k_step = tl.cast(k.stride[2], tl.int64) * BLOCK_N
+    v_step = tl.cast(v.stride[2], tl.int64) * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for intervals in tl.static_range(2):
@@ -97,7 +110,7 @@ def attention_dq_kernel(
         for tile in tl.range(full, full_end):
             k_tile = load_tile(at_k + tile * k_step, None, HEAD_DIM, UPCAST)
             v_tile = load_tile(at_v + tile * v_step, None, HEAD_DIM, UPCAST)
-            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, None)
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, inner, None)
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
@@ -105,8 +118,10 @@ def attention_dq_kernel(
             k_tile = load_tile(at_k + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
             v_tile = load_tile(at_v + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, visible)
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, inner, visible)
 
+    if inner is not None:
+        scale *= inner
     in_head = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     at = row_pointers(dq, b * dq.stride[0] + head * dq.stride[1], row, BLOCK_D)
     tl.store(at, (acc * scale).to(dq.ptr.dtype.element_ty), mask=live[:, None] & in_head)
@@ -164,20 +179,26 @@ def list_row_tiles_kernel(bounds, tiles, counts, num_row_tiles, num_whole, BLOCK
 
 
 @triton.jit
-def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scale2, visible):
+def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scale2, inner, visible):
     """`(dK / scale, dV)` after one more row tile; everything is transposed, keys are rows.
 
     What belongs to a row is a column here: each of a thread's values has its own. So lse, delta and the mask go into
     the accumulators before the products. Applied after them, they stay in registers: at head dim 128 on cc 90 that was
-    272 bytes of spills against none.
+    272 bytes of spills against none. Only a cap must come before lse.
     """
     bias = tl.broadcast_to(neg_lse[None, :], (k_tile.shape[0], q_tile.shape[0]))
     if visible is not None:
         bias = tl.where(visible, bias, float("-inf"))
-    p = tl.exp2(tl.dot(k_tile, tl.trans(q_tile), bias, input_precision="ieee") * scale2)
+    if inner is None:
+        scores = tl.dot(k_tile, tl.trans(q_tile), bias, input_precision="ieee")
+        p = tl.exp2(scores * scale2)
+    else:
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+        scores = modify_scores(scores, inner, q_tile.dtype == tl.float32)
+        p = tl.exp2((scores + bias) * scale2)
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
     bias = tl.broadcast_to(neg_delta[None, :], (k_tile.shape[0], q_tile.shape[0]))
-    ds = p * tl.dot(v_tile, tl.trans(do_tile), bias, input_precision="ieee")
+    ds = slope_of_scores(p * tl.dot(v_tile, tl.trans(do_tile), bias, input_precision="ieee"), scores, inner)
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
@@ -185,7 +206,7 @@ def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scal
 @triton.jit
 def attention_dkdv_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, tiles, counts, dk, dv,
-    q_len, kv_len, num_row_tiles, num_kv_heads, group, scale,
+    q_len, kv_len, num_row_tiles, num_kv_heads, group, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key tile of one kv head, summed over the `group` heads that share it."""
@@ -206,8 +227,8 @@ def attention_dkdv_kernel(
     # Offsets within a tile fit 32 bits (`_short_strides`): 64 would spill 48 bytes at head dim 128 on cc 90.
     in_q = in_tile[:, None] * q.stride[2] + dim[None, :] * q.stride[3]
     in_do = in_tile[:, None] * grad_out.stride[2] + dim[None, :] * grad_out.stride[3]
-    q_step = tl.to_tensor(q.stride[2]).to(tl.int64) * BLOCK_M
-    do_step = tl.to_tensor(grad_out.stride[2]).to(tl.int64) * BLOCK_M
+    q_step = tl.cast(q.stride[2], tl.int64) * BLOCK_M
+    do_step = tl.cast(grad_out.stride[2], tl.int64) * BLOCK_M
     scale2 = scale * 1.4426950408889634
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -224,7 +245,7 @@ def attention_dkdv_kernel(
             row_lse = tl.load(neg_lse + at_row + row)
             row_delta = tl.load(neg_delta + at_row + row)
             dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, None
+                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, None
             )
         for i in tl.range(0, num_partial):
             tile = tl.load(partial + i)
@@ -239,9 +260,11 @@ def attention_dkdv_kernel(
             lo, hi = load_interval(own, row, live)
             visible |= (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
             dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, visible
+                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, visible
             )
 
+    if inner is not None:
+        scale *= inner
     stored = in_keys[:, None] & (dim[None, :] < HEAD_DIM)
     at = row_pointers(dk, b * dk.stride[0] + kv_head * dk.stride[1], n, BLOCK_D)
     tl.store(at, (dk_acc * scale).to(dk.ptr.dtype.element_ty), mask=stored)
@@ -265,6 +288,7 @@ def plan_attention_backward(
     lead: Tensor,
     own: Tensor,
     scale: float,
+    softcap: float | None,
     chip: int | None,
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """Allocate gradients and lay out the launches: `(launches, dq, dk, dv)`; gradients have the layout of q, k, v."""
@@ -280,24 +304,25 @@ def plan_attention_backward(
         "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
     }
     operands = (*map(strided, (q, k, v, grad_out)), lead, own, neg_lse, neg_delta)
+    unit, inner = score_units(scale, softcap)
 
     prepare = Launch(
         attention_rows_kernel,
         (triton.cdiv(q_len, 32), batch * num_heads),
         (
             *(strided(grad_out), strided(out), lse, None if grad_lse is None else strided(grad_lse)),
-            *(neg_lse, neg_delta, q_len, num_heads, scale),
+            *(neg_lse, neg_delta, q_len, num_heads, unit),
         ),
         {**shapes, "BLOCK_M": 32, "num_warps": 4},
     )
-    config = attention_config("dq", chip, q.dtype, head_dim)
+    config = attention_config("dq", chip, q.dtype, head_dim, softcap is not None)
     for_dq = Launch(
         attention_dq_kernel,
         (triton.cdiv(q_len, config.BLOCK_M), batch * num_heads),
-        (*operands, strided(dq), q_len, kv_len, num_heads, group, scale),
+        (*operands, strided(dq), q_len, kv_len, num_heads, group, unit, inner),
         {**shapes, **asdict(config)},
     )
-    config = attention_config("dkdv", chip, q.dtype, head_dim)
+    config = attention_config("dkdv", chip, q.dtype, head_dim, softcap is not None)
     blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
     row_tiles, key_tiles = triton.cdiv(q_len, config.BLOCK_M), triton.cdiv(kv_len, config.BLOCK_N)
     bounds = torch.empty((2, 4, row_tiles), dtype=torch.int32, device=q.device)
@@ -320,7 +345,7 @@ def plan_attention_backward(
         (key_tiles, batch * num_kv_heads),
         (
             *(*operands, tiles, counts, strided(dk), strided(dv)),
-            *(q_len, kv_len, row_tiles, num_kv_heads, group, scale),
+            *(q_len, kv_len, row_tiles, num_kv_heads, group, unit, inner),
         ),
         {**shapes, **asdict(config)},
     )
@@ -338,10 +363,11 @@ def attention_backward(
     lead: Tensor,
     own: Tensor,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels: `(dq, dk, dv)` from what the forward pass saved; `grad_lse` is None if lse was not used."""
     launches, dq, dk, dv = plan_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, lead, own, scale, chip_of(q.device)
+        grad_out, grad_lse, q, k, v, out, lse, lead, own, scale, softcap, chip_of(q.device)
     )
     for launch in launches:
         launch.run()

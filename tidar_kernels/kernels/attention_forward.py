@@ -4,6 +4,8 @@ Computes, for every row of every head (twin: `tidar_kernels.eager.attention`):
 
     out = softmax(scale * q K^T) V,   lse = log sum exp(scale * q K^T)   over the keys in lead and own of the row
 
+or with a cap on the logits, and with one more logit a head, its sink, under both sums.
+
 A program takes BLOCK_M rows of one head and walks the key tiles of lead, then those of own: first the tiles inside
 every row's interval, which need no mask, then the others that some row's interval touches (`common.tile_bounds`). Tiles
 that no row sees are never loaded. Later rows see more, so they start first and the last programs are short ones.
@@ -19,17 +21,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_interval, load_tile, row_pointers, softmax_finish, softmax_update, tile_bounds
+from .common import (
+    load_interval,
+    load_tile,
+    row_pointers,
+    score_units,
+    softmax_finish,
+    softmax_start,
+    softmax_update,
+    tile_bounds,
+)
 from .configs import attention_config, chip_of
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, lead, own, out, lse, q_len, kv_len, num_heads, group, scale,
+    q, k, v, lead, own, sinks, out, lse, q_len, kv_len, num_heads, group, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of one head. `scale` includes log2(e); lse `[batch, heads, q_len]` is stored in natural log."""
+    """One row tile of one head. `scale` includes log2(e); lse `[batch, heads, q_len]` is stored in natural log.
+
+    `inner` is None without a cap (`common.modify_scores`), `sinks` without sinks.
+    """
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,12 +53,11 @@ def attention_forward_kernel(
     at_k = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
     at_v = row_pointers(v, b * v.stride[0] + head // group * v.stride[1], key, BLOCK_D)
 
-    k_step = tl.to_tensor(k.stride[2]).to(tl.int64) * BLOCK_N
-    v_step = tl.to_tensor(v.stride[2]).to(tl.int64) * BLOCK_N
+    k_step = tl.cast(k.stride[2], tl.int64) * BLOCK_N
+    v_step = tl.cast(v.stride[2], tl.int64) * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    m, l = softmax_start(sinks, head + tl.zeros([BLOCK_M], tl.int64), live, BLOCK_M)
     # Unrolled: as a loop it is half the code, but at head dim 128 on cc 100 it spills 160 bytes.
     for intervals in tl.static_range(2):
         lo, hi = load_interval(lead if intervals == 0 else own, row, live)
@@ -52,7 +65,7 @@ def attention_forward_kernel(
         for tile in tl.range(full, full_end):
             k_tile = load_tile(at_k + tile * k_step, None, HEAD_DIM, UPCAST)
             v_tile = load_tile(at_v + tile * v_step, None, HEAD_DIM, UPCAST)
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, None)
+            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, None)
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
@@ -60,7 +73,7 @@ def attention_forward_kernel(
             k_tile = load_tile(at_k + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
             v_tile = load_tile(at_v + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, visible)
+            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, lse2 * 0.6931471805599453, mask=live)
@@ -70,8 +83,9 @@ def attention_forward_kernel(
 
 
 def plan_attention(
-    q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float, chip: int | None
-) -> tuple[Launch, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float, softcap: float | None,
+    sinks: Tensor | None, chip: int | None,
+) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
     """Allocate results and lay out the launch: `(launch, out, lse)`.
 
     Raises:
@@ -80,15 +94,16 @@ def plan_attention(
     if q.dtype == torch.float64:
         raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
     batch, num_heads, q_len, head_dim = q.shape
-    config = attention_config("forward", chip, q.dtype, head_dim)
+    config = attention_config("forward", chip, q.dtype, head_dim, softcap is not None or sinks is not None)
+    unit, inner = score_units(scale, softcap)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     launch = Launch(
         attention_forward_kernel,
         (triton.cdiv(q_len, config.BLOCK_M), batch * num_heads),
         (
-            *(*map(strided, (q, k, v)), lead, own, strided(out), lse),
-            *(q_len, k.shape[2], num_heads, num_heads // k.shape[1], scale * math.log2(math.e)),
+            *(*map(strided, (q, k, v)), lead, own, None if sinks is None else strided(sinks), strided(out), lse),
+            *(q_len, k.shape[2], num_heads, num_heads // k.shape[1], unit * math.log2(math.e), inner),
         ),
         {
             "HEAD_DIM": head_dim,
@@ -100,8 +115,11 @@ def plan_attention(
     return launch, out, lse
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float, softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the kernel: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q."""
-    launch, out, lse = plan_attention(q, k, v, lead, own, scale, chip_of(q.device))
+    launch, out, lse = plan_attention(q, k, v, lead, own, scale, softcap, sinks, chip_of(q.device))
     launch.run()
     return out, lse

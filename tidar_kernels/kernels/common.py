@@ -1,4 +1,4 @@
-"""Device functions shared by the attention kernels: tile loads, the softmax update, and the safe epilogue."""
+"""Device functions shared by the attention kernels: tile loads, logits, the softmax update, and the safe epilogue."""
 
 from __future__ import annotations
 
@@ -33,15 +33,66 @@ def load_tile(at, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
     return tile
 
 
+def score_units(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """`(scale, inner)` of the kernels, whose logits are `scale * modify_scores(q.k, inner)`."""
+    return (scale, None) if softcap is None else (softcap, scale / softcap)
+
+
 @triton.jit
-def softmax_update(acc, m, l, q, k, v, scale, visible):
+def modify_scores(scores, inner, EXACT: tl.constexpr):
+    """What a model does to q.k before scale and mask: nothing, or with a cap, `tanh(inner * q.k)` (`score_units`).
+
+    By one exp2 and one division. `1 - 2 / (1 + exp(2x))` is within 1.2e-7 of tanh, which times a cap of 50 is far below
+    the rounding of half operands. EXACT, for float32, bounds the relative error by 4e-7: where that form cancels, it
+    takes the continued fraction of tanh to five terms. Sums of products are explicit fmas: what the compiler contracts
+    must not depend on the loop that this is inlined into.
+    """
+    if inner is not None:
+        if EXACT:
+            x = scores * inner
+            size, square = tl.abs(x), x * x
+            decay = tl.exp2(size * -2.8853900817779268)
+            near = size < 0.5
+            above = tl.where(near, size * tl.fma(square, square + 105.0, 945.0), 1.0 - decay)
+            below = tl.where(near, tl.fma(square, tl.fma(square, 15.0, 420.0), 945.0), 1.0 + decay)
+            size = above / below
+            scores = tl.where(x < 0.0, -size, size)
+        else:
+            growth = tl.exp2(scores * (inner * 2.8853900817779268))
+            scores = tl.fma(1.0 / (growth + 1.0), -2.0, 1.0)
+    return scores
+
+
+@triton.jit
+def slope_of_scores(ds, scores, inner):
+    """`ds`, the gradient of `modify_scores`' result `scores`, times its derivative but for the factor `inner`."""
+    if inner is not None:
+        ds *= tl.fma(-scores, scores, 1.0)
+    return ds
+
+
+@triton.jit
+def softmax_start(sinks, head, counts, BLOCK_M: tl.constexpr):
+    """`(m, l)` of rows that have seen no key: nothing, or in rows where `counts` the sink of the row's head."""
+    if sinks is None:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        sink = tl.load(sinks.ptr + head * sinks.stride[0], mask=counts, other=float("-inf")).to(tl.float32)
+        m = sink * 1.4426950408889634
+        l = tl.where(counts, 1.0, 0.0)
+    return m, l
+
+
+@triton.jit
+def softmax_update(acc, m, l, q, k, v, scale, inner, visible):
     """One tile of online softmax: `(acc, m, l)` after keys k, values v (base 2; m in units of `scale * score`).
 
     Three choices make a tile that a row does not see an exact no-op, and a tile that it sees wholly the same bits with
     and without a mask: the mask goes onto the raw scores, so that scaling and subtracting are one explicit fma either
     way; a row that has seen nothing pivots at 0; and a tile without a visible key leaves the maximum, so alpha is 1.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = modify_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, q.dtype == tl.float32)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1) * scale)
@@ -55,7 +106,7 @@ def softmax_update(acc, m, l, q, k, v, scale, visible):
 
 @triton.jit
 def softmax_finish(acc, m, l):
-    """`(out, lse)` with lse in base 2; a row that saw no key gives 0 and -inf, never NaN."""
+    """`(out, lse)` with lse in base 2; a row that saw neither key nor sink gives 0 and -inf, never NaN."""
     empty = l == 0.0
     out = acc / tl.where(empty, 1.0, l)[:, None]
     lse = tl.where(empty, float("-inf"), m + tl.log2(tl.where(empty, 1.0, l)))

@@ -1,8 +1,9 @@
 """Launch configurations as data: which tile sizes run on which chip.
 
-The step kernel's configuration depends on the chip, the dtype and the head dim, and on nothing else: not on the number
-of rows, the batch or the length. Draft rows and single-token decoding therefore run the very same instructions, which
-is half of what makes their bits equal. The other half is the split size, a function of the cache's capacity alone.
+The step kernel's configuration depends on the chip, the dtype, the head dim and what the model does to its logits (a
+cap, sinks, a window), and on nothing else: not on the number of rows, the batch or the length. Draft rows and
+single-token decoding therefore run the very same instructions, which is half of what makes their bits equal. The other
+half is the split size, a function of the cache's capacity alone.
 """
 
 from __future__ import annotations
@@ -63,6 +64,20 @@ _FLOAT32 = {
     128: TileConfig(16, 32, 8, 1),
     256: TileConfig(16, 16, 8, 1),
 }
+# With a cap, sinks or a window there is more to hold: smaller tiles where the plain ones spill.
+_HALF_EXTRAS = {
+    80: {
+        16: TileConfig(64, 32, 4, 3),  # 64 keys spill 8 bytes
+        256: TileConfig(64, 16, 8, 2),  # 32 keys spill 12 bytes
+    },
+    90: {256: TileConfig(64, 16, 8, 2)},  # 32 keys spill 48 bytes
+    100: {},
+}
+_FLOAT32_EXTRAS = {
+    80: {},
+    90: {},
+    100: {128: TileConfig(32, 16, 8, 1), 256: TileConfig(16, 16, 16, 1)},  # the plain tiles use 8 bytes of stack
+}
 # The interpreter pays per operation, not per element; small tiles put tile and split edges within reach of tests.
 _INTERPRET = TileConfig(32, 16, 1, 1)
 
@@ -83,11 +98,15 @@ def chip_of(device: torch.device) -> int | None:
     return None if INTERPRET else _chip_of(device.index)
 
 
-def step_config(chip: int | None, dtype: torch.dtype, head_dim: int) -> TileConfig:
-    """Tiles of the step kernel."""
+def step_config(chip: int | None, dtype: torch.dtype, head_dim: int, extras: bool = False) -> TileConfig:
+    """Tiles of the step kernel; `extras`: with a cap, sinks or a window."""
     if chip is None:
         return _INTERPRET
-    return (_FLOAT32 if dtype == torch.float32 else _HALF[chip])[block_dim(head_dim)]
+    is_float32 = dtype == torch.float32
+    table = _FLOAT32 if is_float32 else _HALF[chip]
+    if extras:
+        table = table | (_FLOAT32_EXTRAS if is_float32 else _HALF_EXTRAS)[chip]
+    return table[block_dim(head_dim)]
 
 
 def split_size(chip: int | None, max_len: int) -> int:
@@ -204,12 +223,40 @@ _ATTENTION_FLOAT32 = {
         256: TileConfig(16, 16, 8, 1),
     },
 }
+# With a cap, or in the forward pass sinks, smaller tiles or more warps where the plain ones spill. The backward pass of
+# dK and dV can no longer put lse into an accumulator (`attention_backward._dkdv_tile`), which costs it most.
+_ATTENTION_HALF_EXTRAS = {
+    "forward": {80: {32: TileConfig(128, 64, 8, 3)}, 90: {}, 100: {}},  # 4 warps spill 8 bytes
+    "dq": {80: {64: TileConfig(128, 32, 8, 3)}, 90: {}, 100: {}},  # 64 keys spill 8 bytes
+    "dkdv": {
+        80: {
+            64: TileConfig(32, 128, 8, 2),  # 64 rows spill 44 bytes
+            256: TileConfig(16, 32, 8, 2),  # 64 keys spill 40 bytes
+        },
+        90: {
+            80: TileConfig(32, 64, 8, 2),  # 128 keys spill 8 bytes
+            96: TileConfig(32, 64, 8, 2),
+            128: TileConfig(32, 128, 8, 2),  # 64 rows spill 340 bytes
+        },
+        100: {},
+    },
+}
+_ATTENTION_FLOAT32_EXTRAS = {
+    "forward": {64: TileConfig(16, 32, 8, 2), 256: TileConfig(16, 16, 16, 1)},  # half the warps spill 8 bytes
+    "dq": {},
+    "dkdv": {16: TileConfig(32, 32, 8, 2)},  # 4 warps spill 8 bytes
+}
 _ATTENTION_INTERPRET = TileConfig(32, 32, 1, 1)
 
 
-def attention_config(kernel: str, chip: int | None, dtype: torch.dtype, head_dim: int) -> TileConfig:
-    """Tiles of a training kernel: "forward", "dq" or "dkdv"."""
+def attention_config(
+    kernel: str, chip: int | None, dtype: torch.dtype, head_dim: int, extras: bool = False
+) -> TileConfig:
+    """Tiles of a training kernel: "forward", "dq" or "dkdv"; `extras`: with a cap, in the forward pass also sinks."""
     if chip is None:
         return _ATTENTION_INTERPRET
-    table = _ATTENTION_FLOAT32[kernel] if dtype == torch.float32 else _ATTENTION_HALF[kernel][chip]
+    is_float32 = dtype == torch.float32
+    table = _ATTENTION_FLOAT32[kernel] if is_float32 else _ATTENTION_HALF[kernel][chip]
+    if extras:
+        table = table | (_ATTENTION_FLOAT32_EXTRAS[kernel] if is_float32 else _ATTENTION_HALF_EXTRAS[kernel][chip])
     return table.get(head_dim, table[block_dim(head_dim)])

@@ -13,8 +13,14 @@ block, whose keys no other row of the line shares, is a tile of its own. A progr
     2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
     3. split 0 only: the own blocks    in-flight tiles, masked by own
 
-Programs whose split starts past their rows' last key return at once. With more than one split a second kernel merges
-the partial results by log-sum-exp, in split order.
+Behind a sliding window (`reach`) a row's part of the line starts later: tiles before every row's first key are skipped,
+and those that some row sees in part come before step 1, masked. Tiles stay where they are, so bits stay too. Sinks,
+one more logit a head (`common.softmax_start`), are split 0's.
+
+Programs whose split holds no key of their rows return at once, but those of split 0 never. With more than one split a
+second kernel merges the partial results by log-sum-exp, in split order: of each row split 0, and those that its own
+keys lie in. So a row's result does not depend on what other rows made a program write, and nothing is read that was
+not written.
 """
 
 from __future__ import annotations
@@ -26,7 +32,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_interval, load_tile, row_pointers, softmax_finish, softmax_update
+from .common import (
+    load_interval,
+    load_tile,
+    row_pointers,
+    score_units,
+    softmax_finish,
+    softmax_start,
+    softmax_update,
+)
 from .configs import chip_of, split_size, step_config
 from .launch import INTERPRET, Launch, block_dim, strided
 
@@ -37,20 +51,30 @@ def _context_len(lengths, b, max_context):
     return tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), max_context)
 
 
+@triton.jit
+def _first_keys(reach, row, live, context, lead_lo, lead_hi):
+    """Of each row the first slot of context that it sees (`context` if none), and its first key on the line."""
+    first_slot = tl.maximum(context - tl.load(reach + row, mask=live, other=0), 0)
+    # Without context the line starts at lead; without either it is empty, and ends before it starts.
+    in_flight = context + tl.where(lead_lo < lead_hi, lead_lo, 0x3FFFFFFF)
+    return first_slot, tl.where(first_slot < context, first_slot, in_flight)
+
+
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
 @triton.jit(
     do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
-    do_not_specialize_on_alignment=["lengths", "lead", "own"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach"],
 )
 def step_attention_kernel(
-    q, k, v, k_cache, v_cache, lengths, lead, own, out, lse,
-    q_len, num_kv_heads, group, kv_len, max_context, scale,
+    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, out, lse,
+    q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
 
-    `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial.
+    `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial. `reach` is
+    None without a window, `sinks` without sinks, `inner` without a cap (`common.modify_scores`).
     """
     row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
     kv_sequence = tl.program_id(0) // row_tiles
@@ -65,8 +89,14 @@ def step_attention_kernel(
     own_lo, own_hi = load_interval(own, row, live)
     end = context + tl.max(lead_hi, 0)
     start = split * SPLIT
+    stop = start + SPLIT
     if (start >= end) & (split > 0):
         return
+    if reach is not None:
+        first_slot, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+        begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
+        if (begin >= stop) & (split > 0):
+            return
 
     b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
@@ -78,19 +108,28 @@ def step_attention_kernel(
     v_cache_base = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    m, l = softmax_start(sinks, head, live & (split == 0), BLOCK_M)
     key = tl.arange(0, BLOCK_N)
 
-    # 1. whole tiles of context
-    whole_end = tl.minimum(start + SPLIT, context // BLOCK_N * BLOCK_N)
+    # 1. whole tiles of context, behind a window first those that not every row sees all of
+    whole_end = tl.minimum(stop, context // BLOCK_N * BLOCK_N)
+    if reach is not None:
+        start = tl.maximum(start, begin)
+        whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(live, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
+        for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
+            n = n0 + key
+            k_tile = load_tile(row_pointers(k_cache, k_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v_cache, v_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            seen = n[None, :] >= first_slot[:, None]
+            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, seen)
+        start = tl.maximum(start, whole_start)
     for n0 in tl.range(start, whole_end, BLOCK_N):
         k_tile = load_tile(row_pointers(k_cache, k_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
         v_tile = load_tile(row_pointers(v_cache, v_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
-        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, None)
+        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, None)
 
     # 2. the tiles where the context ends and the drafts begin
-    for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(start + SPLIT, end), BLOCK_N, num_stages=1):
+    for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(stop, end), BLOCK_N, num_stages=1):
         n = n0 + key
         cached, fly = n < context, n - context
         k_old, k_new = row_pointers(k_cache, k_cache_base, n, BLOCK_D), row_pointers(k, k_base, fly, BLOCK_D)
@@ -98,7 +137,10 @@ def step_attention_kernel(
         k_tile = load_tile(tl.where(cached[:, None], k_old, k_new), n < end, HEAD_DIM, UPCAST)
         v_tile = load_tile(tl.where(cached[:, None], v_old, v_new), n < end, HEAD_DIM, UPCAST)
         in_lead = (fly[None, :] >= lead_lo[:, None]) & (fly[None, :] < lead_hi[:, None])
-        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, cached[None, :] | in_lead)
+        seen = cached[None, :] | in_lead
+        if reach is not None:
+            seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
+        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, seen)
 
     # 3. the rows' own blocks, in tiles aligned to in-flight indices so that a row's bits do not depend on its mates
     if split == 0:
@@ -110,7 +152,7 @@ def step_attention_kernel(
             k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, visible)
+            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
@@ -125,23 +167,48 @@ def step_attention_kernel(
     tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (dim[None, :] < HEAD_DIM))
 
 
-@triton.jit(do_not_specialize=["num_heads", "q_len", "max_context"], do_not_specialize_on_alignment=["lengths", "lead"])
+@triton.jit
+def _nth_split(i, skipped, first, end):
+    """`(split, which rows read it)`: behind a window split 0, then those after the `skipped` ones behind it."""
+    if first is None:
+        split = i
+        read = split < end
+    else:
+        split = tl.where(i == 0, 0, i + skipped)
+        read = (split < end) & ((split == 0) | (split >= first))
+    return split, read
+
+
+@triton.jit(
+    do_not_specialize=["num_heads", "q_len", "max_context"],
+    do_not_specialize_on_alignment=["lengths", "lead", "reach"],
+)
 def combine_splits_kernel(
-    part, part_lse, lengths, lead, out, lse,
+    part, part_lse, lengths, lead, reach, out, lse,
     num_heads, q_len, max_context,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, splits in ascending order.
 
-    A row reads exactly the splits that its own keys reach: what other rows of the launch needed does not enter.
+    A row reads split 0 and exactly the splits that its own keys lie in: what other rows of the launch needed does not
+    enter.
     """
     b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < q_len
-    _, lead_hi = load_interval(lead, row, live)
-    splits = tl.cdiv(_context_len(lengths, b, max_context) + lead_hi, SPLIT)
-    splits = tl.where(live, tl.maximum(splits, 1), 0)
-    last = tl.max(splits, 0)
+    lead_lo, lead_hi = load_interval(lead, row, live)
+    context = _context_len(lengths, b, max_context)
+    end = tl.cdiv(context + lead_hi, SPLIT)
+    end = tl.where(live, tl.maximum(end, 1), 0)
+    count = tl.max(end, 0)
+    first = None
+    skipped = None
+    if reach is not None:
+        _, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+        first = first_key // SPLIT
+        skipped = tl.min(tl.where(live, first, count), 0) - 1
+        skipped = tl.maximum(tl.minimum(skipped, count - 1), 0)
+        count -= skipped
 
     dim = tl.arange(0, BLOCK_D)
     in_head = dim[None, :] < HEAD_DIM
@@ -149,15 +216,17 @@ def combine_splits_kernel(
     rows_per_split = tl.num_programs(0).to(tl.int64) * q_len
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for s in range(0, last):
-        top = tl.maximum(top, tl.load(part_lse + s * rows_per_split + at_row, mask=s < splits, other=float("-inf")))
+    for i in range(0, count):
+        s, read = _nth_split(i, skipped, first, end)
+        top = tl.maximum(top, tl.load(part_lse + s * rows_per_split + at_row, mask=read, other=float("-inf")))
     pivot = tl.where(top == float("-inf"), 0.0, top)
 
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    for s in range(0, last):
+    for i in range(0, count):
+        s, read = _nth_split(i, skipped, first, end)
         at = s * rows_per_split + at_row
-        weight = tl.exp2(tl.load(part_lse + at, mask=s < splits, other=float("-inf")) - pivot)
+        weight = tl.exp2(tl.load(part_lse + at, mask=read, other=float("-inf")) - pivot)
         at = at[:, None] * HEAD_DIM + dim[None, :]
         acc = tl.fma(tl.load(part + at, mask=(weight > 0.0)[:, None] & in_head, other=0.0), weight[:, None], acc)
         total += weight
@@ -179,6 +248,9 @@ def plan_step_attention(
     own: Tensor,
     scale: float,
     max_context: int,
+    reach: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
     chip: int | None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Allocate results and lay out the launches of one step: `(launches, out, lse)`.
@@ -191,7 +263,9 @@ def plan_step_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
-    config, split = step_config(chip, q.dtype, head_dim), split_size(chip, max_len)
+    extras = any(extra is not None for extra in (reach, softcap, sinks))
+    config, split = step_config(chip, q.dtype, head_dim, extras), split_size(chip, max_len)
+    unit, inner = score_units(scale, softcap)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
     # Without any key there is still one split: it writes the zeros.
     num_splits = max(1, triton.cdiv(max_len + kv_len, split))
@@ -209,8 +283,8 @@ def plan_step_attention(
         (triton.cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
         (
             *map(strided, (q, k, v, k_cache, v_cache)),
-            *(lengths, lead, own, strided(part), part_lse),
-            *(q_len, num_kv_heads, group, kv_len, max_context, scale * math.log2(math.e)),
+            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), strided(part), part_lse),
+            *(q_len, num_kv_heads, group, kv_len, max_context, unit * math.log2(math.e), inner),
         ),
         {
             **shapes,
@@ -227,7 +301,7 @@ def plan_step_attention(
     combine = Launch(
         combine_splits_kernel,
         (batch * num_heads, triton.cdiv(q_len, 16)),
-        (part, part_lse, lengths, lead, strided(out), lse, num_heads, q_len, max_context),
+        (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
         {**shapes, "BLOCK_R": 16, "num_warps": 4},
     )
     return [attend, combine], out, lse
@@ -244,11 +318,13 @@ def step_attention(
     own: Tensor,
     scale: float,
     max_context: int,
+    reach: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels: `(out [batch, heads, q_len, head_dim], lse [batch, heads, q_len])`; arguments are checked."""
-    launches, out, lse = plan_step_attention(
-        q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context, chip_of(q.device)
-    )
+    operands = (q, k, v, k_cache, v_cache, lengths, lead, own)
+    launches, out, lse = plan_step_attention(*operands, scale, max_context, reach, softcap, sinks, chip_of(q.device))
     for launch in launches:
         launch.run()
     return out, lse

@@ -166,8 +166,8 @@ def verify_rows_kernel(
     has_draft = False
     draft = -1
     if HAS_DRAFTS:
-        has_draft = i + 1 < num_rows
-        draft = tl.load(drafts_at[0] + (i + 1) * drafts_at[1], mask=has_draft, other=-1).to(tl.int32)
+        draft = tl.load(drafts_at[0] + (i + 1) * drafts_at[1], mask=i + 1 < num_rows, other=-1).to(tl.int32)
+        has_draft = draft >= 0
 
     top, token, bad = _top(row, vocab_size, scores, BLOCK_V, HAS_MIX, HAS_SEEN)
     bad = (bad > 0) | (token < 0)

@@ -17,6 +17,7 @@ no GPU.
 
 from __future__ import annotations
 
+from .builders import irregular_pattern, pairwise
 from .cases import (
     APPEND_CASES,
     APPEND_CASES_LARGE,
@@ -27,8 +28,6 @@ from .cases import (
     STEP_CASES_LARGE,
     AppendCase,
     StepCase,
-    irregular_pattern,
-    pairwise,
 )
 from .checks import (
     SUITES,

@@ -6,15 +6,14 @@ The same table runs in Triton's interpreter, on the CPU path and on CUDA. A case
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from .. import patterns
 from ..patterns import Pattern
+from .builders import irregular_pattern, pairwise
 
 __all__ = [
     "APPEND_CASES",
@@ -26,8 +25,6 @@ __all__ = [
     "STEP_CASES_LARGE",
     "AppendCase",
     "StepCase",
-    "irregular_pattern",
-    "pairwise",
 ]
 
 
@@ -50,6 +47,9 @@ class StepCase:
         lengths_dtype: int32 or int64.
         scale: of the scores; None for the default.
         max_context: as in `step_attention`.
+        window: of `Pattern.windowed`, which every pattern of the case goes through; None for none.
+        softcap: as in `step_attention`.
+        sinks: with a random sink a head.
     """
 
     name: str
@@ -65,11 +65,18 @@ class StepCase:
     lengths_dtype: torch.dtype = torch.int32
     scale: float | None = None
     max_context: int | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     @property
     def id(self) -> str:
         """Name and dtype."""
         return f"{self.name}-{_dtype_id(self.dtype)}"
+
+    def windowed(self, pattern: Pattern) -> Pattern:
+        """`pattern` behind the window of the case."""
+        return pattern if self.window is None else pattern.windowed(self.window)
 
     @property
     def cache_len(self) -> int:
@@ -112,57 +119,6 @@ class AppendCase:
         return all(0 <= length <= self.max_len - self.num_new for length in self.lengths)
 
 
-def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Rows that hold every pair of values of every two axes at least once; deterministic, and near the fewest.
-
-    Greedy: each row starts from the first pair still missing, then takes on each further axis the value that adds the
-    most missing pairs.
-    """
-    names = list(axes)
-    missing = {
-        (a, i, b, j): None
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for i, j in itertools.product(range(len(axes[names[a]])), range(len(axes[names[b]])))
-    }
-    turn = 0
-    while missing:
-        a, i, b, j = next(iter(missing))
-        row = {a: i, b: j}
-        for axis in range(len(names)):
-            if axis in row:
-                continue
-            count = len(axes[names[axis]])
-            # Ties go to a different value each time, so that no value hogs the rows that are already covered.
-            values = [(value + turn) % count for value in range(count)]
-            row[axis] = max(values, key=lambda value: sum(pair in missing for pair in _pairs(row, axis, value)))
-            turn += 1
-        for axis, value in row.items():
-            for pair in _pairs(row, axis, value):
-                missing.pop(pair, None)
-        yield {name: axes[name][row[axis]] for axis, name in enumerate(names)}
-
-
-def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, int, int]]:
-    """The pairs that `value` on `axis` makes with what the row holds on other axes."""
-    return [
-        (axis, value, other, theirs) if axis < other else (other, theirs, axis, value)
-        for other, theirs in row.items()
-        if other != axis
-    ]
-
-
-def irregular_pattern(q_len: int, kv_len: int, seed: int = 0) -> Pattern:
-    """Random intervals: leads that do not start at 0, own blocks on either side of them, rows that see no key."""
-    draw = torch.Generator().manual_seed(seed)
-    lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
-    for row in range(q_len):
-        cuts = torch.randint(0, kv_len + 1, (4,), generator=draw).sort().values.to(torch.int32)
-        lead[row], own[row] = (cuts[:2], cuts[2:]) if row % 2 else (cuts[2:], cuts[:2])
-    lead[::5] = 0
-    own[::3] = 0
-    return Pattern(lead, own, torch.arange(q_len, dtype=torch.int32), kv_len, name=f"irregular({q_len}, {kv_len})")
-
-
 def _covering_cases() -> Iterator[StepCase]:
     """Every two of: block size, heads, head dim, context lengths, dtype, strides, spare slots, width of lengths.
 
@@ -199,6 +155,37 @@ def _covering_cases() -> Iterator[StepCase]:
         )
 
 
+def _feature_cases() -> Iterator[StepCase]:
+    """Every two of: window, softcap, sinks, pattern, context lengths, heads, head dim, dtype.
+
+    Windows end in the row itself, among the drafts, in a tile, in a split, and beyond the context.
+    """
+    rows = pairwise(
+        window=(None, 1, 20, 65),
+        lengths=((0, 37), (64,), (63, 130), (200,)),
+        pattern=(
+            patterns.tidar_step(4),
+            patterns.tidar_step(7),
+            patterns.tidar_prefill(40, 4),
+            patterns.tidar_step(3, bidirectional=False),
+        ),
+        heads=((2, 2), (6, 1)),
+        head_dim=(16, 64, 80),
+        softcap=(None, 1.5),
+        sinks=(False, True),
+        dtype=(torch.float32, torch.float16),
+    )
+    for row in rows:
+        (num_heads, num_kv_heads), lengths = row.pop("heads"), row["lengths"]
+        yield StepCase(
+            name=f"w{row['window']}-c{row['softcap']}-s{int(row['sinks'])}-{row['pattern'].name}"
+            f"-h{num_heads}_{num_kv_heads}-d{row['head_dim']}-P{'_'.join(map(str, lengths))}",
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            **row,
+        )
+
+
 _STEP = StepCase("step", patterns.tidar_step(4), lengths=(21, 64), num_heads=8, num_kv_heads=2)
 _NO_KEYS = replace(_STEP, name="no_keys", pattern=irregular_pattern(6, 0))
 _HAND_MADE_STEPS = (
@@ -229,8 +216,16 @@ _HAND_MADE_STEPS = (
         _STEP, name="no_keys_no_context", pattern=irregular_pattern(6, 0), lengths=(0,), max_len=130, max_context=0
     ),
     replace(_STEP, name="no_keys_no_cache", pattern=irregular_pattern(6, 0), lengths=(0, 0), max_len=0),
+    replace(_NO_KEYS, name="no_keys_sinks", lengths=(0, 0, 5), max_len=70, sinks=True),
+    replace(_STEP, name="reach", pattern=irregular_pattern(23, 37, 4, reach=60), lengths=(0, 50, 150)),
+    replace(_STEP, name="reach_sinks", pattern=irregular_pattern(9, 5, 6, reach=90), lengths=(130, 20), sinks=True),
+    replace(_STEP, name="no_reach", pattern=irregular_pattern(6, 4, 7, reach=0), lengths=(0, 80), max_len=90),
+    replace(_STEP, name="softcap_50", softcap=50.0, scale=4.0),
+    replace(_STEP, name="softcap_50_fp16", softcap=50.0, scale=4.0, dtype=torch.float16),
+    replace(_STEP, name="bfloat16_all", dtype=torch.bfloat16, softcap=2.0, sinks=True, window=30),
+    replace(_STEP, name="head_dim_256_all", head_dim=256, softcap=2.0, sinks=True, window=30, dtype=torch.float16),
 )
-STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS)
+STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS, *_feature_cases())
 
 # A GPU's tiles are 64 keys and its splits 512 to 4096 keys: edges lie elsewhere, and only real dtypes show the rest.
 _LARGE = StepCase("large", patterns.tidar_step(16), (8192, 0, 511), 32, 8, 128, torch.bfloat16, max_len=8300)
@@ -247,6 +242,13 @@ STEP_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_LARGE, name="head_dim_256", num_heads=8, num_kv_heads=1, head_dim=256, lengths=(1500, 449)),
     replace(_LARGE, name="prefill", pattern=patterns.tidar_prefill(1000, 8), lengths=(0, 0)),
     replace(_LARGE, name="prefill_chunk", pattern=patterns.tidar_prefill(333, 8), lengths=(512, 1000)),
+    replace(_LARGE, name="softcap", lengths=(2000, 449), softcap=50.0, scale=1.0),
+    replace(_LARGE, name="softcap_fp32", num_heads=8, dtype=torch.float32, lengths=(511,), softcap=50.0, scale=1.0),
+    replace(_LARGE, name="sinks", lengths=(2000, 449), sinks=True),
+    replace(_LARGE, name="window", lengths=(8192, 4095, 1100, 513, 0), window=1024),
+    replace(_LARGE, name="window_d64", head_dim=64, lengths=(8192, 100), window=128, sinks=True),
+    replace(_LARGE, name="gemma", num_heads=8, num_kv_heads=4, head_dim=256, lengths=(6000, 4095), softcap=50.0),
+    replace(_LARGE, name="gemma_window", head_dim=256, lengths=(6000, 4095), softcap=50.0, window=4096),
     replace(_LARGE, name="long_context", pattern=patterns.tidar_step(4), lengths=(130_000, 70_001), max_len=131_072),
 )
 
@@ -266,6 +268,24 @@ BITS_CASES: tuple[StepCase, ...] = (
     replace(_BITS, name="B16_split_edges", pattern=patterns.tidar_step(16), lengths=(50, 63, 64, 65), num_heads=1),
     replace(_BITS, name="B16_fp16", pattern=patterns.tidar_step(16), lengths=(17, 120), dtype=torch.float16),
     replace(_BITS, name="prefill_chunk", pattern=patterns.tidar_prefill(20, 4), lengths=(0, 13, 60)),
+    # Behind a window the first key of a row lies on, before and behind edges of tiles and splits: P + m + 1 - window.
+    replace(_BITS, name="B2_window_1", window=1, lengths=(0, 15, 16, 63, 64, 130)),
+    replace(_BITS, name="B2_window_16", window=16, lengths=(0, 14, 15, 30, 31, 78, 79, 143), sinks=True),
+    replace(_BITS, name="B8_window_5", pattern=patterns.tidar_step(8), window=5, lengths=(3, 12, 58, 125), num_heads=1),
+    replace(_BITS, name="B8_window_70", pattern=patterns.tidar_step(8), window=70, lengths=(66, 134), sinks=True),
+    replace(
+        _BITS,
+        name="B8_window_70_all",
+        pattern=patterns.tidar_step(8),
+        window=70,
+        lengths=(61, 133),
+        num_heads=1,
+        sinks=True,
+        softcap=2.0,
+        dtype=torch.float16,
+    ),
+    replace(_BITS, name="B2_softcap_sinks", softcap=2.0, sinks=True, lengths=(0, 14, 15, 16, 63, 64, 65)),
+    replace(_BITS, name="prefill_window", pattern=patterns.tidar_prefill(20, 4), lengths=(13, 60), window=11),
 )
 _BITS_LARGE = StepCase("large", patterns.tidar_step(16), (), 32, 8, 128, torch.bfloat16, max_len=8300)
 _EDGES = (0, 1, 63, 64, 65, 505, 511, 512, 513, 1020, 4095, 8192)
@@ -275,6 +295,8 @@ BITS_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_BITS_LARGE, name="large_B8_fp16", pattern=patterns.tidar_step(8), lengths=_EDGES, dtype=torch.float16),
     replace(_BITS_LARGE, name="large_B2_d64", pattern=patterns.tidar_step(2), lengths=_EDGES, head_dim=64),
     replace(_BITS_LARGE, name="large_B8_d256", pattern=patterns.tidar_step(8), lengths=_EDGES, head_dim=256),
+    replace(_BITS_LARGE, name="large_B16_window", lengths=(0, 1023, 1535, 5000, 8192), window=1024, sinks=True),
+    replace(_BITS_LARGE, name="large_B8_softcap", pattern=patterns.tidar_step(8), lengths=_EDGES, softcap=50.0),
     replace(_BITS_LARGE, name="large_B8_group_7", pattern=patterns.tidar_step(8), lengths=_EDGES, num_heads=56),
 )
 
@@ -287,6 +309,10 @@ LAUNCH_CASES: tuple[StepCase, ...] = (
     # Blocks that do not divide a tile of keys, rows that do not fit one tile of rows: where own tiles must be aligned.
     StepCase("step_B5", patterns.tidar_step(5), (18,), 4, 2, 16, max_len=30),
     StepCase("irregular", irregular_pattern(25, 29, seed=3), (0, 50), 4, 2, 16, max_len=70),
+    StepCase(
+        "window", patterns.tidar_step(5), (130, 18), 2, 1, 16, torch.float16, 140, window=66, softcap=2.0, sinks=True
+    ),
+    StepCase("reach", irregular_pattern(17, 19, seed=3, reach=80), (0, 150), 2, 1, 16, max_len=150, sinks=True),
 )
 
 _APPEND = AppendCase("append", lengths=(0, 7, 32), num_new=8)

@@ -83,7 +83,7 @@ def _generator(case: StepCase | AppendCase) -> torch.Generator:
 
 @dataclass(frozen=True)
 class StepOperands:
-    """The operands of one step, each between guard bands; cache slots past the length hold NaN."""
+    """The operands of one step, each between guard bands; cache slots past the length hold NaN; sinks may be None."""
 
     q: Guarded
     k: Guarded
@@ -91,16 +91,23 @@ class StepOperands:
     k_cache: Guarded
     v_cache: Guarded
     lengths: Guarded
+    sinks: Guarded | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the operator's arguments."""
-        return tuple(memory.tensor for memory in vars(self).values())
+        """In the order of the operator's arguments, but sinks, which go by name."""
+        return tuple(memory.tensor for name, memory in vars(self).items() if name != "sinks")
+
+    @property
+    def options(self) -> dict[str, Tensor | None]:
+        """Sinks, as the operator takes them."""
+        return {"sinks": None if self.sinks is None else self.sinks.tensor}
 
     def check_untouched(self) -> None:
         """Raise `ParityError` if an operand, or the memory around it, was written to."""
         for name, memory in vars(self).items():
-            memory.check(name)
+            if memory is not None:
+                memory.check(name)
 
 
 def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOperands:
@@ -129,15 +136,17 @@ def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOpe
         k_cache=place(cache(), case.cache_layout),
         v_cache=place(cache(), case.cache_layout),
         lengths=guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device)),
+        sinks=guarded(torch.randn(case.num_heads, generator=draw).to(device, case.dtype)) if case.sinks else None,
     )
 
 
 def _step(
     case: StepCase, operands: Iterable[Tensor], backend: ops.Backend | None = None, **changes: Any
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)` of the operator under poisoned allocations."""
+    """`(out, lse)` of the operator under poisoned allocations; sinks are among the `changes`."""
     q, k, v, k_cache, v_cache, lengths = operands
-    options: dict[str, Any] = {"pattern": case.pattern, "scale": case.scale, "max_context": case.max_context} | changes
+    options: dict[str, Any] = {"scale": case.scale, "softcap": case.softcap, "max_context": case.max_context} | changes
+    options["pattern"] = case.windowed(options.get("pattern", case.pattern))
     with poisoned_allocations():
         return ops.step_attention(q, k, v, k_cache, v_cache, lengths, **options, return_lse=True, backend=backend)
 
@@ -155,13 +164,18 @@ def check_step_attention(
     """
     operands = step_operands(case, device)
     with _naming("step_attention", case, device):
-        out, lse = _step(case, operands.tensors, backend)
+        out, lse = _step(case, operands.tensors, backend, **operands.options)
         operands.check_untouched()
+        pattern, sinks = case.windowed(case.pattern), operands.options["sinks"]
 
         def twin(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            cast = [x.to(dtype) if x.is_floating_point() else x for x in operands.tensors]
-            q, k, v, k_cache, v_cache, lengths = cast
-            return eager.step_attention(q, k, v, k_cache, v_cache, lengths, case.pattern, case.scale, return_lse=True)
+            q, k, v, k_cache, v_cache, lengths = (x.to(dtype) if x.is_floating_point() else x for x in operands.tensors)
+            return eager.step_attention(
+                *(q, k, v, k_cache, v_cache, lengths, pattern, case.scale),
+                softcap=case.softcap,
+                sinks=None if sinks is None else sinks.to(dtype),
+                return_lse=True,
+            )
 
         (reference, reference_lse), (plain, plain_lse) = twin(torch.float64), twin(case.dtype)
         if out.dtype != case.dtype:
@@ -171,7 +185,7 @@ def check_step_attention(
             budget(out, reference, plain, "worst row of out", by_row=True),
             budget(lse, reference_lse, plain_lse, "lse"),
         )
-        empty = reference_lse == -torch.inf
+        empty = (reference == 0.0).all(-1)
         check_equal(out[empty], torch.zeros_like(out[empty]), "rows of out that see no key")
     return _result("step_attention", case, device, measures)
 
@@ -190,14 +204,16 @@ def check_row_bits(
     causal_len = case.pattern.causal_len
     if case.max_len is None:
         case = replace(case, max_len=max(case.lengths) + causal_len + 1)
-    q, k, v, k_cache, v_cache, lengths = step_operands(case, device).tensors
+    operands = step_operands(case, device)
+    q, k, v, k_cache, v_cache, lengths = operands.tensors
     with _naming("row bits", case, device):
-        out, lse = _step(case, (q, k, v, k_cache, v_cache, lengths), backend)
+        out, lse = _step(case, operands.tensors, backend, **operands.options)
         ops.append_kv(k_cache, v_cache, k[:, :, :causal_len], v[:, :, :causal_len], lengths, backend=backend)
         decode = patterns.causal(1)
         for m in range(causal_len):
             row = [x[:, :, m : m + 1] for x in (q, k, v)]
-            alone, alone_lse = _step(case, (*row, k_cache, v_cache, lengths + m), backend, pattern=decode)
+            at = (*row, k_cache, v_cache, lengths + m)
+            alone, alone_lse = _step(case, at, backend, pattern=decode, **operands.options)
             check_equal(out[:, :, m : m + 1], alone, f"row {m} of out")
             check_equal(lse[:, :, m : m + 1], alone_lse, f"row {m} of lse")
     return _result("row_bits", case, device)
@@ -214,23 +230,25 @@ def check_launch_bits(
     Raises:
         ParityError: a bit differs.
     """
-    operands = step_operands(case, device).tensors
+    memory = step_operands(case, device)
+    operands, sinks = memory.tensors, memory.options["sinks"]
     group = case.num_heads // case.num_kv_heads
 
     def compare(what: str, at: tuple[slice, ...], tensors: Iterable[Tensor], **changes: Any) -> None:
-        changed, changed_lse = _step(case, tensors, backend, **changes)
+        changed, changed_lse = _step(case, tensors, backend, **({"sinks": sinks} | changes))
         check_equal(changed, out[at], f"out {what}")
         check_equal(changed_lse, lse[at], f"lse {what}")
 
     with _naming("launch bits", case, device):
-        out, lse = _step(case, operands, backend)
+        out, lse = _step(case, operands, backend, sinks=sinks)
         for b in range(len(case.lengths)):
             one = slice(b, b + 1)
             compare(f"of sequence {b} alone", (one,), [x[one] for x in operands])
         for h in range(case.num_heads):
             head, kv_head = slice(h, h + 1), slice(h // group, h // group + 1)
             part = [operands[0][:, head], *(x[:, kv_head] for x in operands[1:5]), operands[5]]
-            compare(f"of head {h} alone", (slice(None), head), part)
+            own = None if sinks is None else sinks[head]
+            compare(f"of head {h} alone", (slice(None), head), part, sinks=own)
         compare("with max_context", (), operands, max_context=max(case.lengths))
         compare("with int64 lengths", (), [*operands[:5], operands[5].long()])
         for layout in ("bhnd", "gaps", "bhdn"):

@@ -150,7 +150,7 @@ def compile_step_attention(case: StepCase, cc: int) -> list[CompileReport]:
     from ..kernels.configs import nearest_chip
     from ..kernels.step_attention import plan_step_attention
 
-    batch, pattern = len(case.lengths), case.pattern
+    batch, pattern = len(case.lengths), case.windowed(case.pattern)
 
     def operand(heads: int, rows: int, layout: str) -> Tensor:
         return _shape_only((batch, heads, rows, case.head_dim), layout, case.dtype)
@@ -162,9 +162,9 @@ def compile_step_attention(case: StepCase, cc: int) -> list[CompileReport]:
     lead, own, _ = pattern.on("meta")
     max_context = case.cache_len if case.max_context is None else case.max_context
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    launches, _, _ = plan_step_attention(
-        q, k, k, cache, cache, lengths, lead, own, scale, max_context, nearest_chip(cc)
-    )
+    sinks = torch.empty(case.num_heads, dtype=case.dtype, device="meta") if case.sinks else None
+    operands = (q, k, k, cache, cache, lengths, lead, own, scale, max_context, pattern.reach_on("meta"))
+    launches, _, _ = plan_step_attention(*operands, case.softcap, sinks, nearest_chip(cc))
     return [compile_report(launch, cc) for launch in launches]
 
 

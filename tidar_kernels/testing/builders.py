@@ -1,0 +1,78 @@
+"""What case tables are built from: rows that cover every pair of values, and patterns without any order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..patterns import Pattern
+
+__all__ = ["irregular_pattern", "pairwise"]
+
+
+def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Rows that hold every pair of values of every two axes at least once; deterministic, and near the fewest.
+
+    Greedy: each row starts from the first pair still missing, then takes on each further axis the value that adds the
+    most missing pairs.
+    """
+    names = list(axes)
+    missing = {
+        (a, i, b, j): None
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i, j in itertools.product(range(len(axes[names[a]])), range(len(axes[names[b]])))
+    }
+    turn = 0
+    while missing:
+        a, i, b, j = next(iter(missing))
+        row = {a: i, b: j}
+        for axis in range(len(names)):
+            if axis in row:
+                continue
+            count = len(axes[names[axis]])
+            # Ties go to a different value each time, so that no value hogs the rows that are already covered.
+            values = [(value + turn) % count for value in range(count)]
+            row[axis] = max(values, key=lambda value: sum(pair in missing for pair in _pairs(row, axis, value)))
+            turn += 1
+        for axis, value in row.items():
+            for pair in _pairs(row, axis, value):
+                missing.pop(pair, None)
+        yield {name: axes[name][row[axis]] for axis, name in enumerate(names)}
+
+
+def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, int, int]]:
+    """The pairs that `value` on `axis` makes with what the row holds on other axes."""
+    return [
+        (axis, value, other, theirs) if axis < other else (other, theirs, axis, value)
+        for other, theirs in row.items()
+        if other != axis
+    ]
+
+
+def irregular_pattern(q_len: int, kv_len: int, seed: int = 0, reach: int | None = None) -> Pattern:
+    """Random intervals: leads that do not start at 0, own blocks on either side of them, rows that see no key.
+
+    With `reach` every row sees some number of the last context tokens, from none to that many.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
+    for row in range(q_len):
+        cuts = torch.randint(0, kv_len + 1, (4,), generator=draw).sort().values.to(torch.int32)
+        lead[row], own[row] = (cuts[:2], cuts[2:]) if row % 2 else (cuts[2:], cuts[:2])
+    lead[::5] = 0
+    own[::3] = 0
+    reaches = None
+    if reach is not None:
+        reaches = torch.randint(0, reach + 1, (q_len,), generator=draw).to(torch.int32)
+        reaches[::4] = 0
+    return Pattern(
+        lead,
+        own,
+        torch.arange(q_len, dtype=torch.int32),
+        kv_len,
+        name=f"irregular({q_len}, {kv_len})",
+        reach=reaches,
+    )
