@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.toys import chain_law, distance
 from tidar_kernels import eager, noise, ops, sampling
 from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors, verify
 
@@ -146,16 +147,6 @@ def test_repetition_penalty_by_definition() -> None:
 # The law of what comes out.
 
 
-def chain_law(table: Tensor, first: int, length: int, params: SamplingParams) -> Tensor:
-    """Probability of every continuation of an order-1 chain, `[vocab] * length`, from its logits `[vocab, vocab]`."""
-    knobs, _ = sampling_tensors([params], "cpu")
-    p = eager.shaped_scores(table[None].double(), knobs.double())[0].softmax(-1)
-    law = p[first]
-    for _ in range(length - 1):
-        law = law[..., None] * p
-    return law
-
-
 def speculate(
     table: Tensor, draft_table: Tensor, block: int, length: int, params: list[SamplingParams], rule: Any
 ) -> Tensor:
@@ -200,27 +191,6 @@ def in_chunks(
     """`speculate` of many requests."""
     parts = [params[start : start + CHUNK] for start in range(0, len(params), CHUNK)]
     return torch.cat([speculate(table, drafts, block, length, part, rule) for part in parts])
-
-
-def distance(tokens: Tensor, law: Tensor) -> tuple[float, float]:
-    """Total variation between an empirical law and `law`, and what sampling alone makes of it: mean + 3 standard
-    deviations, by drawing as many samples of `law` itself."""
-    flat = law.flatten()
-    index = tokens[:, 0]
-    for i in range(1, tokens.shape[1]):
-        index = index * law.shape[0] + tokens[:, i]
-
-    def tv(counts: Tensor) -> float:
-        return 0.5 * (counts.double() / len(tokens) - flat).abs().sum().item()
-
-    generator = torch.Generator().manual_seed(0)
-    noise_tv = torch.tensor(
-        [
-            tv(torch.multinomial(flat, len(tokens), True, generator=generator).bincount(minlength=len(flat)))
-            for _ in range(12)
-        ]
-    )
-    return tv(index.bincount(minlength=len(flat))), (noise_tv.mean() + 3 * noise_tv.std()).item()
 
 
 SAMPLES = 100_000
@@ -330,6 +300,8 @@ def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, draft_logits = torch.randn(2, 64, 2, 8, generator=generator).to(device)
     drafts = torch.randint(8, (64, 2), generator=generator).to(device)
+    drafts[::8, 1] = -1  # missing: the token that follows is a sample of p itself, whatever draft_logits hold
+    draft_logits[8, 1] = math.nan
     params = [SamplingParams(1.0, seed=seed) for seed in range(64)]
     options: dict[str, Any] = {"rule": rule} | ({"draft_logits": draft_logits} if rule == "rejection" else {})
     positions = torch.arange(64, device=device)

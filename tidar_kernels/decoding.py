@@ -6,15 +6,18 @@ TiDAR and plain autoregression are the same loop, `tidar_kernels.session`; this 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, Literal
 
 from torch import Tensor
 
 from . import patterns
 from .cache import KVCache
+from .lora import has_gated_lora
 from .sampling import RULES, Rule, SamplingParams
 from .session import DecoderModel, Event, FinishReason, Request, Session, Step
+from .strategies import Strategy, StrategyName, autoregressive, by_name
 
 __all__ = ["Decoder", "DecoderModel", "GenerationResult", "TokenStream"]
 
@@ -30,6 +33,7 @@ class GenerationResult:
         accepted: for each sequence, tokens accepted by each of its steps.
         finish_reasons: for each sequence "stop", "length" or "error"; None while it runs.
         cache: the K/V of prompts and new tokens, committed.
+        passes: for each sequence, forward passes of each of its steps; one each but for strategies that take more.
         forwards: decode forward passes of the batch; prefill is counted apart.
         prefill_forwards: forward passes of prefill.
         seconds: wall time of decoding, prefill excluded; `prefill_seconds` is the rest.
@@ -39,6 +43,7 @@ class GenerationResult:
     accepted: list[list[int]]
     finish_reasons: list[FinishReason | None]
     cache: KVCache
+    passes: list[list[int]] = field(default_factory=list)
     forwards: int = 0
     prefill_forwards: int = 0
     seconds: float = 0.0
@@ -47,8 +52,8 @@ class GenerationResult:
     @property
     def tokens_per_forward(self) -> float:
         """New tokens per sequence and decode forward pass (the papers' T/NFE); 0 before the first step."""
-        steps = sum(len(a) for a in self.accepted)
-        return sum(len(t) for t in self.tokens) / steps if steps else 0.0
+        passes = sum(map(sum, self.passes))
+        return sum(map(len, self.tokens)) / passes if passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,9 +80,13 @@ class Decoder:
 
     Args:
         model: the model; its parameters' dtype and device are those of the cache.
-        block_size: B, tokens drafted a step, >= 1; default what the model was trained with. Unused autoregressively.
+        block_size: B, the most tokens a step commits; default what the model was trained with. Unused autoregressively.
         mask_token_id: the token of mask rows; default the model's own. Unused autoregressively.
-        mode: "tidar" or "autoregressive".
+        mode: "tidar" (draft and verify, by `strategy`) or "autoregressive".
+        strategy: "tidar"; "isd", "flare", "self_speculation" or "block_diffusion" with their usual options; or one made
+            by `tidar_kernels.strategies`, which then sets the block size. Masks predict the token at their position,
+            unless the model's `config.shifted_masks` says that they predict the one behind it (I-DLM).
+        stride: what "isd" and "flare" call their block size.
         sampling: how drafts are judged at temperature > 0: "coupled" (the very tokens of autoregressive sampling with
             the same seed), "rejection" (its distribution, more drafts accepted), or "point_mass" (its distribution,
             with argmax drafts). See `tidar_kernels.sampling`.
@@ -85,6 +94,11 @@ class Decoder:
         batch_size: slots of the batch that `add`, `step` and `remove` work on.
         max_len: cache slots per sequence; default as many as each generation needs, and 4096 for `add`.
         prefill_chunk: prompt tokens per prefill forward pass, >= 1.
+        adapted: the model's gated adapters run on mask rows (`tidar_kernels.lora`); default if it has any. The output
+            is then that of the model without them.
+        exact: every committed bit is that of autoregressive decoding, as far as the platform goes: the same K/V, and
+            the same logits (`tidar_kernels.exact`); autoregressive decoding must be exact too.
+        cuda_graph: capture a step as one CUDA graph; default where there is a GPU.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model has no default for it.
@@ -97,11 +111,16 @@ class Decoder:
         mask_token_id: int | None = None,
         *,
         mode: Mode = "tidar",
+        strategy: StrategyName | Strategy = "tidar",
+        stride: int | None = None,
         sampling: Rule = "coupled",
         beta: float = 1.0,
         batch_size: int = 16,
         max_len: int | None = None,
         prefill_chunk: int = 512,
+        adapted: bool | None = None,
+        exact: bool = False,
+        cuda_graph: bool | None = None,
     ) -> None:
         if mode not in ("tidar", "autoregressive"):
             raise ValueError(f'mode: expected "tidar" or "autoregressive", got {mode!r}')
@@ -115,19 +134,64 @@ class Decoder:
         self.prefill_chunk = patterns.check_int("prefill_chunk", prefill_chunk, 1)
         self.batch_size = patterns.check_int("batch_size", batch_size, 1)
         self._session: Session | None = None
+        self._cuda_graph = cuda_graph
         if max_len is not None:
             patterns.check_int("max_len", max_len, 1)
+        if not isinstance(exact, bool):
+            raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
+        adapted = has_gated_lora(model) if adapted is None else adapted
+        common: dict[str, Any] = {"prefill_chunk": self.prefill_chunk, "adapted": adapted, "exact": exact}
         if mode == "autoregressive":
             self.block_size, self.mask_token_id = 1, 0
-            self._step = Step(0, prefill_chunk=self.prefill_chunk)
+            self._step = Step(autoregressive(), **common)
             return
-        block_size = getattr(model.config, "block_size", None) if block_size is None else block_size
+        if stride is not None:
+            if block_size is not None or strategy not in ("isd", "flare"):
+                raise ValueError(f'stride: expected for strategy "isd" or "flare" without block_size, got {stride}')
+            block_size = stride
+        if not isinstance(strategy, Strategy):
+            block_size = getattr(model.config, "block_size", None) if block_size is None else block_size
+            shifted = bool(getattr(model.config, "shifted_masks", False))
+            strategy = by_name(strategy, patterns.check_int("block_size", block_size, 1), shifted)
+        elif block_size not in (None, strategy.drafts):
+            raise ValueError(f"block_size: expected that of the strategy, {strategy.drafts}, got {block_size}")
+        if beta < 1.0 and getattr(strategy, "mix", None) is None:
+            raise ValueError(f'beta: expected 1 for strategies but "tidar" with all its blocks, got {beta}')
+        self.block_size = strategy.drafts
         mask_token_id = getattr(model.config, "mask_token_id", None) if mask_token_id is None else mask_token_id
-        self.block_size = patterns.check_int("block_size", block_size, 1)
         self.mask_token_id = patterns.check_int("mask_token_id", mask_token_id, 0)
         if self.mask_token_id >= model.config.vocab_size:
             raise ValueError(f"mask_token_id: expected < vocab_size = {model.config.vocab_size}, got {mask_token_id}")
-        self._step = Step(self.block_size, self.mask_token_id, sampling, beta, self.prefill_chunk)
+        self._step = Step(strategy, self.mask_token_id, sampling, beta, **common)
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        block_size: int | None = None,
+        mask_token_id: int | None = None,
+        strategy: StrategyName | Strategy = "tidar",
+        mode: Mode = "tidar",
+        **options: Any,
+    ) -> Decoder:
+        """A decoder of a transformers model; it is switched to `attn_implementation="tidar"` and stays so.
+
+        Args:
+            model: a causal language model in evaluation mode; see `tidar_kernels.integrations.transformers`.
+            tokenizer: checked against the model's vocabulary; its mask token is the last resort for one.
+            block_size, mask_token_id: default those in the config's entry `tidar`, which converted checkpoints have.
+            strategy, mode, options: as for `Decoder`.
+
+        Raises:
+            TypeError, ValueError: the model does not suit, there is no mask token, or as for `Decoder`.
+        """
+        # By name, when it is called: a door to what lies above, which nothing here depends on.
+        above = import_module("tidar_kernels.integrations.transformers.model")
+        adapter = above.decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=mode != "autoregressive")
+        options.setdefault("adapted", has_gated_lora(adapter.model))
+        return cls(adapter, block_size, mask_token_id, mode=mode, strategy=strategy, **options)
 
     def generate(
         self,
@@ -200,8 +264,11 @@ class Decoder:
     def session(self) -> Session:
         """The batch of `add`, `step` and `remove`; made when it is first asked for."""
         if self._session is None:
-            self._session = Session(self.model, self._step, self.batch_size, self.max_len or 4096)
+            self._session = self._new_session(self.batch_size, self.max_len or 4096)
         return self._session
+
+    def _new_session(self, batch_size: int, max_len: int) -> Session:
+        return Session(self.model, self._step, batch_size, max_len, cuda_graph=self._cuda_graph)
 
     def _start(
         self, input_ids: Any, max_new_tokens: int, params: SamplingParams, stop_tokens: Sequence[int]
@@ -220,9 +287,10 @@ class Decoder:
             if not isinstance(token, int) or not 0 <= token < self.model.config.vocab_size:
                 expected = f"token ids in [0, {self.model.config.vocab_size})"
                 raise ValueError(f"stop_tokens: expected {expected}, got {token!r}")
-        session = Session(self.model, self._step, len(prompts), self.max_len or needed)
+        session = self._new_session(len(prompts), self.max_len or needed)
         empty: list[FinishReason | None] = [None] * len(prompts)
-        result = GenerationResult([[] for _ in prompts], [[] for _ in prompts], empty, session.cache)
+        lists: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(3)]
+        result = GenerationResult(lists[0], lists[1], empty, session.cache, lists[2])
         return TokenStream(result, self._steps(session, prompts, max_new_tokens, params, stop_tokens, result))
 
     @staticmethod
@@ -238,6 +306,7 @@ class Decoder:
             own = replace(params, seed=_wrapped(params.seed + index))
             request = session.requests[session.add(prompt, max_new_tokens, own, stop_tokens=stop_tokens)]
             result.tokens[index], result.accepted[index] = request.tokens, request.accepted
+            result.passes[index] = request.passes
         result.prefill_forwards, result.prefill_seconds = session.prefill_forwards, session.prefill_seconds
         while session.requests:
             events = session.step()

@@ -205,7 +205,7 @@ def verify(
 
     Args:
         logits: `[batch, B, vocab]`, the autoregressive logits of the B draft rows, any float dtype, any strides.
-        drafts: int64 `[batch, B]`.
+        drafts: int64 `[batch, B]`; -1 behind the first for a draft that is missing, where acceptance ends.
         positions: int `[batch]`, the position that row 0's token would take, one behind the first draft's.
         params: of every sequence, or one for all. At temperature 0 every rule is greedy.
         rule: "coupled", "rejection" or "point_mass"; see the module.

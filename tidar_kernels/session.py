@@ -1,13 +1,14 @@
 """A batch that is decoded step by step: requests join and leave between steps, each with its own sampling.
 
-One step (TiDAR, arXiv 2511.08923, decode step), for all slots of the batch at once:
+One step, for all slots of the batch at once (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.strategies`):
 
-    rows      [d_0 .. d_{B-1} | block 1 | ... | block B]          one forward pass, `patterns.tidar_step`
+    rows      [d_0 .. d_{B-1} | block 1 | ... | block B]          one forward pass over the strategy's pattern
     verify    lm_head on the B draft rows, `sampling.verify`      a accepted drafts and the token behind them
     commit    lengths += a; the K/V of d[0:a] is in place already, everything else is forgotten
     next      [that token] + a token of rows 1..B-1 of block a    lm_head on these alone
 
-Autoregressive decoding is that step with one draft and no block: rows `[d_0]`, `patterns.causal(1)`.
+What the rows are and where the next drafts come from is the strategy's. Autoregressive decoding is one of them, with
+one draft and no block. Commit, requests and limits are the session's.
 
 Everything that a step needs stays on the device in buffers that never move. The host reads one small tensor a step:
 what was accepted. On CUDA the whole step is captured once as a graph and replayed at every length.
@@ -17,39 +18,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import patterns
 from .cache import KVCache
-from .noise import Stream
-from .sampling import Rule, SamplingParams, SamplingTensors, sample, sampling_tensors, verify
+from .sampling import Rule, SamplingParams, sample, sampling_tensors
+from .strategies import Batch, DecoderModel, Strategy
 
 __all__ = ["DecoderModel", "Event", "FinishReason", "Request", "Session", "Step"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-class DecoderModel(Protocol):
-    """What decoding needs of a model; `tidar_kernels.models.Transformer` is one.
-
-    `config` has `vocab_size`, `num_layers`, `num_kv_heads` and `head_dim`. Calling the model with int64 tokens
-    `[batch, pattern.q_len]` gives hidden states `[batch, q_len, hidden]` and writes the K/V of the pattern's causal
-    rows behind the cache's committed tokens; `logits` is the lm_head.
-    """
-
-    @property
-    def config(self) -> Any: ...
-
-    def __call__(self, tokens: Tensor, pattern: patterns.Pattern, cache: KVCache | None = None) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-    def parameters(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -57,27 +40,27 @@ class Step:
     """How a session decodes: the same for all of its requests.
 
     Args:
-        block_size: B; 0 for plain autoregression, one token a step.
+        strategy: the rows of a step and where drafts come from, see `tidar_kernels.strategies`.
         mask_token_id: the token of mask rows.
         rule: how drafts are judged, see `tidar_kernels.sampling`.
         beta: trust in the autoregressive logits, in [0, 1]; below 1 the block's own row 0 has a say in its slot 0.
         prefill_chunk: prompt tokens per forward pass of a prefill.
+        adapted: mask rows, and they alone, run the model's gated adapters (`tidar_kernels.lora`).
+        exact: what is committed has the bits of autoregressive decoding, see `tidar_kernels.exact`.
     """
 
-    block_size: int
+    strategy: Strategy
     mask_token_id: int = 0
     rule: Rule = "coupled"
     beta: float = 1.0
     prefill_chunk: int = 512
+    adapted: bool = False
+    exact: bool = False
 
     @property
     def drafts(self) -> int:
-        """Draft rows of a step."""
-        return max(1, self.block_size)
-
-    @property
-    def pattern(self) -> patterns.Pattern:
-        return patterns.tidar_step(self.block_size) if self.block_size else patterns.causal(1)
+        """The most tokens that a step commits."""
+        return self.strategy.drafts
 
 
 @dataclass
@@ -86,7 +69,7 @@ class Request:
 
     Attributes:
         tokens: the new tokens so far; a stop token, or the token that completed a stop string, is the last.
-        accepted: tokens accepted by each of its steps.
+        accepted, passes: tokens accepted by each of its steps, and the forward passes that it took.
         finish_reason: None while it runs; "stop" (a stop token or string), "length", "cancelled" or "error".
         error: what went wrong, if something did.
     """
@@ -101,6 +84,7 @@ class Request:
     on_tokens: Callable[[int, list[int]], None] | None = None
     tokens: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -158,7 +142,7 @@ class Session:
         self, model: DecoderModel, step: Step, batch_size: int, max_len: int, *, cuda_graph: bool | None = None
     ) -> None:
         weight, config = next(iter(model.parameters())), model.config
-        self.model, self.step_config, self.pattern = model, step, step.pattern
+        self.model, self.step_config = model, step
         self.device, self.vocab_size = weight.device, config.vocab_size
         self.cache = KVCache(
             num_layers=config.num_layers,
@@ -175,17 +159,24 @@ class Session:
         self._slots: list[Request | None] = [None] * batch_size
         self._lengths = [0] * batch_size  # committed in each slot, as the host knows after a step
         self._next_id = 0
-        self._tokens = torch.full((batch_size, self.pattern.q_len), step.mask_token_id, device=self.device)
-        self._drafts = self._tokens[:, : step.drafts]
-        self._drafts.zero_()
         self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._knobs, self._seeds = sampling_tensors([SamplingParams()] * batch_size, self.device)
-        self._seen: Tensor | None = None  # made by the first request with a repetition penalty
-        self._draft_logits: Tensor | None = None
-        self._block_rows = torch.arange(1, step.drafts, device=self.device)
+        drafts = torch.full((batch_size, step.drafts), -1, device=self.device)
+        drafts[:, 0] = 0
+        self._batch = Batch(
+            model=model,
+            cache=self.cache,
+            mask_token_id=step.mask_token_id,
+            rule=step.rule,
+            beta=step.beta,
+            state=sampling_tensors([SamplingParams()] * batch_size, self.device),
+            drafts=drafts,
+            adapted=step.adapted,
+            exact=step.exact,
+        )
         self._report = torch.zeros(batch_size, step.drafts + 3, dtype=torch.int64, device=self.device)
         self._graph: Any = None
-        self._use_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
+        on_gpu = self.device.type == "cuda"
+        self._use_graph = step.strategy.graphable and (on_gpu if cuda_graph is None else cuda_graph)
 
     @property
     def free_slots(self) -> int:
@@ -205,7 +196,7 @@ class Session:
                 raise TypeError(f"prompt: expected ints, got {type(token).__name__}")
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"prompt: expected tokens in [0, {self.vocab_size}), got {token}")
-        # A step appends B drafts behind every sequence, also behind one that has ended while others go on.
+        # A step appends its drafts behind every sequence, also behind one that has ended while others go on.
         needed = len(prompt) + max_new_tokens + self.step_config.drafts
         if needed > self.cache.max_len:
             raise ValueError(
@@ -280,20 +271,36 @@ class Session:
         if not self.requests:
             return []
         started = time.perf_counter()
+        before = self.forwards
         with torch.inference_mode():
             report = self._run()
-        self.forwards += 1
-        received = [
-            (request, self._receive(slot, request, *report[slot]))
-            for slot, request in enumerate(self._slots)
-            if request is not None
-        ]
+        received = []
+        for slot, request in enumerate(self._slots):
+            if request is not None:
+                request.passes.append(self.forwards - before)
+                received.append((request, self._receive(slot, request, *report[slot])))
         self.cache.lengths_known(self._lengths)
         self.seconds += time.perf_counter() - started
         for request, event in received:  # last: what a callback raises leaves the session whole
             if event.tokens and request.on_tokens is not None:
                 request.on_tokens(event.id, event.tokens)
         return [event for _, event in received]
+
+    def replayed(self) -> Callable[[], object]:
+        """The step on the device alone, for timing: what `step` runs, with nothing read and no request served."""
+        if not self._use_graph:
+
+            def run() -> None:
+                bounds = self.cache.length_bounds.copy()
+                self._device_step()
+                self.cache.length_bounds[:] = bounds
+
+            return run
+        if self._graph is None:
+            with torch.inference_mode():
+                self._capture()
+        replay: Callable[[], object] = self._graph.replay
+        return replay
 
     async def steps(self) -> AsyncIterator[list[Event]]:
         """Steps until no request runs, each on a worker thread; requests may be added and removed between them."""
@@ -317,46 +324,59 @@ class Session:
 
     def _join(self, slot: int, request: Request) -> None:
         """Commit the prompt into `slot` and make its first draft, which comes with the last chunk's forward pass."""
-        step, cache, prompt = self.step_config, self.cache.sequence(slot), request.prompt
-        cache.reset()
-        knobs, seeds = sampling_tensors([request.params], self.device)
-        self._knobs[slot], self._seeds[slot] = knobs[0], seeds[0]
-        if self._seen is None and request.params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(len(self._slots), self.vocab_size, dtype=torch.bool, device=self.device)
-            self._graph = None
-        if self._seen is not None:
-            self._seen[slot] = False
-            self._seen[slot, torch.tensor(prompt, device=self.device)] = True
-        seen = None if self._seen is None else self._seen[slot : slot + 1]
+        step, prompt = self.step_config, request.prompt
+        self._make_room_for(request.params)
+        one = replace(self._batch.sequence(slot), exact=False)
+        one.cache.reset()
+        for held, value in zip(one.state, sampling_tensors([request.params], self.device), strict=True):
+            held.copy_(value)
+        if one.seen is not None:
+            one.seen.fill_(False)
+            one.seen[0, torch.tensor(prompt, device=self.device)] = True
 
         last = (len(prompt) - 1) // step.prefill_chunk * step.prefill_chunk
         for start in range(0, last, step.prefill_chunk):
-            chunk = torch.tensor([prompt[start : start + step.prefill_chunk]], device=self.device)
-            self.model(chunk, patterns.causal(chunk.shape[1]), cache)
-            cache.commit(chunk.shape[1])
-            self.prefill_forwards += 1
+            chunk = prompt[start : start + step.prefill_chunk]
+            self._prefill(one, chunk, patterns.causal(len(chunk)))
         n = len(prompt) - last
-        masks = [step.mask_token_id] * step.block_size
-        pattern = patterns.tidar_prefill(n, step.block_size) if masks else patterns.causal(n)
-        hidden = self.model(torch.tensor([prompt[last:] + masks], device=self.device), pattern, cache)
-        cache.commit(n)
-        self.prefill_forwards += 1
-        # Slot 0 is the prompt's own next token, slots 1.. are mask rows 1..: mask row 0 would only guess slot 0.
-        logits = self.model.logits(hidden[:, [n - 1, *range(n + 1, n + step.drafts)]])
-        here, state = torch.tensor([len(prompt)], device=self.device), SamplingTensors(knobs, seeds)
-        first = sample(logits[:, :1], here, state, seen=seen)
-        self._drafts[slot, :1] = first[0].clamp(min=0)
-        if step.drafts > 1:
-            self._drafts[slot, 1:] = self._draft(logits[:, 1:], here + 1, state, seen)[0]
-            if step.rule == "rejection":
-                if self._draft_logits is None:
-                    shape = (len(self._slots), step.drafts, logits.shape[-1])
-                    self._draft_logits = torch.zeros(shape, dtype=logits.dtype, device=self.device)
-                self._draft_logits[slot, 1:] = logits[0, 1:]
+        # Exact decoding starts cold: with masks behind it the prompt's bits would depend on how many there are.
+        pattern, rows = (None if step.exact else step.strategy.first(n)) or (patterns.causal(n), [])
+        hidden = self._prefill(one, prompt[last:], pattern)
+        logits = self.model.logits(hidden[:, [n - 1, *rows]])
+        here = torch.tensor([len(prompt)], device=self.device)
+        first = sample(logits[:, :1], here, one.state, seen=one.seen)
+        one.drafts.fill_(-1)
+        one.drafts[:, :1] = first.clamp(min=0)
+        if rows:
+            one.drafts[:, 1:] = one.draft(logits[:, 1:], here + 1)
+            if one.draft_logits is not None:
+                one.draft_logits[:, 1:] = logits[:, 1:]
         if int(first) < 0:
             request.error = "expected finite logits, got NaN, inf or nothing above -inf behind the prompt"
         else:
             self._active[slot] = 1
+
+    def _make_room_for(self, params: SamplingParams) -> None:
+        """Buffers that only some requests need, made by the first of them; a captured step does not know them."""
+        size = len(self._slots)
+        if self._batch.seen is None and params.repetition_penalty != 1.0:
+            self._batch.seen = torch.zeros(size, self.vocab_size, dtype=torch.bool, device=self.device)
+            self._graph = None
+        if self._batch.draft_logits is None and self.step_config.rule == "rejection" and self.step_config.drafts > 1:
+            dtype = next(iter(self.model.parameters())).dtype
+            shape = (size, self.step_config.drafts, self.vocab_size)
+            self._batch.draft_logits = torch.zeros(shape, dtype=dtype, device=self.device)
+            self._graph = None
+
+    def _prefill(self, one: Batch, prompt: list[int], pattern: patterns.Pattern) -> Tensor:
+        """One forward pass over prompt tokens and the mask rows behind them; commits the tokens."""
+        masks = pattern.q_len - len(prompt)
+        tokens = torch.tensor([prompt + [0] * masks], device=self.device)
+        row = torch.arange(pattern.q_len, device=self.device)[None]
+        hidden = one.forward(tokens, pattern, row >= len(prompt) if masks else False)
+        one.cache.commit(len(prompt))
+        self.prefill_forwards += 1
+        return hidden
 
     def _leave(self, slot: int) -> None:
         """Free a slot. Its K/V and length stay, as committed, until the next request joins there."""
@@ -366,56 +386,33 @@ class Session:
             self.cache.lengths[slot] = self._lengths[slot]
             del self.requests[request.id]
 
-    def _draft(self, logits: Tensor, positions: Tensor, state: SamplingTensors, seen: Tensor | None) -> Tensor:
-        """Draft tokens from mask rows, by the rule that will judge them."""
-        if self.step_config.rule == "point_mass":
-            return logits.argmax(-1)
-        stream = Stream.TOKEN if self.step_config.rule == "coupled" else Stream.DRAFT
-        # Bad logits give -1: as a token, anything does, for the row's verdict does not depend on it.
-        return sample(logits, positions, state, seen=seen, stream=stream).clamp(min=0)
-
-    def _device_step(self) -> None:
-        """The step on the device: from the buffers, into the buffers, nothing read."""
-        step, count, drafts = self.step_config, self.step_config.drafts, self._drafts
-        state = SamplingTensors(self._knobs, self._seeds)
-        hidden = self.model(self._tokens, self.pattern, self.cache)
-        found = verify(
-            self.model.logits(hidden[:, :count]),
-            drafts,
-            self.cache.lengths + 1,
-            state,
-            rule=step.rule if count > 1 else "coupled",
-            draft_logits=self._draft_logits if count > 1 else None,
-            mix=self.model.logits(hidden[:, count::count]) if step.beta < 1.0 else None,
-            beta=step.beta,
-            seen=self._seen,
-            check=False,
-        )
+    def _device_step(self) -> int:
+        """The step on the device, from the buffers into the buffers; returns how many forward passes it took."""
+        batch = self._batch
+        found, drafts, following, logits, forwards = self.step_config.strategy.step(batch)
         self._report.copy_(torch.cat([torch.stack(found, dim=1), drafts], dim=1))
         kept = found.accepted * self._active
-        if self._seen is not None:
-            taken = torch.arange(count, device=self.device) < kept[:, None]
-            self._seen.scatter_(1, torch.where(taken, drafts, drafts[:, :1]), True)
-        self.cache.commit(kept, at_most=count)
-        if count > 1:
-            # Block g, the one conditioned on g accepted drafts, starts at row g * B.
-            rows = found.accepted[:, None] * count + self._block_rows
-            logits = self.model.logits(hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1])))
-            drafts[:, 1:] = self._draft(logits, self.cache.lengths + 1, state, self._seen)
-            if self._draft_logits is not None:
-                self._draft_logits[:, 1:] = logits
-        drafts[:, 0] = found.next_tokens.clamp(min=0)
+        if batch.seen is not None:
+            taken = torch.arange(drafts.shape[1], device=self.device) < kept[:, None]
+            batch.seen.scatter_(1, torch.where(taken, drafts, drafts[:, :1]), True)
+        self.cache.commit(kept, at_most=drafts.shape[1])
+        batch.drafts[:, 0] = found.next_tokens.clamp(min=0)
+        batch.drafts[:, 1:] = following
+        if batch.draft_logits is not None and logits is not None:
+            batch.draft_logits[:, 1:] = logits
+        return forwards
 
     def _run(self) -> list[list[int]]:
         """One step; returns `[accepted, next token, bad row, drafts ..]` of every slot: the one read of the device."""
         if not self._use_graph:
-            self._device_step()
+            self.forwards += self._device_step()
             report: list[list[int]] = self._report.tolist()
             return report
         if self._graph is None:
             self._capture()
         self.cache.check_room(self.step_config.drafts)
         self._graph.replay()
+        self.forwards += self._forwards_captured
         self.cache.length_bounds += self.step_config.drafts
         self._host_report.copy_(self._report, non_blocking=True)
         self._reported.record()
@@ -425,7 +422,8 @@ class Session:
 
     def _capture(self) -> None:
         """Record the step as a CUDA graph. Warm-up runs with every slot inactive, and leaves the buffers as found."""
-        buffers = [x for x in (self._tokens, self._active, self._seen, self._draft_logits) if x is not None]
+        batch = self._batch
+        buffers = [x for x in (batch.drafts, self._active, batch.seen, batch.draft_logits) if x is not None]
         saved, bounds = [x.clone() for x in buffers], self.cache.length_bounds.copy()
         self._active.zero_()
         stream = torch.cuda.Stream()
@@ -437,7 +435,7 @@ class Session:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._device_step()
+            self._forwards_captured = self._device_step()
         self.cache.length_bounds[:] = bounds
         for buffer, content in zip(buffers, saved, strict=True):
             buffer.copy_(content)

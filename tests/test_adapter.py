@@ -1,0 +1,69 @@
+"""Training a gated adapter: its rows, a loss that falls, and a base that stays."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidar_kernels import Decoder
+from tidar_kernels.lora import add_gated_lora, load_peft_adapter, save_adapter
+from tidar_kernels.models import Transformer, TransformerConfig, adapter
+from tidar_kernels.models.data import Corpus, folder_files
+from tidar_kernels.patterns import Role
+
+CONFIG = TransformerConfig(260, 32, 48, 2, 2, 1, 16, mask_token_id=258, block_size=4)
+
+
+@pytest.mark.parametrize(("seq_len", "block"), [(12, 4), (7, 3)])
+def test_rows_of_isd(seq_len: int, block: int) -> None:
+    """Masks are a chain behind the tokens before their block, and predict the token at their own position."""
+    pattern = adapter.training_pattern("isd", seq_len, block)
+    dense = pattern.dense()
+    for q in range(2 * seq_len):
+        position, is_mask = int(pattern.positions[q]), int(pattern.roles[q]) == Role.MASK
+        for k in range(2 * seq_len):
+            at, key_is_mask = int(pattern.positions[k]), int(pattern.roles[k]) == Role.MASK
+            start = position // block * block
+            if is_mask:
+                visible = start <= at <= position if key_is_mask else at < start
+            else:
+                visible = not key_is_mask and at <= position
+            assert bool(dense[q, k]) == visible
+        assert int(pattern.predicts[q]) == (position if is_mask else -1)
+
+
+def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for index in range(4):
+        (tmp_path / "text" / f"{index}.py").write_text("x = 1\ny = 2\n" * 60)
+    corpus = Corpus(folder_files(tmp_path / "text"))
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(20.0)  # so that what an adapter moves shows in the logits
+    base = copy.deepcopy(model)
+    add_gated_lora(model, 4, 8.0)
+    config = adapter.AdapterConfig(steps=40, batch_size=4, seq_len=32, block_size=4, rank=4, lr=2e-2)
+    losses = adapter.train(model, config, corpus)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for name, parameter in base.named_parameters():
+        wrapped = name.replace("_proj.weight", "_proj.base.weight")
+        assert torch.equal(model.get_parameter(wrapped), parameter)
+    prompt = list(b"x = 1\ny")
+    expected = Decoder(base, mode="autoregressive").generate([prompt], 20).tokens
+    save_adapter(model, tmp_path / "adapter")
+    load_peft_adapter(base, tmp_path / "adapter")
+    decoded = [Decoder(m, strategy="isd", stride=4).generate([prompt], 20) for m in (model, base)]
+    assert decoded[0].tokens == decoded[1].tokens == expected
+    assert decoded[0].accepted == decoded[1].accepted
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r'^pattern: expected "isd" or "tidar", got "?\'?flare'):
+        adapter.training_pattern("flare", 8, 4)
+    with pytest.raises(SystemExit):
+        adapter.main([])
+    assert "expected one of --out and --ship" in capsys.readouterr().err

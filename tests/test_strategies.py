@@ -1,0 +1,344 @@
+"""Every strategy: its rows against a predicate of its own, its output against autoregressive decoding, its law."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.toys import Chain, chain_law, decode_chain, distance
+from tidar_kernels import Decoder, patterns, step_patterns
+from tidar_kernels.lora import GatedLoRA, add_gated_lora
+from tidar_kernels.models import Transformer, TransformerConfig
+from tidar_kernels.patterns import Pattern, Role
+from tidar_kernels.sampling import SamplingParams
+from tidar_kernels.strategies import Batch, BlockDiffusion, Outcome, SelfSpeculation, Strategy, by_name, isd, tidar
+
+CONFIG = TransformerConfig(
+    vocab_size=30, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=16,
+    mask_token_id=29,
+)  # fmt: skip
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 29, 5, 3, 5, 8, 9]]  # a prompt may hold the mask token
+
+
+def strategies() -> dict[str, Strategy]:
+    """Those whose output is that of autoregressive decoding."""
+    return {
+        "tidar_causal": tidar(4, bidirectional=False),
+        "tidar_levels_1": tidar(4, levels=[1]),
+        "tidar_levels_1_3": tidar(4, levels=[1, 3]),
+        "tidar_levels_1_2_6": tidar(6, levels=[1, 2, 6]),
+        "isd_2": isd(2),
+        "isd_4": isd(4),
+        "isd_4_unshifted": isd(4, shifted=False),
+        "flare_2": isd(2, bidirectional=True),
+        "flare_4_unshifted": isd(4, bidirectional=True, shifted=False),
+        "self_speculation_2": SelfSpeculation(2),
+        "self_speculation_5": SelfSpeculation(5),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(4)
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8.0)
+    return model
+
+
+# The rows.
+
+
+def check(pattern: Pattern, visible: Any, positions: list[int], masks: int) -> None:
+    rows = len(positions)
+    expected = torch.tensor([[visible(q, k) for k in range(rows)] for q in range(rows)])
+    assert torch.equal(pattern.dense(), expected)
+    assert pattern.positions.tolist() == positions
+    assert pattern.roles.tolist() == [Role.DRAFT] * (rows - masks) + [Role.MASK] * masks
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_isd_is_strictly_causal(stride: int) -> None:
+    """I-DLM: 2N - 1 rows at consecutive positions; masks see earlier masks."""
+    rows = 2 * stride - 1
+    pattern = step_patterns.isd_step(stride)
+    check(pattern, lambda q, k: k <= q, list(range(rows)), stride - 1)
+    assert pattern.causal_len == stride  # no K/V of a mask row may enter the cache, causal as it is
+
+
+@pytest.mark.parametrize("stride", [2, 3, 8])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_flare_masks_see_all_before_and_each_other(stride: int, shifted: bool) -> None:
+    rows = 2 * stride - shifted
+    pattern = step_patterns.isd_step(stride, bidirectional=True, shifted=shifted)
+    check(pattern, lambda q, k: k <= q or (q >= stride and k >= stride), list(range(rows)), rows - stride)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_a_block_sees_itself_and_is_never_committed(length: int) -> None:
+    pattern = step_patterns.block_step(length)
+    check(pattern, lambda q, k: True, list(range(length)), length)
+    assert pattern.causal_len == 0
+
+
+@pytest.mark.parametrize(("block", "levels"), [(1, [1]), (4, [1]), (4, [1, 3]), (6, [1, 2, 6]), (5, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_sparse_levels(block: int, levels: list[int], bidirectional: bool) -> None:
+    """Blocks of the chosen levels only: each sees that many drafts, and starts behind them."""
+    rows = [(0, m, m) for m in range(block)] + [(level, m, level + m) for level in levels for m in range(block)]
+
+    def visible(q: int, k: int) -> bool:
+        (q_level, q_m, _), (k_level, k_m, _) = rows[q], rows[k]
+        if k_level == 0:
+            return k_m < q_level if q_level else k_m <= q_m
+        return q_level == k_level and (bidirectional or k_m <= q_m)
+
+    pattern = patterns.tidar_step(block, bidirectional, levels)
+    check(pattern, visible, [position for *_, position in rows], len(levels) * block)
+    if levels == list(range(1, block + 1)):
+        for name in ("lead", "own", "positions", "roles"):
+            assert torch.equal(getattr(pattern, name), getattr(patterns.tidar_step(block, bidirectional), name))
+
+
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_every_level_is_the_bonus_form(block: int) -> None:
+    """`[last | k drafts | k + 1 blocks of k + 1]`: block i at positions L + 1 + i + m, lead `[0, i + 1)`."""
+    k, step = block - 1, tidar(block)
+    assert step.pattern.q_len == 1 + k + (k + 1) ** 2
+    for i in range(k + 1):
+        for m in range(k + 1):
+            row = 1 + k + i * (k + 1) + m
+            assert step.pattern.positions[row] == 1 + i + m
+            assert step.pattern.lead[row].tolist() == [0, i + 1]
+    assert step.sources.tolist() == [[-1] * k] + [[a * block + m for m in range(1, block)] for a in range(1, block + 1)]
+
+
+# The output.
+
+
+@pytest.mark.parametrize("name", strategies())
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 1.1, "repetition_penalty": 1.3}]
+)
+def test_output_is_autoregressive(model: Transformer, name: str, params: dict[str, Any]) -> None:
+    expected = Decoder(model, mode="autoregressive").generate(PROMPTS, 33, **params)
+    found = Decoder(model, strategy=strategies()[name]).generate(PROMPTS, 33, **params)
+    assert found.tokens == expected.tokens
+    for b, tokens in enumerate(expected.tokens):
+        # Committed is what causal rows wrote, and nothing else. The last token's K/V may be there or not.
+        length = len(PROMPTS[b]) + len(tokens)
+        assert int(found.cache.lengths[b]) == length
+        for mine, plain in ((found.cache.k, expected.cache.k), (found.cache.v, expected.cache.v)):
+            torch.testing.assert_close(mine[:, b, :, :length], plain[:, b, :, :length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tidar_levels_1_3", "isd_4", "self_speculation_5"])
+def test_adapters_run_on_mask_rows_alone(model: Transformer, name: str) -> None:
+    """R-ISD: with any adapter the output is that of the base model; the drafts are others."""
+    settings: dict[str, Any] = {"temperature": 0.9, "seed": 3}
+    base = Decoder(model, mode="autoregressive").generate(PROMPTS, 24, **settings)
+    drafted = Decoder(model, strategy=strategies()[name]).generate(PROMPTS, 24, **settings)
+    adapted_model = copy.deepcopy(model)
+    add_gated_lora(adapted_model, 4, 8.0)
+    torch.manual_seed(0)
+    for module in adapted_model.modules():
+        if isinstance(module, GatedLoRA):
+            torch.nn.init.normal_(module.lora_b)
+    adapted = Decoder(adapted_model, strategy=strategies()[name]).generate(PROMPTS, 24, **settings)
+    plain = Decoder(adapted_model, mode="autoregressive").generate(PROMPTS, 24, **settings)
+    assert adapted.tokens == plain.tokens == base.tokens
+    assert adapted.accepted != drafted.accepted
+
+
+def certain(vocab: int, offsets: int) -> tuple[Chain, list[int]]:
+    """A chain that knows its next token for sure, and guesses those behind it right; and its tokens behind token 0."""
+    table = torch.full((vocab, vocab), -40.0)
+    for token in range(vocab):
+        table[token, (token * 5 + 1) % vocab] = 0.0
+    rows, ahead = [], table.argmax(-1)
+    for _ in range(offsets):
+        rows.append(torch.nn.functional.one_hot(ahead, vocab) * 40.0)
+        ahead = table[ahead].argmax(-1)
+    chain = [0]
+    for _ in range(60):
+        chain.append(int(table[chain[-1]].argmax()))
+    return Chain(table, torch.stack(rows, dim=1)), chain[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        # From a cold start: one token, then as many as there are drafts.
+        ("tidar_levels_1", [1, 4, 1, 4]),  # behind 4 of 4 the block of level 1 knows nothing more
+        ("tidar_levels_1_3", [1, 4, 3, 4, 3]),
+        ("tidar_levels_1_2_6", [1, 6, 6, 6]),
+        ("isd_4_unshifted", [1, 4, 4, 4]),
+        ("flare_4_unshifted", [1, 4, 4, 4]),
+        ("self_speculation_5", [5, 5, 5]),
+    ],
+)
+def test_right_drafts_are_accepted(name: str, accepted: list[int]) -> None:
+    """Each slot gets the guess for its own position: one row off, and the guess is for another token."""
+    model, chain = certain(7, 12)
+    strategy, steps = strategies()[name], []
+    step = strategy.step
+
+    def counted(batch: Batch) -> Outcome:
+        outcome = step(batch)
+        steps.append(int(outcome.verified.accepted))
+        return outcome
+
+    strategy.step = counted
+    tokens, _ = decode_chain(model, strategy, [SamplingParams()], sum(accepted))
+    assert tokens[0].tolist() == chain[: sum(accepted)]
+    assert steps == accepted
+
+
+def test_shifted_masks_guess_one_further() -> None:
+    """The same for masks that predict the token behind their position."""
+    model, chain = certain(7, 12)
+    tables = model.tables.view(7, model.offsets, -1)
+    tables[:, 1:-1] = tables[:, 2:].clone()
+    tokens, forwards = decode_chain(model, isd(4), [SamplingParams()], 21)
+    assert tokens[0].tolist() == chain[:21]
+    assert forwards == 1 + 5
+
+
+def test_block_diffusion_with_certain_tokens() -> None:
+    """Every block comes out right in one pass and a commit; or one token a pass, if the threshold is out of reach."""
+    model, chain = certain(7, 4)
+    tokens, forwards = decode_chain(model, BlockDiffusion(4), [SamplingParams()] * 2, 12)
+    assert tokens.tolist() == [chain[:12]] * 2
+    assert forwards == 3 * 2
+    tokens, forwards = decode_chain(model, BlockDiffusion(4, threshold=1.0), [SamplingParams()], 12)
+    assert tokens.tolist() == [chain[:12]]
+    assert forwards == 3 * 4
+
+
+def test_block_diffusion_in_a_batch_is_what_it_is_alone(model: Transformer) -> None:
+    decoder = Decoder(model, strategy=BlockDiffusion(4, threshold=0.5))
+    together = decoder.generate(PROMPTS, 21)
+    assert together.tokens == [decoder.generate(prompt, 21).tokens[0] for prompt in PROMPTS]
+    assert 0 < together.tokens_per_forward < 4
+
+
+# The law.
+
+SAMPLES = 100_000
+
+
+def toy(vocab: int, offsets: int) -> Chain:
+    """A chain, and drafts that are like it but wrong: accepted often, not always."""
+    generator = torch.Generator().manual_seed(vocab)
+    table = torch.randn(vocab, vocab, generator=generator) * 1.5
+    return Chain(table, table[:, None] + torch.randn(vocab, offsets, vocab, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("tidar_levels_1_3", "rejection"),
+        ("isd_4", "rejection"),
+        ("isd_4", "point_mass"),
+        ("flare_4_unshifted", "coupled"),
+        ("self_speculation_5", "rejection"),
+    ],
+)
+def test_law_of_the_first_four_tokens(name: str, rule: str) -> None:
+    model = toy(4, 12)
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(SAMPLES)]
+    tokens, _ = decode_chain(model, strategies()[name], params, 4, rule)
+    table = model.tables.view(4, model.offsets, 5)[:, 0, :4]
+    found, limit = distance(tokens, chain_law(table, 0, 4, params[0]))
+    assert found <= limit
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+def test_isd_tokens_a_forward(stride: int) -> None:
+    """`(2 + p + .. + p^(N-2)) / (2 - p^(N-1))` (I-DLM), where every draft is accepted with the same probability p."""
+    p_row, q_row = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.6, 0.3, 0.1])
+    p = torch.minimum(p_row, q_row).sum().item()
+    model = Chain(p_row.log().expand(3, 3).clone(), q_row.log().expand(3, 2 * stride, 3).clone())
+    length, batch = 600, 64
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(batch)]
+    strategy, steps = isd(stride), []
+    step = strategy.step
+
+    def counted(batch: Batch) -> Outcome:
+        outcome = step(batch)
+        steps.append(outcome.verified.accepted[batch.cache.lengths < length])
+        return outcome
+
+    strategy.step = counted
+    decode_chain(model, strategy, params, length, "rejection")
+    accepted = torch.cat(steps).double()
+    expected = sum((2, *(p**i for i in range(1, stride - 1)))) / (2 - p ** (stride - 1))
+    # Cycles of a verifying and maybe a cold step are the independent trials: no more than half of the steps.
+    error = accepted.std() / (len(accepted) / 2) ** 0.5
+    assert accepted.mean().item() == pytest.approx(expected, abs=4 * error.item())
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: isd(1), ValueError, r"^stride: expected >= 2, got 1$"),
+        (lambda: isd(2.0), TypeError, r"^stride: expected an int, got float$"),
+        (lambda: isd(2, shifted=1), TypeError, r"^shifted: expected a bool, got int$"),
+        (lambda: SelfSpeculation(1), ValueError, r"^length: expected >= 2, got 1$"),
+        (lambda: BlockDiffusion(0), ValueError, r"^length: expected >= 1, got 0$"),
+        (lambda: BlockDiffusion(2, 1.5), ValueError, r"^threshold: expected a number in \[0, 1\], got 1.5$"),
+        (lambda: tidar(4, levels=[]), ValueError, r"^levels: expected ascending ints from 1 to at most 4, got \[\]$"),
+        (lambda: tidar(4, levels=[2, 3]), ValueError, r"^levels: .* got \[2, 3\]$"),
+        (lambda: tidar(4, levels=[1, 3, 2]), ValueError, r"^levels: .* got \[1, 3, 2\]$"),
+        (lambda: tidar(4, levels=[1, 1]), ValueError, r"^levels: .* got \[1, 1\]$"),
+        (lambda: tidar(4, levels=[1, 5]), ValueError, r"^levels: .* got \[1, 5\]$"),
+        (lambda: by_name("medusa", 2), ValueError, r"^strategy: expected a Strategy or one of tidar, .* got 'medusa'$"),
+    ],
+)
+def test_bad_strategies(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "isd"}, r"^block_size: expected an int, got NoneType$"),
+        ({"strategy": "isd", "stride": 1}, r"^stride: expected >= 2, got 1$"),
+        ({"strategy": "isd", "stride": 3, "block_size": 3}, r'^stride: expected for strategy "isd" or "flare" without'),
+        ({"stride": 3}, r'^stride: expected for strategy "isd" or "flare"'),
+        ({"strategy": tidar(4), "block_size": 5}, r"^block_size: expected that of the strategy, 4, got 5$"),
+        ({"strategy": "isd", "stride": 3, "beta": 0.5}, r'^beta: expected 1 for strategies but "tidar"'),
+        ({"strategy": tidar(4, levels=[1, 3]), "beta": 0.5}, r'^beta: expected 1 for strategies but "tidar"'),
+    ],
+)
+def test_bad_decoder_arguments(model: Transformer, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Decoder(model, **arguments)
+
+
+@pytest.mark.parametrize("name", ["strategies", "exact"])
+def test_the_pages_python_runs(name: str) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / f"{name}.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    if name == "strategies":
+        assert len(blocks) == 2
+        assert names["result"].tokens == names["plain"].tokens
+        assert 1 <= names["chosen"].block_size <= 8
+    else:
+        assert len(blocks) == 1
+        assert names["tidar"].tokens == names["plain"].tokens
+        assert torch.equal(*(names[x].cache.k[..., : names["length"], :] for x in ("tidar", "plain")))

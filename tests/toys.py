@@ -1,0 +1,93 @@
+"""Toy models whose law is known: chains of order 1, and how far an empirical law is from the right one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tidar_kernels import KVCache, Pattern, eager
+from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors
+from tidar_kernels.strategies import Batch, Strategy
+
+
+def chain_law(table: Tensor, first: int, length: int, params: SamplingParams) -> Tensor:
+    """Probability of every continuation of an order-1 chain, `[vocab] * length`, from its logits `[vocab, vocab]`."""
+    knobs, _ = sampling_tensors([params], "cpu")
+    p = eager.shaped_scores(table[None].double(), knobs.double())[0].softmax(-1)
+    law = p[first]
+    for _ in range(length - 1):
+        law = law[..., None] * p
+    return law
+
+
+def distance(tokens: Tensor, law: Tensor) -> tuple[float, float]:
+    """Total variation between an empirical law and `law`, and what sampling alone makes of it: mean + 3 standard
+    deviations, by drawing as many samples of `law` itself."""
+    flat = law.flatten()
+    index = tokens[:, 0]
+    for i in range(1, tokens.shape[1]):
+        index = index * law.shape[0] + tokens[:, i]
+
+    def tv(counts: Tensor) -> float:
+        return 0.5 * (counts.double() / len(tokens) - flat).abs().sum().item()
+
+    generator = torch.Generator().manual_seed(0)
+    noise_tv = torch.tensor(
+        [
+            tv(torch.multinomial(flat, len(tokens), True, generator=generator).bincount(minlength=len(flat)))
+            for _ in range(12)
+        ]
+    )
+    return tv(index.bincount(minlength=len(flat))), (noise_tv.mean() + 3 * noise_tv.std()).item()
+
+
+class Chain:
+    """A `DecoderModel` of tables: a token's row predicts by `table[token]`, a mask row by `drafts[token, offset - 1]`
+    of the last token that the pattern lets it see, `offset` positions back. No row predicts the mask token, the last.
+    """
+
+    def __init__(self, table: Tensor, drafts: Tensor) -> None:
+        vocab = table.shape[0]
+        self.config = SimpleNamespace(vocab_size=vocab + 1, num_layers=1, num_kv_heads=1, head_dim=1)
+        by_offset = torch.cat([table[:, None], drafts], dim=1)
+        self.tables = torch.nn.functional.pad(by_offset, (0, 1), value=-torch.inf).flatten(0, 1)
+        self.offsets, self.mask = by_offset.shape[1], vocab
+
+    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
+        position = pattern.positions
+        visible = pattern.dense() & (position <= position[:, None]) & (tokens != self.mask)[:, None]
+        last = torch.where(visible, position, -1).argmax(-1)
+        seen = tokens.gather(1, last)
+        return (seen * self.offsets + position - position[last])[..., None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.tables[hidden[..., 0]]
+
+
+def decode_chain(
+    model: Chain, strategy: Strategy, params: list[SamplingParams], length: int, rule: str = "coupled"
+) -> tuple[Tensor, int]:
+    """`(the first `length` tokens of every request behind token 0, forward passes)`; all requests run to the end."""
+    size = len(params)
+    cache = KVCache(num_layers=1, batch_size=size, num_kv_heads=1, head_dim=1, max_len=1)
+    state = sampling_tensors(params, "cpu")
+    drafts = torch.full((size, strategy.drafts), -1)
+    drafts[:, 0] = sample(model.tables[torch.zeros(size, 1, dtype=torch.int64)], cache.lengths, state)[:, 0]
+    batch = Batch(model, cache, model.mask, rule, 1.0, state, drafts)
+    if rule == "rejection" and strategy.drafts > 1:
+        batch.draft_logits = torch.zeros(size, strategy.drafts, model.config.vocab_size)
+    out, forwards = torch.full((size, length + strategy.drafts), -1), 0
+    while int(cache.lengths.min()) < length:
+        found, judged, following, logits, passes = strategy.step(batch)
+        open_ = cache.lengths < length
+        for i in range(strategy.drafts):
+            take = open_ & (i < found.accepted)
+            out[take, cache.lengths[take] + i] = judged[take, i]
+        cache.lengths += torch.where(open_, found.accepted, 0)
+        drafts[open_] = torch.cat([found.next_tokens[:, None], following], dim=1)[open_]
+        if batch.draft_logits is not None and logits is not None:
+            batch.draft_logits[open_, 1:] = logits[open_]
+        forwards += passes
+    return out[:, :length], forwards

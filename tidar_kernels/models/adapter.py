@@ -1,0 +1,178 @@
+"""Train a gated adapter that makes the shipped model draft better, and leaves what it says alone (R-ISD).
+
+    python -m tidar_kernels.models.adapter --out runs/adapter [--steps N] [--pattern isd|tidar]
+    python -m tidar_kernels.models.adapter --ship runs/adapter
+
+The base model is frozen and mask rows alone run the adapter, so that the output is the base model's whatever the
+adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain behind the tokens they
+have seen, with `tidar` a block that sees itself both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import families, patterns
+from ..lora import PROJECTIONS, GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
+from ..loss import tidar_loss
+from ..patterns import Pattern, Role
+from .data import Corpus
+from .shipped import load_shipped
+from .train_progress import Progress
+from .transformer import Transformer
+
+__all__ = ["ADAPTER", "AdapterConfig", "load_shipped_adapter", "main", "train", "training_pattern"]
+
+ADAPTER = Path(__file__).parent / "shipped" / "adapter"
+FIGURES = "training.json"
+MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A run. Learning rate: linear warm-up over 2 % of the steps, then a cosine down to a tenth."""
+
+    steps: int = 1500
+    batch_size: int = 8
+    seq_len: int = 256
+    block_size: int = 8
+    pattern: str = "isd"
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float = 2e-3
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step number `step`, counted from 0."""
+        warm_up = max(1, self.steps // 50)
+        if step < warm_up:
+            return self.lr * (step + 1) / warm_up
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, self.steps - warm_up))))
+
+
+def training_pattern(kind: str, seq_len: int, block_size: int) -> Pattern:
+    """Rows of a window: clean ones, that predict nothing here, and masks, that predict the token at their position.
+
+    Raises:
+        ValueError: `kind` is neither "isd" nor "tidar".
+    """
+    if kind == "isd":
+        pattern = families.idlm_training(seq_len, block_size)
+    elif kind == "tidar":
+        pattern = patterns.tidar_training(seq_len, block_size)
+    else:
+        raise ValueError(f'pattern: expected "isd" or "tidar", got {kind!r}')
+    is_mask = pattern.roles == int(Role.MASK)
+    return replace(pattern, predicts=torch.where(is_mask, pattern.positions, -1), name=f"{kind}_adapter")
+
+
+def train(model: Transformer, config: AdapterConfig, corpus: Corpus, progress: Progress | None = None) -> list[float]:
+    """Train the model's adapters in place; returns the loss of every step, nats a token of mask rows."""
+    pattern = training_pattern(config.pattern, config.seq_len, config.block_size)
+    is_mask = pattern.roles == int(Role.MASK)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    mask_token = int(model.config.mask_token_id or 0)
+    losses = []
+    model.train()
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(step)
+        tokens = corpus.windows(step * config.batch_size, config.batch_size, config.seq_len, config.seed)
+        rows = tokens[:, pattern.positions].masked_fill(is_mask, mask_token)
+        with lora_gate(is_mask):
+            hidden = model(rows, pattern)
+        loss = tidar_loss(hidden[:, is_mask], model.embed_tokens.weight, tokens, _mask_rows(pattern), alpha=0.0).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if progress is not None:
+            progress.update(step + 1, 0.0, losses[-1])
+    model.eval()
+    return losses
+
+
+def _mask_rows(pattern: Pattern) -> Pattern:
+    """The mask rows alone, for the loss: what they predict, not what they see."""
+    is_mask = pattern.roles == int(Role.MASK)
+    nothing = torch.zeros(int(is_mask.sum()), 2, dtype=torch.int32)
+    return Pattern(
+        nothing, nothing, pattern.positions[is_mask], pattern.kv_len, pattern.roles[is_mask], pattern.predicts[is_mask]
+    )
+
+
+def load_shipped_adapter(model: Transformer, path: Path = ADAPTER) -> Transformer:
+    """Put the shipped adapter on the shipped model, in place; its mask rows then draft better.
+
+    Raises:
+        FileNotFoundError: there is no adapter at `path`. ValueError: it is for another model.
+    """
+    load_peft_adapter(model, path)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tidar_kernels.models.adapter", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="train, and write the adapter and its figures into this folder")
+    parser.add_argument("--ship", type=Path, help="take the adapter of this folder into the package")
+    for name, value in asdict(AdapterConfig()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    options = parser.parse_args(arguments)
+    if (options.out is None) == (options.ship is None):
+        parser.error("expected one of --out and --ship")
+    if options.ship is not None:
+        return _ship(options.ship)
+    config = AdapterConfig(**{name: getattr(options, name) for name in asdict(AdapterConfig())})
+    model, _ = load_shipped()
+    torch.manual_seed(config.seed)
+    add_gated_lora(model, config.rank, config.alpha, PROJECTIONS)
+    corpus = Corpus()
+    progress = Progress(config.steps, 0, config.batch_size * config.seq_len, [])
+    started = time.monotonic()
+    losses = train(model, config, corpus, progress)
+    progress.close()
+    for module in model.modules():
+        if isinstance(module, GatedLoRA):
+            module.lora_a.data, module.lora_b.data = module.lora_a.data.half(), module.lora_b.data.half()
+    save_adapter(model, options.out, base_model="tidar_kernels.models.shipped")
+    figures: dict[str, Any] = {
+        "config": asdict(config),
+        "seconds": round(time.monotonic() - started, 1),
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "corpus_sha256": corpus.sha256,
+        "loss": [round(loss, 4) for loss in losses[:: max(1, len(losses) // 200)]],
+    }
+    (options.out / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _ship(run: Path) -> int:
+    """Copy a finished run's adapter and figures into the package."""
+    names = ("adapter_config.json", "adapter_model.safetensors", FIGURES)
+    size = sum(os.path.getsize(run / name) for name in names)
+    if size > MAX_BYTES:
+        print(f"--ship: expected at most {MAX_BYTES} bytes, got {size}", file=sys.stderr)
+        return 1
+    ADAPTER.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(run / name, ADAPTER / name)
+    print(f"{size} bytes in {ADAPTER}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Introspective strided decoding (I-DLM, arXiv 2604.11035) and FLARE-style rows: masks behind the drafts, one chain."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import step_patterns
+from .base import Drafting
+
+__all__ = ["isd"]
+
+
+def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Drafting:
+    """`[pending, s_0 .. s_{N-2} | masks]`: N rows verify, and the masks behind them draft for full acceptance alone.
+
+    If all N drafts stay, the masks have given the next ones. If not, they conditioned on a token that is gone, and the
+    next step is cold: `[t_0 | masks]`, which commits one token and drafts anew. Masks see the masks before them; with
+    `bidirectional` (FLARE, HybridDiffusion) they all see each other, in cold steps only those behind the drafts' rows.
+
+    Args:
+        stride: N >= 2, the most tokens a step commits.
+        bidirectional: the mask rows behind the drafts see each other both ways.
+        shifted: a mask row predicts the token behind its own position (I-DLM); False: the token at it (TiDAR).
+
+    Raises:
+        TypeError, ValueError: `stride` is not an int >= 2.
+    """
+    pattern = step_patterns.isd_step(stride, bidirectional=bidirectional, shifted=shifted)
+    shift = 0 if shifted else 1
+    behind = torch.arange(stride + shift, pattern.q_len)  # conditioned on all drafts
+    sources = torch.full((stride + 1, stride - 1), -1)
+    sources[stride] = behind
+    cold = torch.arange(1 + shift, stride + shift)  # the rows of the missing drafts
+    return Drafting("flare" if bidirectional else "isd", pattern, stride, sources, cold)
