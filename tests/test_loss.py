@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tidar_kernels as tk
-from tidar_kernels.loss import tidar_loss
+from tidar_kernels.loss import label_counts, tidar_loss
 
 VOCAB, HIDDEN = 23, 12
 
@@ -149,3 +149,59 @@ def test_bad_arguments(change, error, message: str) -> None:
     }
     with pytest.raises(error, match=message):
         tidar_loss(**arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+def test_a_head_may_be_a_function(chunk_size: int) -> None:
+    """Softcapped logits with a bias, which no weight alone gives; its parameters get their gradients too."""
+    hidden, head, tokens = operands(11)
+    bias = torch.randn(VOCAB, dtype=torch.float64, requires_grad=True)
+    widest = 0
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        nonlocal widest
+        widest = max(widest, len(rows))
+        return 3.0 * torch.tanh((rows @ head.t() + bias) / 3.0)
+
+    got = tidar_loss(hidden, logits, tokens, tk.patterns.tidar_training(11, 4), alpha=0.5, chunk_size=chunk_size)
+    grads = torch.autograd.grad(got.loss, (hidden, head, bias))
+    assert widest == min(chunk_size, 44)
+    clean, masked = logits(hidden).float().split(11, dim=1)
+    ar = F.cross_entropy(clean[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    diffusion = F.cross_entropy(masked.flatten(0, 1), tokens.flatten())
+    loss = (0.5 * ar + diffusion) / 1.5
+    for a, b in zip(
+        (*got, *grads), (loss, ar, diffusion, *torch.autograd.grad(loss, (hidden, head, bias))), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        again = tidar_loss(hidden, logits, tokens, tk.patterns.tidar_training(11, 4), alpha=0.5, chunk_size=chunk_size)
+    torch.testing.assert_close(again.loss, got.loss)
+
+
+def test_losses_over_common_counts_add_up() -> None:
+    """Batches of different sizes, divided by what they have together, are one batch."""
+    head = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, requires_grad=True)
+    lengths, prompts = ([5, 9], [4]), ([2, 0], [3])
+    parts = []
+    for documents, own in zip(lengths, prompts, strict=True):
+        pattern = tk.patterns.tidar_training(sum(documents), 4, documents, own)
+        tokens = torch.randint(0, VOCAB, (1, sum(documents)))
+        parts.append((torch.randn(1, pattern.q_len, HIDDEN, dtype=torch.float64), tokens, pattern))
+    counts = sum(label_counts(tokens, pattern) for _, tokens, pattern in parts)
+    assert counts.tolist() == [3 + 8 + 1, 3 + 9 + 1]
+    alone = [tidar_loss(hidden, head, tokens, pattern, alpha=0.3) for hidden, tokens, pattern in parts]
+    shared = [tidar_loss(hidden, head, tokens, pattern, alpha=0.3, counts=counts) for hidden, tokens, pattern in parts]
+    ar = sum(part.autoregressive * n for part, n in zip(alone, (11, 1), strict=True)) / 12
+    diffusion = sum(part.diffusion * n for part, n in zip(alone, (12, 1), strict=True)) / 13
+    torch.testing.assert_close(sum(part.loss for part in shared), (0.3 * ar + diffusion) / 1.3)
+    assert [part[1:] for part in shared] == [part[1:] for part in alone]
+
+
+def test_heads_and_counts_are_checked() -> None:
+    hidden, head, tokens = operands(5)
+    pattern = tk.patterns.tidar_training(5, 4)
+    with pytest.raises(TypeError, match=r"^head: expected a torch\.Tensor, got str"):
+        tidar_loss(hidden, "lm_head", tokens, pattern)
+    with pytest.raises(ValueError, match=r"^counts: expected shape \[2\], got \[3\]"):
+        tidar_loss(hidden, head, tokens, pattern, counts=torch.ones(3))

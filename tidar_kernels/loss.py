@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ._checks import tensor
+from ._checks import shape, tensor
 from .patterns import Pattern, Role
 
-__all__ = ["TiDARLoss", "tidar_loss"]
+__all__ = ["TiDARLoss", "label_counts", "tidar_loss"]
 
 
 class TiDARLoss(NamedTuple):
@@ -63,15 +66,49 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
+def _chunked_by_head(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """The same sum and rows for any head: a chunk's logits are made again in the backward, not kept for it."""
+
+    def losses_of(rows: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), label, reduction="none")
+
+    chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+    if torch.is_grad_enabled():
+        losses = torch.cat([checkpoint(losses_of, rows, label, use_reentrant=False) for rows, label in chunks])
+    else:
+        losses = torch.cat([losses_of(rows, label) for rows, label in chunks])
+    return (losses * weights).sum(), losses.detach()
+
+
+def _labels(tokens: Tensor, pattern: Pattern, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The label of every row, `[batch, q_len]`, and as float32 `[2, batch, q_len]` which rows of a kind have one."""
+    index = pattern.predicts.to(tokens.device, torch.int64)
+    labels = torch.where(index >= 0, tokens[:, index.clamp(min=0)], ignore_index)
+    known = labels != ignore_index
+    mask_rows = (pattern.roles == int(Role.MASK)).to(tokens.device)
+    return labels, torch.stack([known & ~mask_rows, known & mask_rows]).float()
+
+
+def label_counts(tokens: Tensor, pattern: Pattern, *, ignore_index: int = -100) -> Tensor:
+    """How many clean rows and how many mask rows have a label: float32 `[2]` on the device of `tokens`.
+
+    Summed over the batches of an accumulated step, and over devices, they are what `tidar_loss` divides by there.
+    """
+    return _labels(tokens, pattern, ignore_index)[1].sum(dim=(1, 2))
+
+
 def tidar_loss(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | Callable[[Tensor], Tensor],
     tokens: Tensor,
     pattern: Pattern,
     *,
     alpha: float = 1.0,
     ignore_index: int = -100,
     chunk_size: int = 1024,
+    counts: Tensor | None = None,
 ) -> TiDARLoss:
     """`(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha)` (TiDAR, arXiv 2511.08923, training objective).
 
@@ -80,29 +117,36 @@ def tidar_loss(
 
     Args:
         hidden: `[batch, pattern.q_len, hidden_size]`, the model's output before the lm_head.
-        head: `[vocab_size, hidden_size]`, the lm_head's weight, in the dtype of `hidden`.
+        head: `[vocab_size, hidden_size]`, the lm_head's weight, in the dtype of `hidden`; or a function from rows
+            `[n, hidden_size]` to their logits, for heads that are more than a weight (it runs again in the backward).
         tokens: int64 `[batch, S]`, the clean tokens that the rows predict; `ignore_index` where none should
             (padding, prompts).
         pattern: a training pattern.
         alpha: weight of the autoregressive mean, >= 0.
         ignore_index: the label that counts for nothing.
         chunk_size: rows whose logits exist at a time; memory `chunk_size * vocab_size * 4` bytes.
+        counts: `[2]`, clean and mask rows with a label that the sums are divided by; default those of this batch. With
+            the `label_counts` of all batches of an accumulated step, its losses add up to the loss of them together.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit, the pattern predicts nothing, a label outside the
             vocabulary (checked on the CPU only, where reading is free), or `alpha` is negative.
     """
     tensor("hidden", hidden, 3)
-    tensor("head", head, 2)
     tensor("tokens", tokens, 2)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
-    if head.dtype != hidden.dtype:
-        raise TypeError(f"head: expected dtype {hidden.dtype} like hidden, got {head.dtype}")
+    vocab_size = None
+    if isinstance(head, Tensor) or not callable(head):
+        tensor("head", head, 2)
+        if head.dtype != hidden.dtype:
+            raise TypeError(f"head: expected dtype {hidden.dtype} like hidden, got {head.dtype}")
+        vocab_size = head.shape[0]
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
-    if hidden.shape[1] != pattern.q_len or hidden.shape[2] != head.shape[1]:
-        expected = f"[batch, {pattern.q_len}, {head.shape[1]}]"
+    hidden_size = head.shape[1] if isinstance(head, Tensor) else hidden.shape[2]
+    if hidden.shape[1] != pattern.q_len or hidden.shape[2] != hidden_size:
+        expected = f"[batch, {pattern.q_len}, {hidden_size}]"
         raise ValueError(f"hidden: expected shape {expected} for {pattern.name}, got {list(hidden.shape)}")
     if pattern.num_labels < 1:
         raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {pattern.name}")
@@ -113,21 +157,26 @@ def tidar_loss(
         raise ValueError(f"alpha: expected >= 0, got {alpha}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected >= 1, got {chunk_size}")
+    if counts is not None:
+        tensor("counts", counts, 1)
+        shape("counts", counts, (2,))
 
-    index = pattern.predicts.to(tokens.device, torch.int64)
-    labels = torch.where(index >= 0, tokens[:, index.clamp(min=0)], ignore_index)
+    labels, kinds = _labels(tokens, pattern, ignore_index)
     known = labels != ignore_index
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[known & ((labels < 0) | (labels >= head.shape[0]))]
+    if vocab_size is not None and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[known & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
-            raise ValueError(f"tokens: expected labels in [0, {head.shape[0]}) or {ignore_index}, got {int(wrong[0])}")
-    mask_rows = (pattern.roles == int(Role.MASK)).to(tokens.device)
-    kinds = torch.stack([known & ~mask_rows, known & mask_rows]).float()
+            raise ValueError(f"tokens: expected labels in [0, {vocab_size}) or {ignore_index}, got {int(wrong[0])}")
     # Rows of a kind share its weight equally; a kind without rows has none to share.
-    share = kinds / kinds.sum(dim=(1, 2), keepdim=True).clamp(min=1.0)
-    weights = (alpha * share[0] + share[1]) / (1.0 + alpha)
-    loss, losses = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, 1), head, torch.where(known, labels, 0).flatten(), weights.flatten(), chunk_size
-    )
+    own = kinds.sum(dim=(1, 2))
+    share = kinds / own.clamp(min=1.0).view(2, 1, 1)
+    divisor = own if counts is None else counts.to(own)
+    kind_weights = kinds / divisor.clamp(min=1.0).view(2, 1, 1)
+    weights = (alpha * kind_weights[0] + kind_weights[1]) / (1.0 + alpha)
+    rows = (torch.where(known, labels, 0).flatten(), weights.flatten(), chunk_size)
+    if isinstance(head, Tensor):
+        loss, losses = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, *rows)
+    else:
+        loss, losses = _chunked_by_head(hidden.flatten(0, 1), head, *rows)
     means = (losses.view(labels.shape) * share).sum(dim=(1, 2))
     return TiDARLoss(loss, means[0], means[1])

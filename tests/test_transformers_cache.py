@@ -1,0 +1,109 @@
+"""`TiDARCache`: ordinary generation on preallocated buffers, and a rollback that only writes lengths."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from benchmarks.compatibility import MODELS, generated, padded_inputs, with_few_tokens
+from tidar_kernels import KVCache
+from tidar_kernels.integrations.transformers import TiDARCache
+from tidar_kernels.integrations.transformers.cache import TiDARCacheLayer
+from tidar_kernels.testing import check_equal
+
+BY_NAME = {model.name: model for model in MODELS}
+
+
+def tiny(name: str = "Llama") -> Any:
+    return with_few_tokens(BY_NAME[name].build())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
+@pytest.mark.parametrize("implementation", ["tidar", "eager"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generates_what_other_caches_do(name: str, implementation: str, options: dict[str, Any]) -> None:
+    model = tiny(name)
+    expected = generated(model, implementation, "left", max_new_tokens=24, **options)
+    cache = TiDARCache(model.config, max_len=44)
+    tokens = generated(model, implementation, "left", max_new_tokens=24, past_key_values=cache, **options)
+    assert torch.equal(tokens, expected)
+    assert cache.get_seq_length() == 44
+    assert all(layer.lengths.tolist() == [44] * len(layer.keys) for layer in cache.layers)
+
+
+@pytest.mark.skipif(
+    "tokens_to_remove" not in signature(DynamicLayer.crop).parameters,
+    reason="this transformers crops to absolute lengths",
+)
+def test_assisted_generation_rolls_it_back() -> None:
+    """Drafts of a second model are rejected and cropped away all the time."""
+    model, assistant = tiny(), BY_NAME["Llama"].build(seed=1)
+    ids = padded_inputs("none")["input_ids"][:1]
+    options = {"max_new_tokens": 24, "do_sample": False, "assistant_model": with_few_tokens(assistant)}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=TiDARCache(model.config, 64), **options), expected)
+
+
+class TestLayer:
+    @pytest.fixture
+    def layer(self) -> TiDARCacheLayer:
+        layer = TiDARCacheLayer(8)
+        k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+        keys, values = layer.update(k, v)
+        assert torch.equal(keys, k)
+        assert torch.equal(values, v)
+        return layer
+
+    def test_what_is_taken_back_stays_where_it_was(self, layer: TiDARCacheLayer) -> None:
+        before, address = layer.keys.clone(), layer.keys.data_ptr()
+        layer.crop(-2)
+        assert layer.lengths.tolist() == [3, 3]
+        assert (layer.get_seq_length(), layer.get_mask_sizes(4), layer.get_max_length()) == (3, (7, 0), 8)
+        check_equal(layer.keys, before, "keys")
+        k = torch.randn(2, 3, 1, 4)
+        keys, _ = layer.update(k, k)
+        check_equal(keys, torch.cat([before[:, :, :3], k], dim=2), "keys")
+        check_equal(layer.keys[:, :, 4:], before[:, :, 4:], "slots behind")
+        assert layer.keys.data_ptr() == address
+        layer.reset()
+        assert layer.get_seq_length() == 0
+
+    def test_of_other_sequences(self, layer: TiDARCacheLayer) -> None:
+        before, address = layer.keys.clone(), layer.keys.data_ptr()
+        layer.reorder_cache(torch.tensor([1, 1]))
+        check_equal(layer.keys[:, :, :5], before[[1, 1], :, :5], "keys")
+        assert layer.keys.data_ptr() == address
+        layer.batch_repeat_interleave(2)
+        assert (layer.keys.shape[0], layer.batch_size, layer.lengths.tolist()) == (4, 4, [5] * 4)
+        layer.batch_select_indices(torch.tensor([3]))
+        check_equal(layer.keys[0, :, :5], before[1, :, :5], "keys")
+
+    def test_refusals(self, layer: TiDARCacheLayer) -> None:
+        before = layer.keys.clone()
+        x = torch.randn(2, 3, 4, 4)
+        with pytest.raises(ValueError, match=r"^max_len: expected room for 4 more tokens, got 5 of 8 taken"):
+            layer.update(x, x)
+        check_equal(layer.keys, before, "keys")
+        for count in (1, -6):
+            with pytest.raises(ValueError, match=rf"^tokens_to_remove: expected between -5 and 0, got {count}"):
+                layer.crop(count)
+
+
+def test_refusals() -> None:
+    config = tiny().config
+    with pytest.raises(ValueError, match=r"^max_len: expected >= 1, got 0"):
+        TiDARCache(config, 0)
+    with pytest.raises(TypeError, match=r"^kv: expected a tidar_kernels\.KVCache, got DynamicCache"):
+        TiDARCache.from_kv(DynamicCache())  # type: ignore[arg-type]
+    kv = KVCache(num_layers=1, batch_size=2, num_kv_heads=1, head_dim=4, max_len=4)
+    kv.commit(torch.tensor([1, 2]), at_most=2)
+    with pytest.raises(ValueError, match=r"^kv: expected one length for all sequences, got \[1, 2\]"):
+        TiDARCache.from_kv(kv)

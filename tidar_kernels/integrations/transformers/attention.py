@@ -1,0 +1,283 @@
+"""`attn_implementation="tidar"`: the attention of transformers models through these operators.
+
+Ordinary use behaves as under `"sdpa"`, and no mask is ever dropped. Which path a call takes:
+
+    call                                                  what runs
+    `tidar_pattern`                                       `tidar_kernels.attention`, behind the layer's window
+    `tidar_pattern`, `tidar_cache`                        `KVCache.append`, then `tidar_kernels.step_attention`
+    no mask, causal, as many keys as rows                 `tidar_kernels.attention`, plainly causal
+    no mask, causal, more keys (unfilled static cache)    the same, on the first keys
+    no mask, one row, inference (a growing cache)         `tidar_kernels.step_attention`, all keys but the last cached
+    no mask otherwise (encoders, cross-attention, ..)     transformers' "sdpa"
+    a 4-D mask: padding, packed, window, beam, static     transformers' "sdpa"
+    `torch.compile` without a pattern                     transformers' "sdpa"
+    any of the last three with softcap or sinks           `masked_attention` below
+
+The mask of a model is made here too (`tidar_mask`). Where nobody gave one, it is a `StructureMask`: built only if a
+layer asks for it, so that a `tidar_pattern`, which stands in its place, costs no mask of sequence length squared.
+
+A pattern is compiled with the model it is given to. Cutting it to a window reads it, which a graph cannot: for
+`fullgraph=True` on a model with windows, call `pattern.windowed(window)` once before.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ... import ops, patterns
+from ...cache import KVCache
+from ...patterns import Pattern
+
+__all__ = ["StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
+
+NAME = "tidar"
+
+
+class StructureMask:
+    """The mask that a model's own structure asks for, nobody having given another: causal, packed, windowed.
+
+    Args:
+        options: what `sdpa_mask` of transformers builds it from.
+
+    Attributes:
+        window: the sliding window (or chunk) in it; None for none.
+        ndim: 4, as that of the mask it stands for.
+    """
+
+    ndim = 4
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._dense: Tensor | None = None
+        self.window: int | None = options.get("local_size")
+
+    def dense(self) -> Tensor:
+        """The mask as booleans, `[batch, 1, rows, keys]`, True where a key is seen; built once."""
+        if self._dense is not None:
+            return self._dense
+        dense: Any = sdpa_mask(**self._options)
+        if not torch.compiler.is_compiling():  # a graph builds it again, and the compiler shares the copies
+            self._dense = dense
+        return dense
+
+    def to(self, *args: Any, **kwargs: Any) -> StructureMask:
+        """Itself: it is moved once it is built."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # A model that looks into its mask, rather than hand it on, finds the tensor.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+
+def tidar_mask(
+    batch_size: int, *, kv_length: int, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor | StructureMask | None:
+    """The mask function of `"tidar"`, with the arguments of transformers' `sdpa_mask`.
+
+    Returns:
+        None where plain causal (or, for encoders, full) attention is meant; a `StructureMask` where the model's own
+        structure asks for more and nothing is cached; else booleans `[batch, 1, rows, keys]`.
+
+    Raises:
+        ValueError: `attention_mask` has neither 2 nor 4 dimensions.
+    """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        shape = list(attention_mask.shape)
+        raise ValueError(f"attention_mask: expected 2 dimensions, or 4 for a mask ready to use, got shape {shape}")
+    options.update(batch_size=batch_size, kv_length=kv_length, attention_mask=attention_mask)
+    rows = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
+    nothing_cached = not isinstance(options.get("q_offset", 0), Tensor) and kv_length == rows
+    if attention_mask is not None or not nothing_cached or options.get("allow_is_bidirectional_skip", False):
+        mask: Tensor | None = sdpa_mask(**options)
+        return mask
+    window = options.get("local_size")
+    if options.get("allow_is_causal_skip", True) and (window is None or kv_length < window):
+        return None
+    return StructureMask({**options, "allow_is_causal_skip": False})
+
+
+def tidar_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | StructureMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    tidar_pattern: Pattern | None = None,
+    tidar_cache: KVCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of `"tidar"`, called by every attention layer of a model; see the module for the paths.
+
+    Args:
+        query: `[batch, heads, rows, head_dim]`.
+        key, value: `[batch, kv_heads, keys, head_dim]`, those of a transformers cache included.
+        attention_mask: `[batch, 1 or heads, rows, keys]`, boolean (True: seen) or added to the scores.
+        scaling: of the scores; default `1 / sqrt(head_dim)`.
+        sliding_window: of the layer. Ordinary calls have it in the mask; patterns are windowed by it.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: `[heads]`, attention sinks: a logit a head in the softmax's denominator.
+        tidar_pattern: which rows see what, in place of a mask: `model(.., position_ids=.., tidar_pattern=pattern)`.
+        tidar_cache: with a pattern, the context; the pattern's causal rows are written behind it, not committed.
+
+    Returns:
+        `([batch, rows, heads, head_dim], None)`.
+
+    Raises:
+        TypeError, ValueError: dropout, attention weights, head masks and position biases, which this cannot do; a mask
+            or a transformers cache beside a pattern; masks of a wrong shape.
+    """
+    if dropout > 0.0:
+        raise ValueError(f'dropout: expected 0 under attn_implementation="tidar", got {dropout}')
+    for name in ("output_attentions", "head_mask", "layer_head_mask", "position_bias", "cache"):
+        given = kwargs.pop(name, None)
+        if given is not None and given is not False:
+            raise ValueError(f'{name}: expected none under attn_implementation="tidar", got {type(given).__name__}')
+    if tidar_pattern is None and tidar_cache is not None:
+        raise ValueError("tidar_pattern: expected a Pattern beside tidar_cache, got None")
+    if tidar_pattern is not None:
+        pattern = _layer_pattern(tidar_pattern, key, attention_mask, sliding_window)
+        numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        if tidar_cache is None:
+            return ops.attention(query, key, value, pattern, **numbers).transpose(1, 2), None
+        keep, layer = tidar_pattern.causal_len, _layer_index(module, tidar_cache)
+        tidar_cache.append(layer, key[:, :, :keep], value[:, :, :keep])
+        cached = (*tidar_cache.layer(layer), tidar_cache.lengths)
+        return ops.step_attention(query, key, value, *cached, pattern, **numbers).transpose(1, 2), None
+
+    mask = attention_mask.dense() if isinstance(attention_mask, StructureMask) else attention_mask
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is not None:
+        _check_mask(mask, query, key)
+    elif _kernels_take(query, key, value):
+        rows, keys = query.shape[2], key.shape[2]
+        if is_causal and rows <= keys and (rows > 1 or keys == 1):
+            pattern = _causal(rows)
+            out = ops.attention(
+                query, key[:, :, :rows], value[:, :, :rows], pattern, scaling, softcap=softcap, sinks=s_aux
+            )
+            return out.transpose(1, 2), None
+        if rows == 1 and keys > 1 and not torch.is_grad_enabled():
+            lengths = torch.full(query.shape[:1], keys - 1, dtype=torch.int32, device=query.device)
+            out = ops.step_attention(
+                query, key[:, :, -1:], value[:, :, -1:], key[:, :, :-1], value[:, :, :-1], lengths, _causal(1), scaling,
+                softcap=softcap, sinks=s_aux,
+            )  # fmt: skip
+            return out.transpose(1, 2), None
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling, **kwargs)
+    return masked_attention(query, key, value, mask, scaling, softcap, s_aux, is_causal), None
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    is_causal: bool = True,
+) -> Tensor:
+    """Plain PyTorch attention with all that layers ask for: any mask, softcap and sinks at once.
+
+    Args and result are those of `tidar_attention_forward`; without a mask, several rows are causal by `is_causal`.
+    Softmax in float32 at least; a row that sees no key is 0.
+    """
+    rows, keys, kv_heads = query.shape[2], key.shape[2], key.shape[1]
+    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    if mask is None and is_causal and rows > 1:
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
+    grouped = query.unflatten(1, (kv_heads, -1))
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling).flatten(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
+    # Where no key is seen, both are -inf; their difference would be NaN.
+    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(value.dtype)
+    out = probs.unflatten(1, (kv_heads, -1)) @ value.unsqueeze(2)
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _causal(rows: int) -> Pattern:
+    return patterns.causal(rows)
+
+
+def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the operators take these operands. Compiled graphs leave ordinary attention to PyTorch: a pattern is
+    made for one length, and a graph may be for all."""
+    return (
+        not torch.compiler.is_compiling()
+        and query.device.type in ("cpu", "cuda")
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+    )
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
+    if mask.ndim != 4:
+        raise ValueError(f"attention_mask: expected 4 dimensions, got shape {list(mask.shape)}")
+    if any(size not in (1, full) for size, full in zip(mask.shape, expected, strict=True)):
+        raise ValueError(f"attention_mask: expected {list(expected)} or 1 in each dimension, got {list(mask.shape)}")
+
+
+def _layer_pattern(
+    pattern: Pattern, key: Tensor, mask: Tensor | StructureMask | None, sliding_window: int | None
+) -> Pattern:
+    """`pattern` behind the layer's window, once it is sure that nothing else was asked for."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"tidar_pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+    if isinstance(mask, StructureMask):
+        # The window in the model's mask and the layer's own must agree: a chunk, or a window that the layer does not
+        # know of, would be lost.
+        if mask.window is not None and mask.window != sliding_window:
+            raise ValueError(f"sliding_window: expected {mask.window} as in the layer's mask, got {sliding_window}")
+    elif mask is not None:
+        raise ValueError(
+            f"attention_mask: expected None beside tidar_pattern, which says what is seen, got shape {list(mask.shape)}"
+        )
+    if key.shape[2] != pattern.kv_len:
+        raise ValueError(
+            f"past_key_values: expected none beside tidar_pattern, and {pattern.kv_len} keys for {pattern.name}, "
+            f"got {key.shape[2]} keys"
+        )
+    return pattern if sliding_window is None else pattern.windowed(sliding_window)
+
+
+def _layer_index(module: nn.Module, cache: KVCache) -> int:
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"tidar_cache: expected a tidar_kernels.KVCache, got {type(cache).__name__}")
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int) or not 0 <= layer < cache.num_layers:
+        raise ValueError(f"layer_idx: expected an int in [0, {cache.num_layers}), got {layer!r}")
+    return layer
+
+
+def register() -> None:
+    """Make `attn_implementation="tidar"` known to transformers: attention and masks. Importing the package does."""
+    AttentionInterface.register(NAME, tidar_attention_forward)
+    AttentionMaskInterface.register(NAME, tidar_mask)

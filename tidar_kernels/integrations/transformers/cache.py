@@ -1,0 +1,162 @@
+"""A transformers cache on preallocated buffers: exact appends, lengths on the device, a rollback that writes lengths.
+
+`model.generate(.., past_key_values=TiDARCache(model.config, max_len=1024))` in ordinary use; `TiDARCache.from_kv` takes
+over what a TiDAR decoder has committed. Every layer keeps all tokens, also one with a sliding window: windows are a
+matter of masks, so that rows taken back never miss what had slid out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ... import ops
+from ...cache import KVCache
+from ...patterns import check_int
+
+__all__ = ["TiDARCache", "TiDARCacheLayer"]
+
+
+class TiDARCacheLayer(CacheLayerMixin):
+    """One layer: K and V `[batch, kv_heads, max_len, head_dim]`, allocated with the first tokens.
+
+    Attributes:
+        keys, values: the buffers; slots past the length are stale. None before.
+        lengths: int32 `[batch]` on the device, tokens held; all alike, as transformers counts one length for a batch.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    keys: Any  # tensors, once there are tokens
+    values: Any
+    lengths: Any
+
+    def __init__(self, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+        self.lengths = None
+        self._length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        with torch.inference_mode(False):  # what is allocated while generating may be written anywhere
+            self.keys, self.values = (
+                torch.zeros(*x.shape[:2], self.max_len, x.shape[3], dtype=x.dtype, device=x.device)
+                for x in (key_states, value_states)
+            )
+            self.lengths = torch.zeros(len(key_states), dtype=torch.int32, device=key_states.device)
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `[batch, kv_heads, n, head_dim]`; returns all keys and values so far, as views.
+
+        Raises:
+            ValueError: `max_len` would be passed, or shapes disagree; nothing is written then.
+        """
+        new = key_states.shape[2]
+        if self._length + new > self.max_len:
+            held = f"{self._length} of {self.max_len} taken"
+            raise ValueError(f"max_len: expected room for {new} more tokens, got {held}")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        ops.append_kv(self.keys, self.values, key_states.detach(), value_states.detach(), self.lengths)
+        self.lengths += new
+        self._length += new
+        return self.keys[:, :, : self._length], self.values[:, :, : self._length]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens: a write to the lengths, nothing moves.
+
+        Raises:
+            ValueError: a positive number, or more tokens than are held.
+        """
+        if not -self._length <= tokens_to_remove <= 0:
+            raise ValueError(f"tokens_to_remove: expected between {-self._length} and 0, got {tokens_to_remove}")
+        self._length += tokens_to_remove
+        if self.lengths is not None:
+            self.lengths += tokens_to_remove
+
+    def reset(self) -> None:
+        self.crop(-self._length)
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_max_length(self) -> int:
+        return self.max_len
+
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` by its older name."""
+        return self.max_len
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """`(keys, offset)` of the next mask, for so many rows; or for a tensor of their positions, as it once was."""
+        rows = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self._length + rows, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence b becomes what `beam_idx[b]` was; the buffers stay where they are."""
+        if self._length:
+            for buffer in (self.keys, self.values):
+                held = buffer[:, :, : self._length]
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._select(indices)
+
+    def _select(self, indices: Tensor) -> None:
+        self.keys, self.values, self.lengths = self.keys[indices], self.values[indices], self.lengths[indices]
+        self.batch_size = len(self.keys)
+
+
+class TiDARCache(Cache):
+    """`past_key_values` on preallocated buffers; see the module.
+
+    Args:
+        config: of the model.
+        max_len: tokens per sequence.
+
+    Raises:
+        TypeError, ValueError: `max_len` is not an int >= 1.
+    """
+
+    def __init__(self, config: Any, max_len: int) -> None:
+        check_int("max_len", max_len, 1)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[TiDARCacheLayer(max_len) for _ in range(layers)])
+
+    @classmethod
+    def from_kv(cls, kv: KVCache, sequence: int | None = None) -> TiDARCache:
+        """What a decoder has committed, on the same memory: ordinary generation goes on from there.
+
+        Args:
+            kv: such as `GenerationResult.cache`; read once for its lengths. It must not be decoded into any more.
+            sequence: one sequence of it; None for all, which must then be of one length.
+
+        Raises:
+            TypeError: not a `KVCache`. ValueError: lengths differ.
+        """
+        if not isinstance(kv, KVCache):
+            raise TypeError(f"kv: expected a tidar_kernels.KVCache, got {type(kv).__name__}")
+        kv = kv if sequence is None else kv.sequence(sequence)
+        lengths = kv.lengths.tolist()
+        if len(set(lengths)) != 1:
+            raise ValueError(f"kv: expected one length for all sequences, got {lengths}; choose one by `sequence`")
+        cache = cls.__new__(cls)
+        layers = [TiDARCacheLayer(kv.max_len) for _ in range(kv.num_layers)]
+        for index, layer in enumerate(layers):
+            layer.keys, layer.values = kv.layer(index)
+            layer.lengths, layer._length = kv.lengths.clone(), lengths[0]
+            layer.dtype, layer.device, layer.batch_size = kv.k.dtype, kv.k.device, kv.batch_size
+            layer.is_initialized = True
+        Cache.__init__(cache, layers=list(layers))
+        return cache

@@ -1,0 +1,1 @@
+"""What `generate(.., custom_generate=<folder>, trust_remote_code=True)` looks for in a folder."""

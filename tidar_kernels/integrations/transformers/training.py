@@ -1,0 +1,284 @@
+"""Training a transformers model with the TiDAR objective: a loss for any loop, and a `Trainer`.
+
+The loss is computed inside the model's own forward pass, at the place of its lm_head, from all hidden states in chunks.
+So whatever wraps the model and acts when it is called (DDP, FSDP2, LoRA, autocast, checkpointing) acts here as it does
+on any forward pass, the weights of the lm_head are whole when they are read, and `[rows, vocab]` logits never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from ...loss import TiDARLoss, label_counts, tidar_loss
+from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
+
+__all__ = ["TiDARTrainer", "compute_loss", "count_labels"]
+
+# Models whose forward pass was seen to shape logits as `_Objective.logits` does.
+_CHECKED: WeakSet[nn.Module] = WeakSet()
+
+
+def count_labels(batch: Mapping[str, Any]) -> Tensor:
+    """How many clean rows and mask rows of a batch have a label: float32 `[2]`, on the batch's device.
+
+    Their sum over the batches of an accumulated step (and over devices) is the `counts` of `compute_loss`.
+
+    Raises:
+        ValueError: the batch does not come from a `TiDARCollator`.
+    """
+    return label_counts(batch["labels"], batch_pattern(batch), ignore_index=IGNORE_INDEX)
+
+
+def compute_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    alpha: float = 1.0,
+    *,
+    counts: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> TiDARLoss:
+    """`(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha)` of a batch (TiDAR, arXiv 2511.08923, training objective).
+
+    Args:
+        model: a causal language model of transformers with `attn_implementation="tidar"`, or what PEFT, Accelerate,
+            DDP, FSDP or `torch.compile` made of one.
+        batch: from `TiDARCollator`, on the model's device.
+        alpha: weight of the autoregressive mean, >= 0.
+        counts: `[2]`, what the sums of the two kinds are divided by: with the summed `count_labels` of the batches of
+            an accumulated step, their losses add up to that of one large batch. Default this batch's own.
+        chunk_size: rows whose logits exist at a time.
+
+    Returns:
+        `loss`, differentiable, with what the model itself adds (the balance of a router, if its configuration asks);
+        `autoregressive` and `diffusion`, the means of this batch, detached.
+
+    Raises:
+        TypeError: there is no such model in `model`.
+        ValueError: it has another attention implementation, which would ignore the pattern; the batch is not from the
+            collator, or has tokens outside the vocabulary; or the model's forward pass shapes logits or computes its
+            loss in a way that is not known here.
+    """
+    causal_lm = _causal_lm(model)
+    implementation = causal_lm.config._attn_implementation
+    if implementation != "tidar":
+        raise ValueError(f'model: expected attn_implementation="tidar", got {implementation!r}')
+    pattern = batch_pattern(batch)
+    first, on_host = causal_lm not in _CHECKED, batch["input_ids"].device.type == "cpu"
+    compiling = torch.compiler.is_compiling()
+    if (first or on_host) and not compiling:  # elsewhere reading it would wait for the device
+        vocab_size, highest = causal_lm.config.get_text_config().vocab_size, int(batch["input_ids"].max())
+        if highest >= vocab_size:
+            raise ValueError(
+                f"batch: expected tokens below the model's vocab_size = {vocab_size}, got {highest} "
+                "(add_mask_token makes room for the mask token)"
+            )
+    objective = _Objective(causal_lm, batch["labels"], pattern, alpha, counts, chunk_size)
+    with objective.in_place():
+        outputs = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            labels=batch["labels"],
+            use_cache=False,
+            tidar_pattern=pattern,
+        )
+    if objective.result is None or not objective.asked:
+        raise ValueError(
+            f"model: expected a forward pass that calls lm_head and then loss_function, as causal language models of "
+            f"transformers do, got {type(causal_lm).__name__}"
+        )
+    if first and not compiling:
+        objective.check(outputs.logits)
+        _CHECKED.add(causal_lm)
+    return TiDARLoss(outputs.loss, objective.result.autoregressive, objective.result.diffusion)
+
+
+def _causal_lm(model: Any) -> PreTrainedModel:
+    """The causal language model inside whatever wraps it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return module
+    raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+
+
+class _Objective:
+    """The loss of one forward pass of `causal_lm`, standing in for its lm_head and its loss function."""
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        labels: Tensor,
+        pattern: Any,
+        alpha: float,
+        counts: Tensor | None,
+        chunk_size: int,
+    ) -> None:
+        self.causal_lm, self.labels, self.pattern = causal_lm, labels, pattern
+        self.options: dict[str, Any] = {"alpha": alpha, "counts": counts, "chunk_size": chunk_size}
+        self.head: nn.Module = causal_lm.get_output_embeddings()
+        self.head_forward = self.head.forward
+        text = causal_lm.config.get_text_config()
+        # Gemma caps its logits; Granite divides them, Cohere multiplies them.
+        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.scale: float = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+        self.result: TiDARLoss | None = None
+        self.asked = False
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While it lasts, the lm_head gives no logits but the loss, and the model's loss function hands it out."""
+        saved = [(module, name, vars(module).get(name)) for module, name in self._replaced()]
+        self.head.forward = self._at_head
+        self.causal_lm.loss_function = self._loss_function
+        try:
+            yield
+        finally:
+            for module, name, value in saved:
+                if value is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, value)
+
+    def _replaced(self) -> tuple[tuple[nn.Module, str], ...]:
+        return (self.head, "forward"), (self.causal_lm, "_loss_function")
+
+    def _at_head(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """In the lm_head's place: the loss of all rows. What the model makes of these logits, `check` looks at."""
+        weight = self._weight()
+        if weight is not None:
+            hidden = hidden.to(weight.dtype)
+        self.result = tidar_loss(
+            hidden,
+            self._logits if weight is None else weight,
+            self.labels,
+            self.pattern,
+            ignore_index=IGNORE_INDEX,
+            **self.options,
+        )
+        return self._probe(hidden)
+
+    def _weight(self) -> Tensor | None:
+        """The lm_head's weight, if rows times that are the logits; None for a head that is more than a weight."""
+        head: Any = self.head
+        plain = (
+            isinstance(head, nn.Linear)
+            and getattr(head, "bias", None) is None
+            and self.softcap is None
+            and self.scale == 1.0
+        )
+        own_forward = self.head_forward == nn.Linear.forward.__get__(head)  # neither a subclass's nor a wrapper's
+        if not (plain and own_forward and head.weight.is_floating_point()):
+            return None
+        weight: Tensor = head.weight
+        return weight
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        return self._shaped(self.head_forward(rows))
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        """What models do to logits behind the lm_head: mostly nothing."""
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @staticmethod
+    def _probe(like: Tensor) -> Tensor:
+        """Logits of no meaning, `[1, 1, 64]`, over the range that real ones have."""
+        return torch.linspace(-100.0, 100.0, 64, dtype=like.dtype, device=like.device)[None, None]
+
+    def _loss_function(self, *_: Any, **__: Any) -> Tensor:
+        self.asked = True
+        if self.result is None:
+            name = type(self.causal_lm).__name__
+            raise ValueError(f"model: expected a forward pass that calls lm_head, got {name}, whose does not")
+        return self.result.loss
+
+    def check(self, logits: Tensor) -> None:
+        """Raise unless the model's own code did to the probe what `_shaped` does."""
+        expected = self._shaped(self._probe(logits))
+        if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=2e-2):
+            raise ValueError(
+                f"model: expected logits of the lm_head as its configuration scales and softcaps them, "
+                f"got {type(self.causal_lm).__name__}, which shapes them otherwise"
+            )
+
+
+class TiDARTrainer(Trainer):
+    """`transformers.Trainer` with the TiDAR objective; all of its options, callbacks and checkpoints work as they do.
+
+    An accumulated step, on any number of devices, has the loss of one large batch: each of the two means is over all
+    of its rows of that kind (with `average_tokens_across_devices`, the default). What is logged is that loss;
+    `evaluate` gives the mean over batches, and hands the two means of every batch to `compute_metrics` as predictions.
+
+    Args:
+        model, args, ...: those of `transformers.Trainer`; `data_collator` is a `TiDARCollator`.
+        alpha: weight of the autoregressive mean, >= 0.
+        chunk_size: rows whose logits exist at a time.
+
+    Raises:
+        TypeError: `data_collator` is not a `TiDARCollator`.
+        ValueError: the mask token is outside the model's vocabulary, `label_smoothing_factor` or `compute_loss_func`
+            asks for another loss, or several GPUs would share this process (launch one process a GPU instead).
+    """
+
+    # The loss is divided by the labels of the whole accumulated step, so the trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, alpha: float = 1.0, chunk_size: int = 1024, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.alpha, self.chunk_size = alpha, chunk_size
+        collator = self.data_collator
+        if not isinstance(collator, TiDARCollator):
+            raise TypeError(f"data_collator: expected a TiDARCollator, got {type(collator).__name__}")
+        vocab_size = _causal_lm(self.model).config.get_text_config().vocab_size
+        if collator.mask_token_id >= vocab_size:
+            raise ValueError(
+                f"data_collator: expected a mask_token_id below the model's vocab_size = {vocab_size}, "
+                f"got {collator.mask_token_id} (add_mask_token makes room for it)"
+            )
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError("args: expected no label_smoothing_factor and no compute_loss_func beside the TiDAR loss")
+        if self.args.n_gpu > 1:
+            raise ValueError(f"args: expected one GPU a process (torchrun, accelerate launch), got {self.args.n_gpu}")
+        # The collator takes what it knows; the model's signature, by which columns are dropped, knows no prompt_length.
+        self.args.remove_unused_columns = False
+        # Older trainers read in this whether the loss is scaled already.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of a step, and how many clean and mask rows with a label they have, over all devices: `[2]`."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        counts = torch.stack([count_labels(batch) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch; `num_items_in_batch` are the counts of `get_batch_samples`."""
+        training = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.shape == (2,)
+        counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) and training else None
+        parts = compute_loss(model, inputs, self.alpha, counts=counts, chunk_size=self.chunk_size)
+        loss = parts.loss
+        if counts is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, this sums them
+        if not return_outputs:
+            return loss
+        return loss, {"loss": loss, "autoregressive": parts.autoregressive[None], "diffusion": parts.diffusion[None]}
