@@ -1,48 +1,13 @@
-"""`make bench`: operators, training attention and decoding on this machine's CPU, as JSON.
+"""`make bench`: everything that this machine's CPU can be measured by, as `tidar-kernels bench` does.
 
-python -m benchmarks --out DIR
+python -m benchmarks --out DIR [PART ...]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
-from pathlib import Path
 
-import pytest
-
-from . import breakdown, decode, record, training
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results files")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "operators.json"
-        failed = pytest.main([str(Path(__file__).parent), "-q", "-p", "no:cacheprovider", f"--benchmark-json={report}"])
-        if failed:
-            return int(failed)
-        measured = json.loads(report.read_text())["benchmarks"]
-    rows = [
-        {
-            "operator": entry["name"].split("[")[0].removeprefix("test_"),
-            **entry["params"],
-            **entry["extra_info"],
-            "p50_us": round(entry["stats"]["median"] * 1e6, 2),
-            "p25_us": round(entry["stats"]["q1"] * 1e6, 2),
-            "p75_us": round(entry["stats"]["q3"] * 1e6, 2),
-        }
-        for entry in measured
-    ]
-    for line in rows:
-        line.pop("case", None)
-    record.write(options.out / "operators-cpu.json", "operators", "cpu", rows)
-    out = ["--out", str(options.out)]
-    return training.main(out) or decode.main(out) or breakdown.main(out)
-
+from tidar_kernels.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""What `make gpu` runs after parity: step and training attention on CUDA against floors and peers, as JSON.
+"""What `make gpu` runs after parity: step attention, decoder steps and training attention on CUDA, as JSON.
 
 python -m benchmarks.gpu --out DIR [--budget SECONDS]
 """
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from . import record, step, timing, training
+from . import decoder_step, record, step, timing, training
 
-STEP_SHARE = 0.4  # of the budget; what step attention leaves, training attention has
+# Of the budget; what step attention leaves, decoder steps have, and then training attention.
+STEP_SHARE, DECODER_SHARE = 0.35, 0.6
 TRAINING_TOKENS = 16384  # clean tokens a call: shorter sequences come in larger batches
 TRAINING_WIDTH = 2048  # num_heads * head_dim
 TRAINING_LENGTHS = (2048, 4096, 8192, 16384, 32768)
@@ -52,10 +53,10 @@ def training_cases() -> list[training.Workload]:
     return first + [case(s, *kind) for kind in kinds[1:] for s in TRAINING_LENGTHS if s != middle]
 
 
-def run_step(path: Path, deadline: float) -> None:
+def run_step(path: Path, rates: list[dict[str, Any]], deadline: float) -> None:
     """Step attention until `deadline`, in seconds of `time.perf_counter`; the file is whole after every case."""
     cases = step.workloads(tuple(step.HEADS), (0, 4, 8, 16), (512, 4096, 8192, 32768))
-    rows = [copy_bandwidth(), matmul_rate()]
+    rows = list(rates)
     for index, case in enumerate(cases):
         if time.perf_counter() > deadline:
             print(f"step attention: stopped after {index} of {len(cases)} cases, the time is used up", file=sys.stderr)
@@ -107,14 +108,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     started = time.perf_counter()
     name = torch.cuda.get_device_name(0).replace(" ", "-").lower()
-    # Whatever becomes of step attention, training attention is measured.
-    failure = training.attempt(
-        partial(run_step, options.out / f"step-{name}.json", started + STEP_SHARE * options.budget)
-    )
-    if failure is not None:
-        print(f"step attention: {failure}", file=sys.stderr)
-    passed = run_training(options.out / f"training-{name}.json", training_cases(), started + options.budget)
-    return 0 if passed and failure is None else 1
+    rates = [copy_bandwidth(), matmul_rate()]
+    per_second = rates[0]["gbytes_per_s"] * 1e9, rates[1]["tflops"] * 1e12
+    ends = [started + share * options.budget for share in (STEP_SHARE, DECODER_SHARE, 1.0)]
+    # Whatever becomes of one part, the others are measured.
+    parts = {
+        "step attention": partial(run_step, options.out / f"step-{name}.json", rates, ends[0]),
+        "decoder step": partial(decoder_step.run, options.out / f"decoder-step-{name}.json", per_second, ends[1]),
+    }
+    passed = True
+    for part, run in parts.items():
+        failure = training.attempt(run)
+        if failure is not None:
+            print(f"{part}: {failure}", file=sys.stderr)
+            passed = False
+    passed &= run_training(options.out / f"training-{name}.json", training_cases(), ends[2])
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def training_description(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save_training(result: dict[str, Any], path: Path) -> None:
-    """The bar chart of a `training-cpu.json` as a PNG.
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, inches.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -47,8 +47,22 @@ def save_training(result: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("matplotlib: needed to draw a PNG; install tidar-kernels[bench]") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+
+def _save(figure: Any, path: Path, description: str) -> None:
+    """Write a figure as PNG with what it shows as text in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Description": description, "Software": None})
+
+
+def save_training(result: dict[str, Any], path: Path) -> None:
+    """The bar chart of a `training-cpu.json` as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure(10, 4)
     for axes, (direction, aim) in zip(figure.subplots(1, 2), AIMS.items(), strict=True):
         groups = training_bars(result, direction)
         for index, (name, colour) in enumerate(COLOURS.items()):
@@ -64,5 +78,38 @@ def save_training(result: dict[str, Any], path: Path) -> None:
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         axes.margins(y=0.4)
     figure.axes[0].set_ylabel("time / time of the floor")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Description": training_description(result), "Software": None})
+    _save(figure, path, training_description(result))
+
+
+def strategies_description(result: dict[str, Any]) -> str:
+    """What the picture shows, as text: it is stored in the PNG."""
+    lines = [f"tokens a forward pass, and speed against autoregression, {result['machine']['cpu']}, {result['date']}"]
+    rows = [row for row in result["rows"] if row["operator"] == "strategy"]
+    lines += [f"{row['label']}: {row['tokens_per_forward']:.2f}, {row['speedup']:.2f} x" for row in rows]
+    return "\n".join(lines)
+
+
+def save_strategies(result: dict[str, Any], path: Path) -> None:
+    """The bar chart of a `strategies-cpu.json` as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    rows = [row for row in result["rows"] if row["operator"] == "strategy"][::-1]
+    figure = _figure(10, 1 + 0.3 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    colours = ["#2f6690" if row["exact"] else "#d1603d" for row in rows]
+    for axes, field, title in ((left, "tokens_per_forward", "tokens a forward pass"), (right, "speedup", "speed")):
+        drawn = axes.barh([row["label"] for row in rows], [row[field] for row in rows], 0.7, color=colours)
+        labels = [f"{row[field]:.2f}{' x' if field == 'speedup' else ''}" for row in rows]
+        axes.bar_label(drawn, labels, fontsize=8, padding=2)
+        axes.set_title(title if field != "speedup" else "tokens a second, times autoregression", fontsize=10)
+        axes.axvline(1.0, color="0.2", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.15)
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color="#2f6690", label="output of autoregression"), Patch(color="#d1603d", label="its own output")]
+    right.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+    _save(figure, path, strategies_description(result))

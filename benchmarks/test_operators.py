@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tidar_kernels as tk
+from tidar_kernels import eager_linear, linear
 from tidar_kernels.rotary import RotaryEmbedding, rotary_append
 
 from . import training
@@ -75,3 +76,24 @@ def test_verify(benchmark: Any, vocab_size: int, temperature: float) -> None:
     if tk.verify(logits, drafts, torch.tensor([1]), params).accepted.item() != 8:
         pytest.fail("verify accepts something else; no speed is reported")
     benchmark(tk.verify, logits, drafts, torch.tensor([1]), params)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 72])
+@pytest.mark.parametrize("implementation", ["row_invariant_linear", "gated_lora", "library"])
+def test_projection(benchmark: Any, rows: int, implementation: str) -> None:
+    """One projection of Qwen2.5-1.5B, alone and with an adapter of rank 64 on the mask rows of a step."""
+    x, weight = torch.randn(rows, 1536), torch.randn(1536, 1536)
+    lora_a, lora_b = torch.randn(64, 1536) * 0.03, torch.randn(1536, 64)
+    gate = torch.arange(rows) >= rows // 8
+    calls = {
+        "row_invariant_linear": lambda: linear.row_invariant_linear(x, weight),
+        "gated_lora": lambda: linear.gated_lora(x, weight, lora_a, lora_b, gate),
+        "library": lambda: torch.nn.functional.linear(x, weight),
+    }
+    call = calls[implementation]
+    a, b = lora_a.double(), lora_b.double()
+    chosen = gate if implementation == "gated_lora" else torch.tensor(False)
+    expected = eager_linear.gated_lora(x.double(), weight.double(), a, b, chosen)
+    if not torch.allclose(call().double(), expected, rtol=1e-3, atol=1e-2):
+        pytest.fail(f"{implementation} computes something else; no speed is reported")
+    benchmark(call)

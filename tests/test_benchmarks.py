@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, plots, record, timing, training
+from benchmarks import compare, decoder_step, gpu, plots, record, timing, training
 from tidar_kernels import ops as tk_ops
 from tidar_kernels import patterns
+from tidar_kernels.models import Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = training.Workload(40, 8, 4, 2, 16)
@@ -294,3 +295,79 @@ def test_without_matplotlib_the_command_says_so(
     assert capsys.readouterr().err == (
         "no picture of training-cpu.json: matplotlib: needed to draw a PNG; install tidar-kernels[bench]\n"
     )
+
+
+def test_decoder_steps_and_their_floors() -> None:
+    config = TransformerConfig(300, 64, 96, 2, 4, 2, 16)
+    shape = decoder_step.Shape("tiny", config, {4: 3.0})
+    rates = (1e10, 1e11)
+    rows = list(decoder_step.steps(shape, (0, 4), (64,), rates, device="cpu", dtype=torch.float32, timer=once))
+    plain, drafted = rows
+    parameters = sum(p.numel() for p in Transformer(config).parameters())
+    assert plain["bytes"] == 4 * (parameters + 2 * 2 * 2 * 16 * 65)  # weights, and K and V of two layers and two heads
+    assert plain["flops"] == 2 * parameters + 4 * 65 * 16 * 4 * 2
+    assert (plain["rows"], drafted["rows"]) == (1, 20)
+    pairs = 64 * 20 + 4 * 25 // 2 + 64  # anchors: P*B*(B+1) + B*(B+1)^2/2 + B^3
+    head = 300 * 64
+    assert drafted["flops"] == 2 * (parameters - head) * 20 + 2 * head * 7 + 4 * pairs * 16 * 4 * 2
+    for row in rows:
+        limit = max(row["bytes"] / rates[0], row["flops"] / rates[1]) * 1e6
+        assert row["floor_us"] == pytest.approx(limit, abs=0.01)
+        assert row["of_floor"] == pytest.approx(1 / limit, abs=1e-4)
+        assert "tiny" in decoder_step.describe(row)
+    assert drafted["projected_speedup"] == pytest.approx(3.0)
+    assert not list(decoder_step.steps(shape, (0,), (64,), rates, device="cpu", deadline=0.0))
+    published = {(s.name, b): n for s in decoder_step.SHAPES for b, n in s.published.items()}
+    assert published == {("Qwen2.5-1.5B", 8): 5.69, ("Qwen2.5-1.5B", 16): 7.35, ("Qwen3-8B", 16): 8.36}
+
+
+def _result(path: Path, **figures: float) -> Path:
+    rows = [
+        {"operator": "append", "context_len": n, "p50_us": us} for n, us in zip((512, 4096), (10.0, 20.0), strict=True)
+    ]
+    rows.append({"operator": "decode", "block_size": 8, "tokens_per_second": 100.0})
+    for row in rows:
+        row |= {name: value for name, value in figures.items() if name in row}
+    record.write(path, "mixed", "cpu", rows)
+    return path
+
+
+def test_compare_finds_the_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _result(tmp_path / "old.json"), _result(tmp_path / "new.json", p50_us=15.0, tokens_per_second=125.0)
+    assert compare.main([str(old), str(new)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines == [
+        "  1.50 x  p50_us 10.00 -> 15.00  append context_len=512",
+        "  0.80 x  tokens_per_second 100.00 -> 125.00  decode block_size=8",
+        "  0.75 x  p50_us 20.00 -> 15.00  append context_len=4096",
+    ]
+    assert compare.main([str(old), str(new), "--fail-over", "1.6"]) == 0
+    assert compare.main([str(old), str(new), "--fail-over", "1.4"]) == 1
+    assert "regression: 1.50 x, over 1.4: append context_len=512" in capsys.readouterr().err
+
+
+def test_compare_says_what_has_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _result(tmp_path / "old.json"), tmp_path / "new.json"
+    record.write(
+        new, "mixed", "cpu", [{"operator": "append", "context_len": 512, "p50_us": 10.0}, {"operator": "verify"}]
+    )
+    assert compare.main([str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert "only in old: decode block_size=8" in out
+    assert "only in new: verify" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected a readable file, got No such file"),
+        ("{", "expected JSON, got"),
+        ("[]", "expected a results file with rows"),
+        ('{"rows": []}', "expected rows that both files have, got none"),
+    ],
+)
+def test_compare_refuses(tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "new.json").write_text(content)
+    assert compare.main([str(_result(tmp_path / "old.json")), str(tmp_path / "new.json")]) == 2
+    assert message in capsys.readouterr().err

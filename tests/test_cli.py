@@ -126,7 +126,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a command (generate, train, doctor, draw), got none (see tidar-kernels --help)"),
+        ([], f"expected a command ({', '.join(cli.COMMANDS)}), got none (see tidar-kernels --help)"),
         (["draw"], "the following arguments are required: PATTERN (see tidar-kernels draw --help)"),
         (["draw", "spiral"], "PATTERN: invalid choice: 'spiral'"),
         (["draw", "step", "--block-size", "0"], "--block-size: expected a whole number >= 1, got '0'"),
@@ -229,6 +229,7 @@ FIGURES = {
 }
 SETTING = {
     "prompt": dict,
+    "drafts": dict,
     "sampling": dict,
     "checkpoint": str,
     "device": str,
@@ -688,6 +689,36 @@ def test_draw_refuses_a_pattern_that_is_too_large(run: Run) -> None:
     assert message.startswith("--block-size 1000000000: expected a pattern of at most 1048576 rows, got 10000000")
 
 
+# bench
+
+
+def test_bench_runs_parts_and_says_what_they_wrote(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import decode, strategies
+
+    def measure(arguments: list[str]) -> int:
+        print("a line of figures")
+        (Path(arguments[1]) / "new.json").write_text("{}")
+        return 1
+
+    monkeypatch.setattr(decode, "main", measure)
+    monkeypatch.setattr(strategies, "main", lambda arguments: 0)
+    (tmp_path / "old.json").write_text("{}")
+    code, out, err = run("bench", "decode", "strategies", "decode", "--out", tmp_path, "--json")
+    assert code == 1
+    assert json.loads(out) == {"parts": {"decode": 1, "strategies": 0}, "files": [str(tmp_path / "new.json")]}
+    assert err.count("a line of figures") == 1
+    code, out, _ = run("bench", "strategies", "--out", tmp_path / "made")
+    assert (code, out) == (0, "")
+
+
+def test_bench_refuses(run: Run, tmp_path: Path) -> None:
+    assert refused(run("bench", "decoding", "--out", tmp_path)).startswith(
+        "PART: expected some of operators, training,"
+    )
+    (tmp_path / "file").write_text("")
+    assert refused(run("bench", "--out", tmp_path / "file")).startswith("--out: expected a folder, got the file")
+
+
 # docs/cli.md
 
 
@@ -699,6 +730,8 @@ def test_every_json_field_is_documented(run: Run, healthy: None) -> None:
         "generate": FIGURES.keys() | SETTING.keys() | {"modes", "identical", "promise"},
         "doctor": json.loads(run("doctor", "--device", "cpu", "--json")[1]).keys(),
         "draw": json.loads(run("draw", "step", "--json")[1]).keys(),
+        "bench": {"parts", "files"},
+        "convert": {"path", "model", "block_size", "mask_token", "mask_token_id", "added", "vocab_size", "parameters"},
     }
     for command, fields in reports.items():
         assert fields - set(re.findall(r"`(\w+)`", sections[command])) == set()

@@ -260,3 +260,53 @@ def test_the_pages_python_runs(one_thread: None) -> None:
     assert not names["decoder"].session.requests
     assert {len(tokens) for tokens in names["served"].values()} == {32}
     assert len({tuple(tokens) for tokens in names["served"].values()}) == 3
+
+
+# Strategies.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--strategy", "isd", "--block-size", "3"],
+        ["--strategy", "self-speculation", "--block-size", "3", "--temperature", "0.8"],
+        ["--block-size", "4", "--levels", "1,3"],
+        ["--block-size", "3", "--exact"],
+    ],
+    ids=" ".join,
+)
+def test_strategies_agree_with_autoregression(arguments: list[str], run: Run) -> None:
+    code, output, _ = run("--max-new-tokens", "12", "--compare", "--json", *arguments)
+    report = json.loads(output)
+    assert code == 0
+    assert report["identical"]
+    drafts = report["drafts"]
+    assert drafts["exact"] == ("--exact" in arguments)
+    assert drafts["levels"] == ([1, 3] if "--levels" in arguments else None)
+    assert drafts["strategy"] == (arguments[1].replace("-", "_") if "--strategy" in arguments else "tidar")
+
+
+def test_block_diffusion_promises_nothing(run: Run) -> None:
+    arguments = ["--strategy", "block-diffusion", "--block-size", "4", "--max-new-tokens", "8", "--compare"]
+    code, output, _ = run(*arguments)
+    assert code == 0
+    assert "outputs not compared: block diffusion decodes by the diffusion logits" in output
+    assert "block diffusion, B = 4" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--levels", "2"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '2'"),
+        (["--levels", "1,x"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '1,x'"),
+        (["--levels", "1,9"], "--levels: expected ascending ints from 1 to at most 8, got [1, 9]"),
+        (["--strategy", "isd", "--levels", "1,2"], "--levels: expected --strategy tidar beside it, got isd"),
+        (["--strategy", "isd", "--block-size", "1"], "--block-size: expected >= 2, got 1"),
+        (["--strategy", "flare", "--beta", "0.5"], "--beta: expected 1 with a strategy other than tidar"),
+        (["--strategy", "medusa"], "--strategy: invalid choice: 'medusa'"),
+    ],
+)
+def test_bad_strategies(arguments: list[str], message: str, run: Run) -> None:
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert message in error

@@ -10,6 +10,7 @@ import torch
 from sections import Picture, Section
 from tidar_kernels import drawing, families
 from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
+from tidar_kernels.step_patterns import block_step, isd_step
 
 
 def block_diffusion(block_size: int) -> Pattern:
@@ -101,5 +102,9 @@ PICTURES: dict[str, Picture] = {
     "images/set_block_training.png": _picture(families.set_block_training(12, 4), 0),
     "images/dflash_training.png": _picture(families.dflash_training(12, [3, 7, 12], 4), 0),
     "images/jacobi_forcing_training.png": _picture(families.jacobi_forcing_training(4, 8), 0),
+    "images/tidar_step_levels.png": _picture(tidar_step(6, levels=[1, 3]), 6),
+    "images/isd_step.png": _picture(isd_step(4), 6),
+    "images/flare_step.png": _picture(isd_step(4, bidirectional=True), 6),
+    "images/block_step.png": _picture(block_step(6), 6),
     "images/packed.png": _picture(families.packed([tidar_training(s, 4) for s in (8, 5, 3)]), 0),
 }

@@ -81,6 +81,67 @@ def breakdown_table() -> str:
     return "\n\n".join(parts)
 
 
+def strategies_table() -> str:
+    """Every way to decode, side by side."""
+    parts = []
+    for result in _load("strategies-*.json"):
+        rows = [row for row in result["rows"] if row["operator"] == "strategy"]
+        lines = [
+            "| | rows a forward | tokens a forward | expected | tokens/s | against AR | must equal AR | does |",
+            "| :--- | ---: | ---: | ---: | ---: | ---: | :---: | :---: |",
+        ]
+        for row in rows:
+            expected = row["expected_tokens_per_forward"]
+            answers = ["yes" if row[field] else "no" for field in ("exact", "identical")]
+            lines.append(
+                f"| {row['label']} | {row['rows']} | {row['tokens_per_forward']:.2f} "
+                f"| {'' if expected is None else f'{expected:.2f}'} | {row['tokens_per_second']:.0f} "
+                f"| {row['speedup']:.2f} x | {' | '.join(answers)} |"
+            )
+        first = rows[0]
+        profile = next(row for row in result["rows"] if row["operator"] == "profile")
+        shares = " ".join(f"{share:.2f}" for share in profile["acceptance"])
+        steps = ", ".join(f"{ms:.1f} at {n}" for n, ms in zip(profile["rows"], profile["step_ms"], strict=True))
+        parts += [
+            "![tokens a forward pass and speed of every strategy](images/strategies_cpu.png)",
+            "\n".join(lines),
+            f"Shipped model, float32, greedy; {first['prompts']} held-out prompts of {first['prompt_tokens']} bytes, "
+            f"{first['new_tokens'] // first['prompts']} new bytes each, one at a time; prefill not counted. Expected: "
+            f"from the profile below, measured on training text. {_where(result)}.",
+            f"The profile that *auto* chose by: of the drafts 1, 2, .. positions behind the first whose predecessors "
+            f"stayed, {shares} stay; a step takes, in ms, {steps} rows.",
+        ]
+    return "\n\n".join(parts) or "No figures are published yet: `make bench` measures them."
+
+
+def decoder_step_table() -> str:
+    """Whole decoder steps on CUDA, where somebody has run `make gpu`."""
+    files = _load("decoder-step-*.json")
+    if not files:
+        return (
+            "No GPU figures are published yet: `make gpu` measures them and writes the file this table is drawn from."
+        )
+    parts = []
+    for result in files:
+        lines = [
+            "| shape of | B | rows | context | step, ms | times its floor | times AR | projected speed-up |",
+            "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in result["rows"]:
+            speedup = f"{row['projected_speedup']:.2f} x" if "projected_speedup" in row else ""
+            lines.append(
+                f"| {row['model']} | {row['block_size'] or 'AR'} | {row['rows']} | {row['context_len']} "
+                f"| {row['p50_us'] / 1e3:.3f} | {row['of_floor']:.2f} | {row['of_autoregressive']:.2f} | {speedup} |"
+            )
+        parts.append(
+            "\n".join(lines) + "\n\nbfloat16, batch 1, random weights, one CUDA graph a step, verification and the "
+            "lm_head within. Floor: weights and K/V read once at the measured bandwidth, or the multiplications at the "
+            "measured rate. Projected: the tokens a forward pass that TiDAR publishes for the model, over the step's "
+            f"time in autoregressive steps. {_where(result)}."
+        )
+    return "\n\n".join(parts)
+
+
 def gpu_table() -> str:
     """Step attention on CUDA, where somebody has run `make gpu`."""
     files = _load("step-*.json")
@@ -251,8 +312,10 @@ SECTIONS: dict[str, Section] = {
     "breakdown-table": breakdown_table,
     "decode-batch-table": decode_batch_table,
     "decode-table": decode_table,
+    "decoder-step-table": decoder_step_table,
     "gpu-table": gpu_table,
     "operators-table": operators_table,
+    "strategies-table": strategies_table,
     "training-gpu-table": training_gpu_table,
     "training-memory-table": training_memory_table,
     "training-table": training_table,

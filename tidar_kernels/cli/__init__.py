@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, draw, generate, train
+from . import bench, convert, doctor, draw, generate, train
 from .common import FAILED, INTERRUPTED, OK, PROGRAM, USAGE, Parser, UserError, one_line
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = {"generate": generate, "train": train, "doctor": doctor, "draw": draw}
+COMMANDS = {"generate": generate, "train": train, "convert": convert, "bench": bench, "doctor": doctor, "draw": draw}
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports a command that SIGPIPE ended
 
@@ -30,6 +30,8 @@ exit codes:
 examples:
   {PROGRAM} generate --demo
   {PROGRAM} train --out runs/stdlib --steps 300
+  {PROGRAM} convert ./Qwen3-0.6B ./Qwen3-0.6B-tidar --block-size 8
+  {PROGRAM} bench strategies --out results
   {PROGRAM} doctor --parity
   {PROGRAM} draw step --block-size 4
 

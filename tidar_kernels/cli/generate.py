@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from .common import (
     whole_number,
 )
 from .sampling import Sampling, add_sampling_arguments
+from .strategy import Drafts, add_strategy_arguments
 
 if TYPE_CHECKING:
     from ..decoding import Decoder, GenerationResult, Mode
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode in the other mode too, compare outputs and speed; exit with 1 if outputs differ that must not "
         "(default: only with --demo)",
     )
+    add_strategy_arguments(decoding)
     add_sampling_arguments(parser.add_argument_group("sampling"))
 
     model = parser.add_argument_group("model")
@@ -106,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    drafts = Drafts.of(options)
     given = None if options.demo else _read_prompt(options)
     import_torch()
     import torch
@@ -120,8 +123,11 @@ def run(options: argparse.Namespace) -> int:
     model, device = _load_model(options)
     other: Mode = "autoregressive" if options.mode == "tidar" else "tidar"
     modes: list[Mode] = [options.mode, other] if compare else [options.mode]
-    sampling = Sampling.of(options)
-    tasks = [_Task(model, prompt, mode, options.block_size, options.max_new_tokens, sampling) for mode in modes]
+    sampling = replace(Sampling.of(options), equals_autoregression=drafts.equals_autoregression)
+    block_size = options.block_size or model.config.block_size
+    if block_size is None and "tidar" in modes:
+        raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
+    tasks = [_Task(model, prompt, mode, block_size or 1, options.max_new_tokens, sampling, drafts) for mode in modes]
     for task in tasks:
         task.warm_up()
 
@@ -139,7 +145,8 @@ def run(options: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
     }
     if options.json:
-        print_json(_as_json(passes, identical, prompt, options, sampling, setting))
+        report = _as_json(passes, identical, prompt, options, sampling, setting)
+        print_json(report | {"drafts": drafts.as_json()})
     else:
         _print_report(terminal, passes, identical, sampling, setting)
     return OK if identical or sampling.promise != "tokens" else FAILED
@@ -214,14 +221,11 @@ class _Pass:
     block_size: int
     text: str
     result: GenerationResult
+    title: str
 
     @property
     def tokens(self) -> list[int]:
         return self.result.tokens[0]
-
-    @property
-    def title(self) -> str:
-        return f"TiDAR, B = {self.block_size}" if self.mode == "tidar" else _TITLES[self.mode]
 
     def figures(self) -> dict[str, Any]:
         """What `--json` says about one mode."""
@@ -257,21 +261,22 @@ class _Task:
         model: Transformer,
         prompt: _Prompt,
         mode: Mode,
-        block_size: int | None,
+        block_size: int,
         max_new_tokens: int,
         sampling: Sampling,
+        drafts: Drafts,
     ) -> None:
         from ..decoding import Decoder
         from ..models.tokenizer import EOS_ID, MASK_ID
 
-        if mode == "tidar" and block_size is None and model.config.block_size is None:
-            raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
         mask = MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id
         self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
         self.parameters = sampling.parameters
-        with user_errors(ValueError):
+        self.title = drafts.title(block_size) if mode == "tidar" else _TITLES[mode]
+        with user_errors(ValueError, rename={"levels": "--levels", "stride": "--block-size", "length": "--block-size"}):
+            how = drafts.decoder_options(mode, block_size)
             self.decoder: Decoder = Decoder(
-                model, block_size, mask, mode=mode, sampling=sampling.rule, beta=sampling.beta
+                model, block_size, mask, mode=mode, sampling=sampling.rule, beta=sampling.beta, **how
             )
         self.stop_tokens = (EOS_ID,)
 
@@ -303,7 +308,7 @@ class _Task:
         finally:
             watcher.finish()
         self._check(stream.result)
-        return _Pass(self.mode, self.decoder.block_size, "".join(parts), stream.result)
+        return _Pass(self.mode, self.decoder.block_size, "".join(parts), stream.result, self.title)
 
     @staticmethod
     def _check(result: GenerationResult) -> None:
@@ -349,7 +354,7 @@ class _Progress(_Watcher):
 
     def step(self, text: str, num_tokens: int) -> None:
         self.tokens += num_tokens
-        self.terminal.status(f"{_TITLES[self.task.mode]}: {self.tokens} of {self.task.max_new_tokens} tokens")
+        self.terminal.status(f"{self.task.title}: {self.tokens} of {self.task.max_new_tokens} tokens")
 
     def finish(self) -> None:
         self.terminal.status("")
@@ -393,7 +398,7 @@ def _print_report(
     if len(passes) > 1:
         tidar, autoregressive = sorted(passes, key=lambda one: one.mode, reverse=True)
         ratio = tidar.result.tokens_per_second / autoregressive.result.tokens_per_second
-        print(f"TiDAR decodes {ratio:.2f} x the tokens/s of autoregressive decoding")
+        print(f"{tidar.title.split(',')[0]} decodes {ratio:.2f} x the tokens/s of autoregressive decoding")
         if sampling.promise != "tokens":
             print(sampling.verdict())
             return

@@ -84,6 +84,7 @@ class Sampling:
     parameters: dict[str, Any]
     rule: Rule
     beta: float
+    equals_autoregression: bool = True
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Sampling:
@@ -97,7 +98,7 @@ class Sampling:
     @property
     def promise(self) -> Promise:
         """What TiDAR's output shares with that of autoregressive decoding, whatever the model."""
-        if self.beta < 1:
+        if self.beta < 1 or not self.equals_autoregression:
             return "none"
         return "tokens" if self.greedy or self.rule == "coupled" else "distribution"
 
@@ -106,6 +107,8 @@ class Sampling:
         if self.promise == "distribution":
             rule = self.rule.replace("_", "-")
             return f"same distribution: by the {rule} rule; the tokens may differ, and are not compared"
+        if not self.equals_autoregression:
+            return "outputs not compared: block diffusion decodes by the diffusion logits"
         return "outputs not compared: with --beta below 1 the diffusion logits have a say"
 
     def as_json(self) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Two results files side by side: what became faster, what slower; exit code 1 past a given regression.
+
+    python -m benchmarks.compare OLD.json NEW.json [--fail-over 1.1]
+
+Rows are matched by what was measured: every field that is a name, a size or a shape, and none that is a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Results that are compared, and whether less of it is better; the first that a row has counts.
+METRICS = (("p50_us", True), ("step_ms", True), ("tokens_per_second", False), ("peak_bytes", True))
+# What says which row it is. Anything else is a result, or follows from these.
+IDENTITY = (
+    "operator", "implementation", "direction", "mode", "name", "label", "model", "dtype", "batch", "block_size",
+    "context_len", "seq_len", "num_heads", "num_kv_heads", "head_dim", "num_rows", "vocab_size", "in_features",
+    "out_features", "rows", "prompts", "prompt_tokens", "new_tokens", "threads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in both files; `factor` is above 1 where the new one is slower (or larger)."""
+
+    what: str
+    metric: str
+    old: float
+    new: float
+    factor: float
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable file, got {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise ValueError(f"{path}: expected a results file with rows, got none")
+    return content
+
+
+def _by_identity(content: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in content["rows"]:
+        identity = tuple((name, row[name]) for name in IDENTITY if isinstance(row.get(name), (str, int, float)))
+        # Two rows that nothing tells apart keep their order.
+        count = 0
+        while (*identity, count) in rows:
+            count += 1
+        rows[(*identity, count)] = row
+    return rows
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], list[str], list[str]]:
+    """`(rows in both, rows only in old, rows only in new)`; rows without a figure in one file are left out of both."""
+    before, after = _by_identity(old), _by_identity(new)
+
+    def label(identity: tuple[Any, ...]) -> str:
+        return " ".join(f"{name}={value}" if name != "operator" else str(value) for name, value in identity[:-1])
+
+    found = []
+    for identity, row in before.items():
+        for metric, less_is_better in METRICS:
+            pair = row.get(metric), after.get(identity, {}).get(metric)
+            if pair[0] and pair[1]:
+                factor = pair[1] / pair[0] if less_is_better else pair[0] / pair[1]
+                found.append(Change(label(identity), metric, pair[0], pair[1], factor))
+                break
+    gone = [label(identity) for identity in before if identity not in after]
+    come = [label(identity) for identity in after if identity not in before]
+    return found, gone, come
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument(
+        "--fail-over", type=float, metavar="X", help="exit with 1 if a row takes more than X times as long"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        old, new = load(options.old), load(options.new)
+    except ValueError as error:
+        print(f"benchmarks.compare: error: {error}", file=sys.stderr)
+        return 2
+    for name, content in (("old", old), ("new", new)):
+        machine = content.get("machine", {})
+        where = machine.get("gpu") or machine.get("cpu", "unknown machine")
+        print(f"{name}: {content.get('kind', '?')}, {content.get('date', '?')}, {where}")
+    if old.get("machine") != new.get("machine"):
+        print("the machines differ: factors compare them too")
+    found, gone, come = changes(old, new)
+    for change in sorted(found, key=lambda change: -change.factor):
+        print(f"{change.factor:6.2f} x  {change.metric} {change.old:,.2f} -> {change.new:,.2f}  {change.what}")
+    for sign, names in (("only in old", gone), ("only in new", come)):
+        for name in names:
+            print(f"{sign}: {name}")
+    if not found:
+        print("benchmarks.compare: error: expected rows that both files have, got none", file=sys.stderr)
+        return 2
+    worst = max(found, key=lambda change: change.factor)
+    if options.fail_over is not None and worst.factor > options.fail_over:
+        print(f"regression: {worst.factor:.2f} x, over {options.fail_over:g}: {worst.what}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Every way to decode, side by side: the shipped model on held-out prompts.
+
+    python -m benchmarks.strategies --out DIR [--new-tokens N] [--prompts N]
+
+Tokens a forward pass, rows a forward pass, tokens a second; whether the output must be that of autoregressive decoding,
+and whether it was. The levels of "auto" are chosen by what this machine's rows cost and by the acceptance on the
+package's training text, not on the prompts that are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidar_kernels import Decoder
+from tidar_kernels.models import data, shipped
+from tidar_kernels.profiling import profile
+from tidar_kernels.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar
+from tidar_kernels.strategies.levels import expected_tokens, plan
+
+from . import plots, record
+from .decode import PROMPT_BYTES, prompts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to decode: what it is called, the strategy (None: autoregression), and the mean rows of its passes."""
+
+    name: str
+    label: str
+    strategy: Strategy | None
+    rows: float
+    expected: float | None = None
+
+
+def candidates(measured: Profile) -> list[Candidate]:
+    """All strategies at the settings that suit a model of unshifted masks and bidirectional blocks."""
+    found = [Candidate("autoregressive", "autoregressive", None, 1)]
+
+    def with_levels(block: int, levels: tuple[int, ...] | None, name: str, label: str) -> None:
+        made = tidar(block, levels=levels)
+        expected = expected_tokens(measured.acceptance, block, levels or range(1, block + 1))
+        found.append(Candidate(name, label, made, made.pattern.q_len, round(expected, 3)))
+
+    for block in (4, 8, 16):
+        with_levels(block, None, "tidar", f"TiDAR, B = {block}")
+    with_levels(8, (1, 2, 4), "tidar_levels", "TiDAR, B = 8, levels 1 2 4")
+    with_levels(16, (1, 2, 3, 4, 6, 8), "tidar_levels", "TiDAR, B = 16, levels 1 2 3 4 6 8")
+    chosen = plan(measured)
+    levels = " ".join(map(str, chosen.levels))
+    with_levels(
+        chosen.block_size, chosen.levels, "tidar_auto", f"TiDAR, auto: B = {chosen.block_size}, levels {levels}"
+    )
+    for stride in (4, 8):
+        causal, both = isd(stride, shifted=False), isd(stride, bidirectional=True, shifted=False)
+        found.append(Candidate("isd", f"ISD, N = {stride}", causal, causal.pattern.q_len))
+        found.append(Candidate("flare", f"FLARE rows, N = {stride}", both, both.pattern.q_len))
+    found += [Candidate("self_speculation", f"self-speculation, L = {n}", SelfSpeculation(n), n) for n in (4, 8)]
+    return found + [
+        Candidate("block_diffusion", f"block diffusion, L = 8, threshold {threshold}", BlockDiffusion(8, threshold), 8)
+        for threshold in (0.9, 0.5)
+    ]
+
+
+def run(
+    model: Any,
+    chosen: list[Candidate],
+    batch: list[list[int]],
+    new_tokens: int,
+    repeats: int = 2,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row a candidate, the first the baseline; candidates take turns on every prompt, and the faster run counts."""
+    decoders = {
+        c.label: Decoder(model, mode="autoregressive") if c.strategy is None else Decoder(model, strategy=c.strategy)
+        for c in chosen
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in decoders}
+    passes, equal = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, True)
+    for decoder in decoders.values():
+        decoder.generate([batch[0]], 8)
+    for index, prompt in enumerate(batch):
+        progress(f"prompt {index + 1} of {len(batch)}")
+        best = dict.fromkeys(decoders, float("inf"))
+        reference: list[list[int]] = []
+        for repeat in range(repeats):
+            for label, decoder in decoders.items():
+                result = decoder.generate([prompt], new_tokens)
+                reference = reference or result.tokens
+                equal[label] &= result.tokens == reference
+                best[label] = min(best[label], result.seconds)
+                if repeat == 0:
+                    passes[label] += result.forwards
+        for label, value in best.items():
+            seconds[label].append(value)
+    tokens, baseline = new_tokens * len(batch), seconds[chosen[0].label]
+    return [
+        {
+            "operator": "strategy",
+            "name": c.name,
+            "label": c.label,
+            "rows": c.rows,
+            "exact": c.strategy is None or c.strategy.equals_autoregression,
+            "identical": equal[c.label],
+            "prompts": len(batch),
+            "prompt_tokens": len(batch[0]),
+            "new_tokens": tokens,
+            "forwards": passes[c.label],
+            "tokens_per_forward": round(tokens / passes[c.label], 4),
+            "expected_tokens_per_forward": c.expected,
+            "tokens_per_second": round(tokens / sum(seconds[c.label]), 2),
+            "speedup": round(sum(baseline) / sum(seconds[c.label]), 4),
+        }
+        for c in chosen
+    ]
+
+
+def calibration_prompts(count: int = 8) -> list[list[int]]:
+    """Prompts like the timed ones, from files that the model was trained on."""
+    files = data.stdlib_files()
+    texts = [(files.folder / name).read_bytes() for name in files.training]
+    long = [text for text in texts if len(text) > 4 * PROMPT_BYTES]
+    step = max(1, len(long) // count)
+    return [list(text[len(text) // 4 :][:PROMPT_BYTES]) for text in long[::step][:count]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for strategies-cpu.json and .png")
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, at most 12")
+    options = parser.parse_args(arguments)
+    model, _ = shipped.load_shipped()
+    measured = profile(model, calibration_prompts(), max_block_size=16)
+    rows = run(
+        model, candidates(measured), prompts()[: options.prompts], options.new_tokens,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    for line in rows:
+        print(
+            f"{line['label']:38} {line['rows']:4} rows {line['tokens_per_forward']:6.2f} tokens/forward "
+            f"{line['tokens_per_second']:7.1f} tokens/s {line['speedup']:5.2f} x  exact: {line['exact']!s:5}"
+            f"  as autoregressive: {line['identical']}",
+            flush=True,
+        )
+    rows.append(
+        {
+            "operator": "profile",
+            "acceptance": [round(share, 4) for share in measured.acceptance],
+            "rows": list(measured.rows),
+            "step_ms": [round(seconds * 1e3, 4) for seconds in measured.seconds],
+        }
+    )
+    path = options.out / "strategies-cpu.json"
+    record.write(path, "strategies", "cpu", rows)
+    plots.save_strategies(json.loads(path.read_text()), path.with_suffix(".png"))
+    return 0 if all(line["identical"] or not line["exact"] for line in rows if line["operator"] == "strategy") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
