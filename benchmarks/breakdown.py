@@ -24,6 +24,7 @@ from tidar_kernels import Decoder, ops, session
 from tidar_kernels.cache import KVCache
 from tidar_kernels.models import shipped
 from tidar_kernels.models.transformer import Transformer
+from tidar_kernels.strategies import base
 
 from . import record
 from .decode import prompts
@@ -34,7 +35,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "append": ((KVCache, "rotary_append"),),
     "projections": ((torch.nn.Linear, "forward"),),
     "lm_head": ((Transformer, "logits"),),
-    "verify": ((session, "verify"), (session, "sample")),
+    "verify": ((base, "verify"), (base, "sample"), (session, "sample")),
 }
 
 

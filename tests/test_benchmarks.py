@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, decoder_step, gpu, plots, record, timing, training
+from benchmarks import breakdown, compare, decoder_step, gpu, plots, record, strategies, timing, training
+from tidar_kernels import Decoder, patterns
 from tidar_kernels import ops as tk_ops
-from tidar_kernels import patterns
 from tidar_kernels.models import Transformer, TransformerConfig
+from tidar_kernels.strategies import Profile
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = training.Workload(40, 8, 4, 2, 16)
@@ -371,3 +372,27 @@ def test_compare_refuses(tmp_path: Path, content: str | None, message: str, caps
         (tmp_path / "new.json").write_text(content)
     assert compare.main([str(_result(tmp_path / "old.json")), str(tmp_path / "new.json")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_parts_of_a_step_are_found_and_do_not_exceed_it() -> None:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(40, 32, 48, 2, 2, 1, 16, mask_token_id=39))
+    row = breakdown.breakdown(Decoder(model, 4), [[1, 2, 3], [4]], 12)
+    parts = [row[f"{part}_ms"] for part in breakdown.PARTS]
+    assert min(parts) > 0.0
+    assert row["rest_ms"] == pytest.approx(row["step_ms"] - sum(parts), abs=1e-3)
+
+
+def test_strategies_take_turns_and_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(40, 32, 48, 2, 2, 1, 16, mask_token_id=39))
+    measured = Profile((0.5,) * 15, (1, 272), (1e-3, 2e-3))
+    chosen = strategies.candidates(measured)
+    assert len({c.label for c in chosen}) == len(chosen) == 15
+    rows = strategies.run(model, chosen, [[1, 2, 3], [4, 5, 6]], 10, repeats=1)
+    assert [row["name"] for row in rows][:2] == ["autoregressive", "tidar"]
+    for row, candidate in zip(rows, chosen, strict=True):
+        assert row["identical"] or not row["exact"]
+        assert row["tokens_per_forward"] == pytest.approx(20 / row["forwards"], abs=1e-4)
+        assert row["rows"] == candidate.rows
+    assert not all(row["exact"] for row in rows)
