@@ -99,7 +99,11 @@ FORWARD, DQ, DKDV = MULTIPLYING
 @pytest.mark.parametrize(
     ("cc", "head_dim", "dtype", "kernels"),
     [
-        *((cc, head_dim, torch.bfloat16, MULTIPLYING) for cc in CHIPS for head_dim in (64, 128, 256)),
+        *((90, head_dim, torch.bfloat16, MULTIPLYING) for head_dim in (64, 128, 256)),
+        *((cc, 128, torch.bfloat16, MULTIPLYING) for cc in (80, 100)),
+        (80, 256, torch.bfloat16, (DKDV,)),
+        (100, 64, torch.bfloat16, (FORWARD,)),
+        (100, 256, torch.bfloat16, (DQ,)),
         (80, 32, torch.bfloat16, (FORWARD,)),
         (90, 96, torch.bfloat16, (DKDV,)),
         (90, 16, torch.float32, (DKDV,)),

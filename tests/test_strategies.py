@@ -247,7 +247,6 @@ def toy(vocab: int, offsets: int) -> Chain:
         ("tidar_levels_1_3", "rejection"),
         ("isd_4", "rejection"),
         ("isd_4", "point_mass"),
-        ("flare_4_unshifted", "coupled"),
         ("self_speculation_5", "rejection"),
     ],
 )

@@ -46,7 +46,7 @@ class CompileReport:
         spill_bytes: stored and loaded per thread, as ptxas reports; 0 without asking it where no local memory is used.
         shared_bytes: per block.
         tensor_core: names of the tensor-core instructions in it: HMMA (cc 80), HGMMA (wgmma, cc 90), UTCHMMA (tcgen05,
-            cc 100).
+            cc 100); of PTX, whose instructions become these, unless the binary was read.
         options: the launch's constexpr arguments, warps and stages.
     """
 
@@ -101,8 +101,15 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_report(launch: Launch, cc: int) -> CompileReport:
+# Tensor-core instructions: in PTX, and in the binary.
+_IN_PTX = ((r"\bmma\.sync\b", "HMMA"), (r"\bwgmma\.mma_async\b", "HGMMA"), (r"\btcgen05\.mma\b", "UTCHMMA"))
+
+
+def compile_report(launch: Launch, cc: int, *, read_binary: bool = False) -> CompileReport:
     """Compile exactly what `launch.run()` would run on compute capability `cc`, and read the result.
+
+    Disassembling takes a third of the time. It is done where local memory is used, or on demand: without local memory
+    nothing loads from it or stores to it.
 
     Raises:
         RuntimeError: kernels are interpreted in this process, or a tool fails.
@@ -118,10 +125,13 @@ def compile_report(launch: Launch, cc: int) -> CompileReport:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
-        sass = _run("nvdisasm", "-c", str(cubin))
-        local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-        stack_bytes, spill_bytes = int(found[2]), 0
-        if stack_bytes or local_accesses:
+        stack_bytes, spill_bytes, local_accesses = int(found[2]), 0, 0
+        tensor_core = {name for pattern, name in _IN_PTX if re.search(pattern, compiled.asm["ptx"])}
+        if stack_bytes or read_binary:
+            sass = _run("nvdisasm", "-c", str(cubin))
+            local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+            tensor_core = set(re.findall(r"\b([A-Z]+MMA)\b", sass))
+        if stack_bytes:
             ptx.write_text(compiled.asm["ptx"])
             target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
             ptxas = "ptxas_blackwell" if cc >= 100 else "ptxas"
@@ -135,7 +145,7 @@ def compile_report(launch: Launch, cc: int) -> CompileReport:
         local_accesses=local_accesses,
         spill_bytes=spill_bytes,
         shared_bytes=compiled.metadata.shared,
-        tensor_core=tuple(sorted(set(re.findall(r"\b([A-Z]+MMA)\b", sass)))),
+        tensor_core=tuple(sorted(tensor_core)),
         options=launch.options,
     )
 
@@ -145,7 +155,7 @@ def _shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtyp
     return torch.empty_strided(shape, LAYOUTS[layout](*shape), dtype=dtype, device="meta")
 
 
-def compile_step_attention(case: StepCase, cc: int) -> list[CompileReport]:
+def compile_step_attention(case: StepCase, cc: int, *, read_binary: bool = False) -> list[CompileReport]:
     """The kernels of one step on compute capability `cc`: attention and, where there are splits, their merge."""
     from ..kernels.configs import nearest_chip
     from ..kernels.step_attention import plan_step_attention
@@ -165,7 +175,7 @@ def compile_step_attention(case: StepCase, cc: int) -> list[CompileReport]:
     sinks = torch.empty(case.num_heads, dtype=case.dtype, device="meta") if case.sinks else None
     operands = (q, k, k, cache, cache, lengths, lead, own, scale, max_context, pattern.reach_on("meta"))
     launches, _, _ = plan_step_attention(*operands, case.softcap, sinks, nearest_chip(cc))
-    return [compile_report(launch, cc) for launch in launches]
+    return [compile_report(launch, cc, read_binary=read_binary) for launch in launches]
 
 
 def compile_append_kv(case: AppendCase, cc: int) -> list[CompileReport]:
