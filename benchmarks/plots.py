@@ -111,5 +111,5 @@ def save_strategies(result: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color="#2f6690", label="output of autoregression"), Patch(color="#d1603d", label="its own output")]
-    right.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path, strategies_description(result))

@@ -110,9 +110,10 @@ def step_attention(
         for slots, mask, empty in _context_parts(length, reach, q.dtype, group):
             k_ctx, v_ctx = k_cache[at, :, slots], v_cache[at, :, slots]
             ctx, ctx_lse = _attend(rows[at], k_ctx, v_ctx, scale, softcap, mask, empty)
-            weight = share(ctx_lse, so_far_lse).unsqueeze(-1)
+            # A part that every row sees has a finite lse, and needs no care for rows without a key.
+            weight = torch.sigmoid(ctx_lse - so_far_lse) if empty is None else share(ctx_lse, so_far_lse)
             # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
-            so_far = torch.lerp(so_far.to(lse_dtype), ctx.to(lse_dtype), weight)
+            so_far = torch.lerp(so_far.to(lse_dtype), ctx.to(lse_dtype), weight.unsqueeze(-1))
             so_far_lse = torch.logaddexp(ctx_lse, so_far_lse)
         merged.append((so_far.to(q.dtype), so_far_lse))
     if merged:

@@ -328,3 +328,8 @@ if (RESULTS / "training-cpu.json").is_file():
         lambda path: plots.save_training(_training_result(), path),
         lambda: plots.training_description(_training_result()),
     )
+if (RESULTS / "strategies-cpu.json").is_file():
+    PICTURES["images/strategies_cpu.png"] = Picture(
+        lambda path: plots.save_strategies(_load("strategies-cpu.json")[0], path),
+        lambda: plots.strategies_description(_load("strategies-cpu.json")[0]),
+    )
