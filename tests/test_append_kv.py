@@ -5,25 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.paths import DEVICES, HERE, on_every_path
 from tidar_kernels import eager, ops, testing
 
-PATHS = (
-    ("cpu", "cpu", ()),
-    ("interpreter", "cpu", pytest.mark.interpret),
-    ("triton", "cuda", pytest.mark.cuda),
-)
-DEVICES = [pytest.param(device, id=path, marks=marks) for path, device, marks in PATHS]
 
-
-(SUITE,) = (suite for suite in testing.SUITES if suite.operator == "append_kv")
-ON_EVERY_PATH = [
-    pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
-    for path, device, marks in PATHS
-    for case in SUITE.cases_on(path)
-]
-
-
-@pytest.mark.parametrize(("device", "case"), ON_EVERY_PATH)
+@pytest.mark.parametrize(("device", "case"), on_every_path("append_kv"))
 def test_every_slot(device: str, case: testing.AppendCase) -> None:
     testing.check_append_kv(case, device)
 
@@ -35,7 +21,7 @@ def test_the_twin_too(case: testing.AppendCase) -> None:
 
 
 # A GPU's lengths are not read by the host: there it is `KVCache` that knows the bounds.
-@pytest.mark.parametrize("device", DEVICES[:2])
+@pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize(("lengths", "sequence"), [((33, 0), 0), ((0, -1), 1), ((32, 41), 1)])
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_overflow_raises_before_anything_is_written(

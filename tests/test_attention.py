@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,27 +10,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tidar_kernels as tk
+from tests.paths import on_every_path
 from tidar_kernels import eager, families, patterns
 from tidar_kernels.models.transformer import Transformer, TransformerConfig
 from tidar_kernels.testing import attention as testing
 
-PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
 REPEATED = ("batch", "lse_grad", "irregular_fp16", "packed", "shared_heads")
-
-
-def on_every_path() -> Iterator[Any]:
-    """As `tidar_kernels.testing.Suite.cases_on` has it: float64 for the CPU path, bfloat16 and large cases on a GPU."""
-    for path, device, marks in PATHS:
-        large = testing.ATTENTION_CASES_LARGE if path == "triton" else ()
-        for index, case in enumerate((*testing.ATTENTION_CASES, *large)):
-            if path == "cpu" and case.dtype == torch.float32 and index % 3 == 0:
-                case = replace(case, dtype=torch.float64)
-            elif path == "triton" and case.dtype == torch.float16 and case not in large:
-                case = replace(case, dtype=torch.bfloat16)
-            yield pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
-
-
-EVERY_CASE = list(on_every_path())
+EVERY_CASE = on_every_path("attention")
 
 
 @pytest.mark.parametrize(("device", "case"), EVERY_CASE)

@@ -458,7 +458,7 @@ def test_doctor_json(run: Run, healthy: None) -> None:
     assert set(report) - set(REPORT) == {"cuda", "triton_interpret"}
     assert (report["device"], report["path"], report["launch_configurations"]) == ("cpu", "cpu", [])
     assert report["versions"] == common.versions()
-    assert list(report["operators"]) == ["step_attention", "append_kv", "attention"]
+    assert set(report["operators"]) >= {"step_attention", "append_kv", "attention"}
     assert {check["name"]: check["ok"] for check in report["checks"]} == dict.fromkeys(
         ["python", "torch", "triton", "shipped model", "append_kv on cpu", "step_attention on cpu"], True
     )
@@ -474,9 +474,7 @@ def test_doctor_text(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -
     assert [line for line in out.splitlines() if line in titles] == titles
     assert f"\n  torch          {torch.__version__}\n" in out
     assert "\n  TRITON_INTERPRET  not set\n" in out
-    assert re.search(
-        r"\n  step_attention  PyTorch, .+\n  append_kv       PyTorch, .+\n  attention       PyTorch, ", out
-    )
+    assert re.search(r"\n  step_attention +PyTorch, .+\n  attention +PyTorch, .+\n  append_kv +PyTorch, ", out)
     assert "\n  none: no kernel is launched on this device\n" in out
     assert re.search(r"\n  ok  step_attention on cpu  6 cases, at most \d+% of the error budget, \d+\.\d s\n", out)
     assert out.endswith("\nall 6 checks passed\n")

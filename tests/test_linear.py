@@ -10,50 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_kernels import eager_linear, ops
+from tests.paths import DEVICES, HERE, on_every_path
+from tidar_kernels import eager_linear, ops, testing
 from tidar_kernels.linear import gated_lora, row_invariant_linear
-from tidar_kernels.testing import Guarded, bits, budget, guarded, poisoned_allocations
+from tidar_kernels.testing import bits, poisoned_allocations
+from tidar_kernels.testing.projections import matrix, random_gate
 
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpret),
-    pytest.param("cuda", id="triton", marks=pytest.mark.cuda),
-]
-PATHS = DEVICES[:2]
 # NumPy's view of products with NaN and inf in the interpreter.
 NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
-HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 BASES = pytest.mark.parametrize("row_invariant", [True, False], ids=["row_invariant", "library"])
-
-CASES = [
-    # leading shape, in, out, rank, layout of the operands, bias
-    ((1,), 16, 16, 1, "bhnd", False),
-    ((2, 19), 70, 50, 8, "bhnd", True),
-    ((37,), 33, 65, 64, "gaps", True),
-    ((20,), 96, 33, 5, "bhdn", False),
-    ((3, 6), 48, 40, 256, "bhnd", False),
-]
-LARGE = [
-    # rows of a decode step and of training, at shapes of Qwen2.5-1.5B and Qwen3-8B
-    ((72,), 1536, 8960, 64, "bhnd", False),
-    ((1, 20), 8960, 1536, 8, "bhnd", False),
-    ((300,), 1537, 259, 33, "gaps", True),
-    ((2, 2049), 4096, 1024, 256, "bhnd", False),
-]
-
-
-def place(values: Tensor, layout: str = "bhnd") -> Guarded:
-    """A matrix in one of the layouts of the harness."""
-    found = guarded(values[None, None], layout)
-    return Guarded(found.tensor[0, 0], found.buffer, found.before)
-
-
-def random_gate(rows: int) -> Tensor:
-    """None, some and all rows of a tile: rows 16 to 32 (a tile, interpreted) have no adapter, the next 16 all do."""
-    gate = torch.where(torch.rand(rows) < 0.5, torch.randn(rows), 0.0)
-    gate[16:32], gate[32:48] = 0.0, 1.0
-    gate[:1] = 0.5
-    return gate
 
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -66,62 +31,14 @@ def operands(rows: int, inner: int, outer: int, rank: int, dtype: torch.dtype = 
     return x, weight, lora_a, lora_b, random_gate(rows), torch.randn(outer).to(dtype)
 
 
-def check_parity(case: Any, dtype: torch.dtype, row_invariant: bool, device: str) -> None:
-    leading, inner, outer, rank, layout, has_bias = case
-    given = operands(int(torch.Size(leading).numel()), inner, outer, rank, dtype)
-    matrices = {name: place(t.to(device), layout) for name, t in zip(("x", "w", "a", "b"), given[:4], strict=True)}
-    gate = given[4].to(device).view(leading)
-    bias = given[5].to(device) if has_bias and given[5] is not None else None
-    grad = place(torch.randn(gate.numel(), outer).to(device, dtype), layout).tensor
-
-    def run(call: Callable[..., Tensor], wide: torch.dtype, **options: bool) -> dict[str, Tensor]:
-        x, w, a, b = (m.tensor.to(wide).detach().requires_grad_() for m in matrices.values())
-        wide_bias = None if bias is None else bias.to(wide).requires_grad_()
-        out = call(x.view(*leading, inner) if x.is_contiguous() else x, w, a, b, gate, 0.75, wide_bias, **options)
-        leaves = [x, w, a, b, *([] if wide_bias is None else [wide_bias])]
-        grads = torch.autograd.grad(out, leaves, grad.to(wide).view_as(out))
-        return dict(zip(("out", "dx", "dW", "dA", "dB", "dbias"), (out.detach(), *grads), strict=False))
-
-    with poisoned_allocations():
-        found = run(gated_lora, dtype, row_invariant=row_invariant)
-    expected, eager = run(eager_linear.gated_lora, torch.float64), run(eager_linear.gated_lora, dtype)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        measure = budget(value, expected[name], eager[name], name, by_row=name == "out")
-        assert measure.error <= measure.budget, name
-    for name, matrix in matrices.items():
-        matrix.check(name)
+@pytest.mark.parametrize(("device", "case"), on_every_path("gated_lora"))
+def test_parity(device: str, case: testing.LinearCase) -> None:
+    testing.check_gated_lora(case, device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@HALF_AND_FULL
-@pytest.mark.parametrize("case", CASES, ids=str)
-@BASES
-def test_parity(case: Any, dtype: torch.dtype, row_invariant: bool, device: str) -> None:
-    check_parity(case, dtype, row_invariant, device)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", LARGE, ids=str)
-@BASES
-def test_parity_at_models_shapes(case: Any, dtype: torch.dtype, row_invariant: bool) -> None:
-    check_parity(case, dtype, row_invariant, "cuda")
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@HALF_AND_FULL
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_projection_parity(case: Any, dtype: torch.dtype, device: str) -> None:
-    leading, inner, outer, _, layout, has_bias = case
-    x, weight, *_, bias = operands(int(torch.Size(leading).numel()), inner, outer, 1, dtype)
-    x, weight = place(x.to(device), layout).tensor, place(weight.to(device), layout).tensor
-    bias = bias.to(device) if has_bias and bias is not None else None
-    with poisoned_allocations():
-        out = row_invariant_linear(x, weight, bias)
-    wide = [None if t is None else t.double() for t in (x, weight, bias)]
-    measure = budget(out, F.linear(*wide), F.linear(x, weight, bias), by_row=True)
-    assert measure.error <= measure.budget
+@pytest.mark.parametrize(("device", "case"), on_every_path("row_invariant_linear"))
+def test_projection_parity(device: str, case: testing.LinearCase) -> None:
+    testing.check_row_invariant_linear(case, device)
 
 
 def check_rows(call: Callable[[Tensor, Tensor], Tensor], rows: Tensor, gate: Tensor) -> None:
@@ -167,7 +84,7 @@ def test_strides_do_not_change_a_row(device: str) -> None:
     x, weight = torch.randn(9, 70, device=device), torch.randn(40, 70, device=device)
     expected = row_invariant_linear(x, weight)
     for layout in ("gaps", "bhdn"):
-        assert torch.equal(row_invariant_linear(place(x, layout).tensor, weight), expected)
+        assert torch.equal(row_invariant_linear(matrix(x, layout).tensor, weight), expected)
     folded = row_invariant_linear(x.view(3, 3, 70).transpose(0, 1), weight)
     assert torch.equal(folded, expected.view(3, 3, 40).transpose(0, 1))
 
@@ -247,7 +164,7 @@ def test_inputs_of_the_adapter_are_zero_elsewhere(row_invariant: bool, device: s
     assert not bool(h[gate == 0].any())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 def test_a_gate_is_broadcast(path: str) -> None:
     x, weight, lora_a, lora_b, gate, bias = operands(20, 33, 18, 3)
     folded, gate = x.view(4, 5, 33), gate != 0
@@ -270,7 +187,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(row_invariant_linear, (*leaves[:2], bias))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 @BASES
 def test_opcheck(row_invariant: bool, path: str) -> None:
     x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
@@ -284,7 +201,7 @@ def test_opcheck(row_invariant: bool, path: str) -> None:
     torch.library.opcheck(library.gated_lora_backward.default, (*plain, 0.5))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 def test_compiles_without_a_graph_break(path: str) -> None:
     x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
 
@@ -300,7 +217,7 @@ def test_compiles_without_a_graph_break(path: str) -> None:
         assert torch.equal(compiled, plain)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 def test_autocast(path: str) -> None:
     x, weight, lora_a, lora_b, gate, bias = operands(9, 33, 18, 3)
     lora_a.requires_grad_()

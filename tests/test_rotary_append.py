@@ -9,61 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tidar_kernels import ops
-from tidar_kernels.rotary import RotaryEmbedding, apply_rotary, rotary_append
-from tidar_kernels.testing import Guarded, budget, check_equal, guarded, poisoned_allocations
-
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpret),
-    pytest.param("cuda", id="triton", marks=pytest.mark.cuda),
-]
-CASES = [
-    # lengths, rows, keep, heads, kv heads, head dim, layout
-    ((0,), 1, 1, 4, 1, 64, "bhnd"),
-    ((3, 21, 0), 20, 4, 6, 2, 16, "bnhd"),
-    ((7, 22), 17, 17, 2, 2, 80, "gaps"),
-    ((1, 2), 5, 0, 7, 1, 128, "bhdn"),
-    ((40,), 3, 0, 2, 1, 32, "bnhd"),
-]
-MAX_LEN = 40
+from tests.paths import DEVICES, on_every_path
+from tidar_kernels import ops, testing
+from tidar_kernels.rotary import RotaryEmbedding, rotary_append
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("own_positions", [True, False])
-def test_parity(case: Any, dtype: torch.dtype, own_positions: bool, device: str) -> None:
-    lengths, rows, keep, num_heads, num_kv_heads, head_dim, layout = case
-    batch = len(lengths)
-
-    def place(*shape: int) -> Guarded:
-        return guarded(torch.randn(shape).to(device, dtype), layout)
-
-    q, k, v = (place(batch, h, rows, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads))
-    caches = [place(batch, num_kv_heads, MAX_LEN, head_dim) for _ in range(2)]
-    before = [cache.tensor.clone() for cache in caches]
-    positions = torch.randint(0, 5000, (batch, rows) if own_positions else (rows,), device=device)
-    rotary = RotaryEmbedding(head_dim).to(device)(positions, dtype)
-    at = torch.tensor(lengths, device=device)
-    with poisoned_allocations():
-        turned = rotary_append(q.tensor, k.tensor, v.tensor, rotary, caches[0].tensor, caches[1].tensor, at, keep)
-
-    def plainly(x: Tensor, wide: torch.dtype) -> Tensor:
-        tables = tuple(t.to(wide) for t in rotary)
-        return apply_rotary(x.to(wide).transpose(1, 2), tables).transpose(1, 2)
-
-    for name, found, x in zip("qk", turned, (q, k), strict=True):
-        assert bool(found.isfinite().all())
-        measure = budget(found, plainly(x.tensor, torch.float64), plainly(x.tensor, dtype), name)
-        assert measure.error <= measure.budget, name
-    for cache, old, new in zip(caches, before, (turned[1], v.tensor), strict=True):
-        for b, length in enumerate(lengths):
-            old[b, :, length : length + keep] = new[b, :, :keep]
-        check_equal(cache.tensor, old, "every slot of the cache")
-        cache.check("cache", written=True)
-    for name, operand in zip("qkv", (q, k, v), strict=True):
-        operand.check(name)
+@pytest.mark.parametrize(("device", "case"), on_every_path("rotary_append"))
+def test_parity(device: str, case: testing.RotaryCase) -> None:
+    testing.check_rotary_append(case, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,21 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.paths import DEVICES, KERNELS, on_every_path
 from tidar_kernels import eager, ops, patterns, testing
-
-PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
-DEVICES = [pytest.param(device, id=path, marks=marks) for path, device, marks in PATHS]
-KERNELS = DEVICES[1:]
-
-
-def on_every_path(operator: str) -> list[object]:
-    """`(device, case)` over the tables of `tidar_kernels.testing`."""
-    (suite,) = (suite for suite in testing.SUITES if suite.operator == operator)
-    return [
-        pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
-        for path, device, marks in PATHS
-        for case in suite.cases_on(path)
-    ]
 
 
 @pytest.mark.parametrize(("device", "case"), on_every_path("step_attention"))

@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.paths import DEVICES, KERNELS, on_every_path
 from tests.toys import chain_law, distance
-from tidar_kernels import eager, noise, ops, sampling
+from tidar_kernels import eager, noise, ops, sampling, testing
 from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors, verify
 
 GREEDY = SamplingParams()
-PATHS = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpret),
-    pytest.param("cuda", id="triton", marks=pytest.mark.cuda),
-]
 
 
 # The noise.
@@ -110,7 +106,7 @@ def test_what_is_kept(x: list[float], top_k: int, top_p: float, min_p: float) ->
     assert {i for i, v in enumerate(shaped.tolist()) if v > -math.inf} == kept_by_definition(x, top_k, top_p, min_p)
 
 
-@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("x", "top_k", "top_p", "min_p"), SHAPES)
 def test_samples_are_of_what_is_kept(x: list[float], top_k: int, top_p: float, min_p: float, device: str) -> None:
     """Temperature 4 makes every kept token likely: 60 draws see all of few, and never another."""
@@ -124,7 +120,7 @@ def test_samples_are_of_what_is_kept(x: list[float], top_k: int, top_p: float, m
         assert set(tokens[0].tolist()) == allowed
 
 
-@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize("device", DEVICES)
 def test_greedy_takes_the_lowest_of_ties(device: str) -> None:
     logits = torch.tensor([[[0.0, 2.0, 2.0, -1.0], [-math.inf, -math.inf, 3.0, 3.0]]], device=device)
     assert sample(logits, torch.tensor([0]), GREEDY).tolist() == [[1, 2]]
@@ -245,58 +241,12 @@ def test_a_replacement_drawn_from_p_is_seen(rule: str, monkeypatch: pytest.Monke
 # The kernel against its twin.
 
 
-def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(scale: float) -> Tensor:
-        return torch.randn(2, rows, vocab, generator=generator) * scale
-
-    logits = normal(3.0)
-    tensors = {"logits": logits, "draft_logits": logits + normal(0.7), "mix": logits + normal(1.0)}
-    tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
-    return tensors | {"seen": (torch.rand(2, vocab, generator=generator) < 0.2).to(device)}
+@pytest.mark.parametrize(("device", "case"), on_every_path("verify"))
+def test_kernel_parity(device: str, case: testing.VerifyCase) -> None:
+    testing.check_verify(case, device)
 
 
-CASES = [
-    (50, 4, torch.float32, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}),
-    (50, 1, torch.float32, {"temperature": 1.0}),
-    (50, 8, torch.float16, {"temperature": 1.5, "min_p": 0.05, "repetition_penalty": 1.3}),
-    (1, 2, torch.float32, {"temperature": 1.0}),
-    (32_000, 3, torch.float32, {"temperature": 0.8, "top_p": 0.8}),
-    (32_000, 2, torch.float16, {"temperature": 1.0, "top_k": 40, "repetition_penalty": 1.1}),
-    (151_936, 2, torch.float32, {"temperature": 1.0, "top_k": 50, "top_p": 0.95}),
-]
-# The interpreter takes seconds for a vocabulary of this size: half precision with one rule.
-RULES_OF_CASES = [(*case, rule) for case in CASES for rule in sampling.RULES]
-RULES_OF_CASES.append((151_936, 2, torch.float16, {"temperature": 0.6}, "coupled"))
-
-
-@pytest.mark.parametrize("device", PATHS[1:])
-@pytest.mark.parametrize(
-    ("vocab", "rows", "dtype", "shaping", "rule"), RULES_OF_CASES, ids=lambda x: str(x).removeprefix("torch.")
-)
-def test_kernel_parity(vocab: int, rows: int, dtype: torch.dtype, shaping: Any, rule: Any, device: str) -> None:
-    """Every decision the same, of a sampled and a greedy sequence, with and without the optional operands."""
-    for seed, extras in enumerate([(), ("seen",), ("mix", "seen")] if vocab < 1000 else [("mix", "seen")]):
-        at = operands(vocab, rows, dtype, seed, device)
-        params = [SamplingParams(**shaping, seed=2**64 - 1 - seed), SamplingParams(seed=seed)]
-        state, positions = sampling_tensors(params, device), torch.tensor([3, 2**31 - 40], device=device)
-        stream = noise.Stream.TOKEN if rule == "coupled" else noise.Stream.DRAFT
-        drafts = sample(at["draft_logits"], positions - 1, state, seen=at["seen"], stream=stream)
-        wide = torch.empty(2, rows, 2 * vocab, dtype=dtype, device=device)[..., ::2]  # a stride of 2, and NaN between
-        wide.copy_(at["logits"])
-        options: dict[str, Any] = {name: at[name] for name in extras} | {"rule": rule}
-        options |= {"beta": 0.6} if "mix" in extras else {}
-        options |= {"draft_logits": at["draft_logits"]} if rule == "rejection" else {}
-        found = verify(wide, drafts, positions, state, **options)
-        expected = verify(at["logits"], drafts, positions, state, backend="eager", **options)
-        for name, a, b in zip(found._fields, found, expected, strict=True):
-            assert a.tolist() == b.tolist(), name
-        tokens = sample(at["logits"], positions, state, seen=at["seen"])
-        assert torch.equal(tokens, sample(at["logits"], positions, state, seen=at["seen"], backend="eager"))
-
-
-@pytest.mark.parametrize("device", PATHS[1:])
+@pytest.mark.parametrize("device", KERNELS)
 @pytest.mark.parametrize("rule", sampling.RULES)
 def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
     """A small vocabulary and drafts that are often wrong: acceptances and replacements of every kind."""
@@ -315,7 +265,19 @@ def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
         assert a.tolist() == b.tolist(), name
 
 
-@pytest.mark.parametrize("device", PATHS)
+def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(2, rows, vocab, generator=generator) * scale
+
+    logits = normal(3.0)
+    tensors = {"logits": logits, "draft_logits": logits + normal(0.7), "mix": logits + normal(1.0)}
+    tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
+    return tensors | {"seen": (torch.rand(2, vocab, generator=generator) < 0.2).to(device)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", sampling.RULES)
 def test_batch_mates_change_nothing(rule: Any, device: str) -> None:
     at = operands(40, 4, torch.float32, 5, device)
@@ -332,7 +294,7 @@ def test_batch_mates_change_nothing(rule: Any, device: str) -> None:
     assert together == [[x[0] for x in pair] for pair in zip(*alone, strict=True)]
 
 
-@pytest.mark.parametrize("device", PATHS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bad_logits(temperature: float, value: float, device: str) -> None:

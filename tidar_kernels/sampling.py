@@ -27,7 +27,7 @@ from .noise import Stream
 __all__ = ["Rule", "SamplingParams", "SamplingTensors", "Verified", "sample", "sampling_tensors", "verify"]
 
 Rule = Literal["coupled", "rejection", "point_mass"]
-RULES: tuple[str, ...] = get_args(Rule)
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True)

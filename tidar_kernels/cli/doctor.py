@@ -48,6 +48,17 @@ examples:
   {PROGRAM} doctor --json
 """
 
+# What the operators run on a CPU, without the interpreter.
+OPERATORS = {
+    "step_attention": "PyTorch, fused CPU attention",
+    "attention": "PyTorch, fused CPU attention",
+    "append_kv": "PyTorch, slice copies",
+    "rotary_append": "PyTorch",
+    "verify, sample": "PyTorch",
+    "gated_lora": "PyTorch",
+    "row_invariant_linear": "PyTorch",
+}
+
 # What pyproject.toml admits: at least this version, and below that one.
 SUPPORTED: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "python": ((3, 10), (3, 14)),
@@ -135,11 +146,10 @@ def operator_paths(device: torch.device) -> dict[str, str]:
     from ..ops import interpreting
     from ..testing import path_of
 
-    if path_of(device) == "cpu":
-        step, append = "PyTorch, fused CPU attention", "PyTorch, slice copies"
-    else:
-        step = append = "Triton kernel, interpreted" if interpreting() else "Triton kernel"
-    return {"step_attention": step, "append_kv": append, "attention": "PyTorch, SDPA with a dense mask"}
+    if path_of(device) != "cpu":
+        kernel = "Triton kernel, interpreted" if interpreting() else "Triton kernel"
+        return dict.fromkeys(OPERATORS, kernel)
+    return dict(OPERATORS)
 
 
 def launch_configurations(device: torch.device) -> list[dict[str, Any]]:

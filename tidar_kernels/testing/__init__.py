@@ -17,6 +17,13 @@ no GPU.
 
 from __future__ import annotations
 
+from .attention import (
+    ATTENTION_CASES,
+    ATTENTION_CASES_LARGE,
+    AttentionCase,
+    check_attention,
+    check_attention_repeats,
+)
 from .builders import irregular_pattern, pairwise
 from .cases import (
     APPEND_CASES,
@@ -30,16 +37,13 @@ from .cases import (
     StepCase,
 )
 from .checks import (
-    SUITES,
-    Suite,
     check_append_kv,
     check_launch_bits,
     check_row_bits,
     check_step_attention,
-    path_of,
-    run_parity,
     step_operands,
 )
+from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 from .harness import (
     LAYOUTS,
     Guarded,
@@ -53,31 +57,58 @@ from .harness import (
     poisoned_allocations,
     relative_error,
 )
+from .projections import (
+    LINEAR_CASES,
+    LINEAR_CASES_LARGE,
+    LinearCase,
+    check_gated_lora,
+    check_row_invariant_linear,
+)
+from .rotary import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
+from .suites import SUITES, Suite, path_of, run_parity
 
 __all__ = [
     "APPEND_CASES",
     "APPEND_CASES_LARGE",
+    "ATTENTION_CASES",
+    "ATTENTION_CASES_LARGE",
     "BITS_CASES",
     "BITS_CASES_LARGE",
     "LAUNCH_CASES",
     "LAYOUTS",
+    "LINEAR_CASES",
+    "LINEAR_CASES_LARGE",
+    "ROTARY_CASES",
+    "ROTARY_CASES_LARGE",
     "STEP_CASES",
     "STEP_CASES_LARGE",
     "SUITES",
+    "VERIFY_CASES",
+    "VERIFY_CASES_LARGE",
     "AppendCase",
+    "AttentionCase",
     "Guarded",
+    "LinearCase",
     "Measure",
     "ParityError",
     "ParityResult",
+    "RotaryCase",
     "StepCase",
     "Suite",
+    "VerifyCase",
     "bits",
     "budget",
     "check_append_kv",
+    "check_attention",
+    "check_attention_repeats",
     "check_equal",
+    "check_gated_lora",
     "check_launch_bits",
+    "check_rotary_append",
     "check_row_bits",
+    "check_row_invariant_linear",
     "check_step_attention",
+    "check_verify",
     "guarded",
     "irregular_pattern",
     "pairwise",

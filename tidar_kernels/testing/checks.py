@@ -1,84 +1,42 @@
 """The checks: one function a property, each takes a case and a device, raises `ParityError`, returns a `ParityResult`.
 
-`SUITES` ties the checks to their case tables; a further operator is a case dataclass, a check and a row there.
+Here those of `step_attention` and `append_kv`. `suites.SUITES` ties the checks to their case tables; a further operator
+is a case dataclass, a check and a row there.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import eager, ops, patterns
-from .cases import (
-    APPEND_CASES,
-    APPEND_CASES_LARGE,
-    BITS_CASES,
-    BITS_CASES_LARGE,
-    LAUNCH_CASES,
-    STEP_CASES,
-    STEP_CASES_LARGE,
-    AppendCase,
-    StepCase,
-)
+from .cases import AppendCase, StepCase
 from .harness import (
     Guarded,
-    Measure,
     ParityError,
     ParityResult,
     bits,
     budget,
     check_equal,
+    generator_of,
     guarded,
+    naming,
     poisoned_allocations,
+    result_of,
 )
 
 __all__ = [
-    "SUITES",
     "StepOperands",
-    "Suite",
     "check_append_kv",
     "check_launch_bits",
     "check_row_bits",
     "check_step_attention",
-    "path_of",
-    "run_parity",
     "step_operands",
 ]
-
-Path = Literal["triton", "interpreter", "cpu"]
-
-
-def path_of(device: torch.device | str) -> Path:
-    """What the operators run on this device: compiled kernels, interpreted kernels, or the CPU path."""
-    if torch.device(device).type == "cuda":
-        return "triton"
-    return "interpreter" if ops.interpreting() else "cpu"
-
-
-@contextmanager
-def _naming(operator: str, case: StepCase | AppendCase, device: torch.device | str) -> Iterator[None]:
-    """Put the operator, the case and the device before the message of a `ParityError`."""
-    try:
-        yield
-    except ParityError as error:
-        raise ParityError(f"{operator}, case {case.id} on {device}: {error}") from error
-
-
-def _result(
-    operator: str, case: StepCase | AppendCase, device: torch.device | str, measures: Iterable[Measure] = ()
-) -> ParityResult:
-    return ParityResult(operator, case.id, str(device), str(case.dtype).removeprefix("torch."), tuple(measures))
-
-
-def _generator(case: StepCase | AppendCase) -> torch.Generator:
-    """A case draws the same numbers on every device and in any order; two cases draw different ones."""
-    return torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
 
 
 @dataclass(frozen=True)
@@ -112,7 +70,7 @@ class StepOperands:
 
 def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOperands:
     """Fresh random operands of a case."""
-    draw, batch = _generator(case), len(case.lengths)
+    draw, batch = generator_of(case), len(case.lengths)
 
     def normal(heads: int, rows: int) -> Tensor:
         return torch.randn(batch, heads, rows, case.head_dim, generator=draw, dtype=torch.float64).to(case.dtype)
@@ -163,7 +121,7 @@ def check_step_attention(
         ParityError: any of it fails.
     """
     operands = step_operands(case, device)
-    with _naming("step_attention", case, device):
+    with naming("step_attention", case, device):
         out, lse = _step(case, operands.tensors, backend, **operands.options)
         operands.check_untouched()
         pattern, sinks = case.windowed(case.pattern), operands.options["sinks"]
@@ -187,7 +145,7 @@ def check_step_attention(
         )
         empty = (reference == 0.0).all(-1)
         check_equal(out[empty], torch.zeros_like(out[empty]), "rows of out that see no key")
-    return _result("step_attention", case, device, measures)
+    return result_of("step_attention", case, device, measures)
 
 
 def check_row_bits(
@@ -206,7 +164,7 @@ def check_row_bits(
         case = replace(case, max_len=max(case.lengths) + causal_len + 1)
     operands = step_operands(case, device)
     q, k, v, k_cache, v_cache, lengths = operands.tensors
-    with _naming("row bits", case, device):
+    with naming("row bits", case, device):
         out, lse = _step(case, operands.tensors, backend, **operands.options)
         ops.append_kv(k_cache, v_cache, k[:, :, :causal_len], v[:, :, :causal_len], lengths, backend=backend)
         decode = patterns.causal(1)
@@ -216,7 +174,7 @@ def check_row_bits(
             alone, alone_lse = _step(case, at, backend, pattern=decode, **operands.options)
             check_equal(out[:, :, m : m + 1], alone, f"row {m} of out")
             check_equal(lse[:, :, m : m + 1], alone_lse, f"row {m} of lse")
-    return _result("row_bits", case, device)
+    return result_of("row_bits", case, device)
 
 
 def check_launch_bits(
@@ -239,7 +197,7 @@ def check_launch_bits(
         check_equal(changed, out[at], f"out {what}")
         check_equal(changed_lse, lse[at], f"lse {what}")
 
-    with _naming("launch bits", case, device):
+    with naming("launch bits", case, device):
         out, lse = _step(case, operands, backend, sinks=sinks)
         for b in range(len(case.lengths)):
             one = slice(b, b + 1)
@@ -254,7 +212,7 @@ def check_launch_bits(
         for layout in ("bhnd", "gaps", "bhdn"):
             moved = [guarded(x, layout).tensor for x in operands[:5]]
             compare(f"in layout {layout}", (), [*moved, operands[5]])
-    return _result("launch_bits", case, device)
+    return result_of("launch_bits", case, device)
 
 
 def check_append_kv(
@@ -272,7 +230,7 @@ def check_append_kv(
     """
     if backend is not None and not case.fits:
         raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
-    draw, batch = _generator(case), len(case.lengths)
+    draw, batch = generator_of(case), len(case.lengths)
 
     def noise(rows: int) -> Tensor:
         shape = (batch, case.num_kv_heads, rows, case.head_dim * case.dtype.itemsize)
@@ -283,7 +241,7 @@ def check_append_kv(
     lengths = guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device))
     expected = [_appended(case, cache, fresh.tensor) for cache, fresh in zip(caches, new, strict=True)]
     operands = [memory.tensor for memory in (*caches, *new, lengths)]
-    with _naming("append_kv", case, device):
+    with naming("append_kv", case, device):
         if case.fits:
             ops.append_kv(*operands, backend=backend)
         else:
@@ -292,7 +250,7 @@ def check_append_kv(
             check_equal(bits(cache.buffer), memory, f"memory of {name}")
         for name, untouched in zip(("k", "v", "lengths"), (*new, lengths), strict=True):
             untouched.check(name)
-    return _result("append_kv", case, device)
+    return result_of("append_kv", case, device)
 
 
 def _appended(case: AppendCase, cache: Guarded, new: Tensor) -> Tensor:
@@ -304,94 +262,3 @@ def _appended(case: AppendCase, cache: Guarded, new: Tensor) -> Tensor:
             if 0 <= length + j < case.max_len:
                 slots[b, :, length + j] = bits(new)[b, :, j]
     return memory
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One property of one operator: the check, and the tables it runs over.
-
-    Args:
-        operator: the name in results.
-        check: `check(case, device) -> ParityResult`.
-        cases: run in the interpreter, on the CPU path and on CUDA.
-        large: run on CUDA as well.
-        quick: names of the cases for a self-check of a few seconds.
-        kernels_only: a promise that the CPU path does not make.
-    """
-
-    operator: str
-    check: Callable[[Any, torch.device | str], ParityResult]
-    cases: tuple[Any, ...]
-    large: tuple[Any, ...] = ()
-    quick: frozenset[str] = frozenset()
-    kernels_only: bool = False
-
-    def cases_on(self, path: Path, *, quick: bool = False) -> list[Any]:
-        """The cases for a path of execution: dtypes are those that the path is for.
-
-        The interpreter's bfloat16 arithmetic is approximate, so tables hold float32 and float16; a GPU takes bfloat16
-        in place of float16, and the CPU path takes float64 in place of the odd float32.
-        """
-        cases = [case for case in self.cases if not quick or case.name in self.quick]
-        if path == "cpu":
-            if self.kernels_only:
-                return []
-            return [
-                replace(case, dtype=torch.float64) if case.dtype == torch.float32 and index % 3 == 0 else case
-                for index, case in enumerate(cases)
-            ]
-        if path == "triton":
-            cases = [replace(case, dtype=torch.bfloat16) if case.dtype == torch.float16 else case for case in cases] + [
-                case for case in self.large if not quick
-            ]
-        return cases
-
-
-SUITES: tuple[Suite, ...] = (
-    Suite("append_kv", check_append_kv, APPEND_CASES, APPEND_CASES_LARGE, frozenset({"append", "gaps", "overflow"})),
-    Suite(
-        "step_attention",
-        check_step_attention,
-        STEP_CASES,
-        STEP_CASES_LARGE,
-        frozenset({"head_dim_96", "bfloat16", "prefill", "decode", "irregular", "empty_rows"}),
-    ),
-    Suite("row_bits", check_row_bits, BITS_CASES, BITS_CASES_LARGE, frozenset({"B2_single_split"}), kernels_only=True),
-    Suite("launch_bits", check_launch_bits, LAUNCH_CASES, (), frozenset({"step_B4_single_split"}), kernels_only=True),
-)
-
-
-def run_parity(
-    device: torch.device | str = "cpu", quick: bool = True, operators: Iterable[str] | None = None
-) -> list[ParityResult]:
-    """Run the tables on this machine: what `tidar-kernels doctor --parity` does.
-
-    Args:
-        device: whose path is checked; on the CPU that is the interpreter under `TRITON_INTERPRET=1`.
-        quick: a few cases of every suite, or all of them.
-        operators: names of suites; None for all.
-
-    Returns:
-        One result a case. A failed case has its message in `failure`; nothing is raised for it.
-
-    Raises:
-        ValueError: an operator is not in `SUITES`.
-    """
-    known = {suite.operator for suite in SUITES}
-    wanted = known if operators is None else set(operators)
-    if not wanted <= known:
-        raise ValueError(f"operators: expected names among {sorted(known)}, got {sorted(wanted - known)}")
-    path = path_of(device)
-    return [
-        _outcome(suite, case, device)
-        for suite in SUITES
-        if suite.operator in wanted
-        for case in suite.cases_on(path, quick=quick)
-    ]
-
-
-def _outcome(suite: Suite, case: Any, device: torch.device | str) -> ParityResult:
-    try:
-        return suite.check(case, device)
-    except ParityError as error:
-        return replace(_result(suite.operator, case, device), failure=str(error))

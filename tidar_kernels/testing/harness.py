@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "LAYOUTS",
+    "Case",
     "Guarded",
     "Measure",
     "ParityError",
@@ -21,9 +23,12 @@ __all__ = [
     "bits",
     "budget",
     "check_equal",
+    "generator_of",
     "guarded",
+    "naming",
     "poisoned_allocations",
     "relative_error",
+    "result_of",
 ]
 
 # Elements of canary before and after every guarded tensor: a multiple of 16 bytes in every dtype, so that alignment,
@@ -64,6 +69,40 @@ class ParityResult:
     def failed(self, error: ParityError) -> ParityResult:
         """The same result with a failure."""
         return replace(self, failure=str(error))
+
+
+class Case(Protocol):
+    """What every check needs of its case, which is a frozen dataclass of its own."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def id(self) -> str:
+        """Name and dtype, for messages."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operands."""
+
+
+@contextmanager
+def naming(operator: str, case: Case, device: torch.device | str) -> Iterator[None]:
+    """Put the operator, the case and the device before the message of a `ParityError`."""
+    try:
+        yield
+    except ParityError as error:
+        raise ParityError(f"{operator}, case {case.id} on {device}: {error}") from error
+
+
+def result_of(operator: str, case: Case, device: torch.device | str, measures: Iterable[Measure] = ()) -> ParityResult:
+    """The result of a check that found nothing wrong."""
+    return ParityResult(operator, case.id, str(device), str(case.dtype).removeprefix("torch."), tuple(measures))
+
+
+def generator_of(case: Case) -> torch.Generator:
+    """A case draws the same numbers on every device and in any order; two cases draw different ones."""
+    return torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
 
 
 def relative_error(value: Tensor, reference: Tensor, *, by_row: bool = False) -> float:

@@ -1,0 +1,24 @@
+"""The three paths of every operator, as parameters of tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tidar_kernels import testing
+
+PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
+DEVICES = [pytest.param(device, id=path, marks=marks) for path, device, marks in PATHS]
+KERNELS = DEVICES[1:]
+HERE = DEVICES[:2]
+
+
+def on_every_path(operator: str) -> list[Any]:
+    """`(device, case)` over the tables of `tidar_kernels.testing`."""
+    (suite,) = (suite for suite in testing.SUITES if suite.operator == operator)
+    return [
+        pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
+        for path, device, marks in PATHS
+        for case in suite.cases_on(path)  # type: ignore[arg-type]
+    ]
