@@ -21,6 +21,8 @@ from tidar_kernels import Decoder
 from tidar_kernels.models import data, shipped
 from tidar_kernels.profiling import profile
 from tidar_kernels.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar
+from tidar_kernels.strategies.isd import acceptance_of
+from tidar_kernels.strategies.isd import expected_tokens as expected_of_isd
 from tidar_kernels.strategies.levels import expected_tokens, plan
 
 from . import plots, record
@@ -82,6 +84,7 @@ def run(
     }
     seconds: dict[str, list[float]] = {label: [] for label in decoders}
     passes, equal = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, True)
+    accepted: dict[str, list[list[int]]] = {label: [] for label in decoders}
     for decoder in decoders.values():
         decoder.generate([batch[0]], 8)
     for index, prompt in enumerate(batch):
@@ -96,6 +99,7 @@ def run(
                 best[label] = min(best[label], result.seconds)
                 if repeat == 0:
                     passes[label] += result.forwards
+                    accepted[label] += result.accepted
         for label, value in best.items():
             seconds[label].append(value)
     tokens, baseline = new_tokens * len(batch), seconds[chosen[0].label]
@@ -112,12 +116,23 @@ def run(
             "new_tokens": tokens,
             "forwards": passes[c.label],
             "tokens_per_forward": round(tokens / passes[c.label], 4),
-            "expected_tokens_per_forward": c.expected,
+            "expected_tokens_per_forward": _expected(c, accepted[c.label]),
             "tokens_per_second": round(tokens / sum(seconds[c.label]), 2),
             "speedup": round(sum(baseline) / sum(seconds[c.label]), 4),
         }
         for c in chosen
     ]
+
+
+def _expected(candidate: Candidate, accepted: list[list[int]]) -> float | None:
+    """What theory says: before the run for TiDAR, and for ISD at the acceptance of the run itself."""
+    if candidate.name not in ("isd", "flare") or candidate.strategy is None:
+        return candidate.expected
+    stride = candidate.strategy.drafts
+    kept = [acceptance_of(counts, stride) for counts in accepted]
+    weights = [len(counts) for counts in accepted]
+    mean = sum(share * weight for share, weight in zip(kept, weights, strict=True)) / sum(weights)
+    return round(expected_of_isd(mean, stride), 4)
 
 
 def calibration_prompts(count: int = 8) -> list[list[int]]:

@@ -13,10 +13,11 @@ import torch
 from tests.toys import Chain, chain_law, decode_chain, distance
 from tidar_kernels import Decoder, patterns, step_patterns
 from tidar_kernels.lora import GatedLoRA, add_gated_lora
-from tidar_kernels.models import Transformer, TransformerConfig
+from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
 from tidar_kernels.patterns import Pattern, Role
 from tidar_kernels.sampling import SamplingParams
 from tidar_kernels.strategies import Batch, BlockDiffusion, Outcome, SelfSpeculation, Strategy, by_name, isd, tidar
+from tidar_kernels.strategies.isd import acceptance_of, expected_tokens
 
 CONFIG = TransformerConfig(
     vocab_size=30, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=16,
@@ -278,10 +279,32 @@ def test_isd_tokens_a_forward(stride: int) -> None:
     strategy.step = counted
     decode_chain(model, strategy, params, length, "rejection")
     accepted = torch.cat(steps).double()
-    expected = sum((2, *(p**i for i in range(1, stride - 1)))) / (2 - p ** (stride - 1))
+    expected = expected_tokens(p, stride)
+    assert expected == pytest.approx(sum((2, *(p**i for i in range(1, stride - 1)))) / (2 - p ** (stride - 1)))
     # Cycles of a verifying and maybe a cold step are the independent trials: no more than half of the steps.
     error = accepted.std() / (len(accepted) / 2) ** 0.5
     assert accepted.mean().item() == pytest.approx(expected, abs=4 * error.item())
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_isd_tokens_a_forward_of_the_shipped_model(stride: int) -> None:
+    """At the acceptance that was measured; drafts are not all equally likely to stay, which moves it a little."""
+    model, tokenizer = load_shipped()
+    prompts = [
+        tokenizer.encode(text) for text in ("def main(argv=None):\n    ", "class Reader:\n    def ", "import os\n")
+    ]
+    result = Decoder(model, strategy=isd(stride, shifted=False)).generate(prompts, 120)
+    passes = sum(map(len, result.accepted))
+    kept = [acceptance_of(accepted, stride) for accepted in result.accepted]
+    expected = sum(len(a) * expected_tokens(p, stride) for a, p in zip(result.accepted, kept, strict=True)) / passes
+    # The last pass is cut short by the number of tokens that were asked for.
+    assert sum(map(sum, result.accepted)) / passes == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize("accepted", [[], [1]])
+def test_acceptance_without_a_judged_draft(accepted: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^accepted: expected passes that judge drafts, got \["):
+        acceptance_of(accepted, 3)
 
 
 # Bad input.

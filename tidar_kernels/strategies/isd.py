@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import step_patterns
 from .base import Drafting
 
-__all__ = ["isd"]
+__all__ = ["acceptance_of", "expected_tokens", "isd"]
 
 
 def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Drafting:
@@ -32,3 +34,30 @@ def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Dr
     sources[stride] = behind
     cold = torch.arange(1 + shift, stride + shift)  # the rows of the missing drafts
     return Drafting("flare" if bidirectional else "isd", pattern, stride, sources, cold)
+
+
+def expected_tokens(acceptance: float, stride: int) -> float:
+    """Tokens a forward pass where each draft stays with probability p: `(2 + p + .. + p^(N-2)) / (2 - p^(N-1))`.
+
+    (I-DLM, arXiv 2604.11035.) A verifying pass commits `1 + p + .. + p^(N-1)` tokens, and a cold pass of one token
+    follows unless all its drafts stay.
+    """
+    return sum((2.0, *(acceptance**i for i in range(1, stride - 1)))) / (2.0 - acceptance ** (stride - 1))
+
+
+def acceptance_of(accepted: Sequence[int], stride: int) -> float:
+    """Which share of a request's judged drafts stayed, from the accepted counts of its passes (`Request.accepted`).
+
+    The first pass is cold, and so is every pass behind one that did not commit N tokens; cold passes judge no draft.
+
+    Raises:
+        ValueError: no draft was judged.
+    """
+    kept, judged, cold = 0, 0, True
+    for count in accepted:
+        if not cold:
+            kept, judged = kept + count - 1, judged + min(count, stride - 1)
+        cold = not cold and count < stride
+    if not judged:
+        raise ValueError(f"accepted: expected passes that judge drafts, got {list(accepted)}")
+    return kept / judged
