@@ -87,7 +87,7 @@ def breakdown(decoder: Decoder, batch: list[list[int]], new_tokens: int) -> dict
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for breakdown-cpu.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="0: autoregressive")
     options = parser.parse_args(arguments)
@@ -96,12 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     for block in options.block_sizes:
         decoder = Decoder(model, block) if block else Decoder(model, mode="autoregressive")
         decoder.generate(prompts()[0], 16)
-        rows.append(
-            {"operator": "decode_step", "block_size": block, **breakdown(decoder, prompts(), options.new_tokens)}
-        )
+        found = breakdown(decoder, prompts(), options.new_tokens)
+        again = f"python -m benchmarks.breakdown --out DIR --new-tokens {options.new_tokens} --block-sizes {block}"
+        rows.append({"operator": "decode_step", "block_size": block, **found, "command": again})
         figures = "  ".join(f"{name[:-3]} {value:.2f}" for name, value in rows[-1].items() if name.endswith("_ms"))
         print(f"{f'B={block}' if block else 'AR':5} ms: {figures}", flush=True)
-    record.write(options.out / "breakdown-cpu.json", "breakdown", "cpu", rows)
+    record.add(options.out, "breakdown", "cpu", rows)
     return 0
 
 

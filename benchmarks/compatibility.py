@@ -282,14 +282,14 @@ CHECKS = ("forward_parity", "backward_parity", "generate_equal", "decode_equal")
 
 def main(arguments: list[str] | None = None, report: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compatibility", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     options = parser.parse_args(arguments)
     rows = []
     for model in MODELS:
         rows.append(row(model))
         report(f"{model.name}: {', '.join(f'{check} {rows[-1][check]}' for check in CHECKS)}")
     extra = {"transformers": transformers.__version__}
-    record.write(options.out / "compatibility-cpu.json", "compatibility", "cpu", [{**r, **extra} for r in rows])
+    record.add(options.out, "compatibility", "cpu", [{**r, **extra} for r in rows])
     return int(not all(r[check] for r in rows for check in CHECKS))
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from tidar_kernels import Decoder
+from tidar_kernels import Decoder, patterns
 from tidar_kernels.models import data, shipped
 
-from . import record
+from . import rates, record, workloads
+from .decoder_step import model_floor
 
 PROMPT_BYTES = 256
 
@@ -29,7 +30,13 @@ def prompts() -> list[list[int]]:
     return [list(text[len(text) // 4 :][:PROMPT_BYTES]) for text in texts]
 
 
-def run(new_tokens: int, block_sizes: list[int], batch_size: int = 1, repeats: int = 2) -> list[dict[str, Any]]:
+def run(
+    new_tokens: int,
+    block_sizes: list[int],
+    batch_size: int = 1,
+    repeats: int = 2,
+    limits: rates.Rates | None = None,
+) -> list[dict[str, Any]]:
     """One row a block length, the autoregressive baseline (block_size 0) first.
 
     Prompts are decoded `batch_size` at a time, `repeats` times, the modes taking turns so that a drift of the machine
@@ -66,6 +73,14 @@ def run(new_tokens: int, block_sizes: list[int], batch_size: int = 1, repeats: i
     rows = []
     for block in decoders:
         tokens = new_tokens * count
+        pattern = patterns.tidar_step(block) if block else patterns.causal(1)
+        # At the middle of the generations; the lm_head on the drafts, and on the chosen block without its first row.
+        least = model_floor(
+            model.config, pattern, PROMPT_BYTES + new_tokens // 2, torch.float32, batch=batch_size,
+            logits_rows=batch_size * (2 * max(block, 1) - 1),
+        )  # fmt: skip
+        step_us = sum(seconds[block]) / forwards[block] * 1e6
+        limit = limits.floor_us(least["bytes"], least["flops"], "float32") if limits else 0.0
         speedups = [a / b for a, b in zip(seconds[0], seconds[block], strict=True)]
         rows.append(
             {
@@ -80,10 +95,16 @@ def run(new_tokens: int, block_sizes: list[int], batch_size: int = 1, repeats: i
                 "forwards": forwards[block],
                 "tokens_per_forward": round(tokens / steps[block], 4),
                 "tokens_per_second": round(tokens / sum(seconds[block]), 2),
-                "step_ms": round(sum(seconds[block]) / forwards[block] * 1e3, 4),
+                "step_ms": round(step_us / 1e3, 4),
                 "speedup": round(sum(seconds[0]) / sum(seconds[block]), 4),
                 "speedup_median": round(statistics.median(speedups), 4),
                 "identical": identical[block],
+                "bytes": least["bytes"],
+                "flops": least["flops"],
+                **({"floor_us": round(limit, 3), "of_floor": round(limit / step_us, 4)} if limit else {}),
+                "workloads": workloads.VERSION,
+                "command": f"python -m benchmarks.decode --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size}"
+                + (f" --block-sizes {block}" if block else " --block-sizes"),
             }
         )
     return rows
@@ -91,17 +112,19 @@ def run(new_tokens: int, block_sizes: list[int], batch_size: int = 1, repeats: i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for decode-cpu.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--block-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--block-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's own choice")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    limits = rates.measure("cpu", (torch.float32,))
+    known = rates.of(limits)
     rows = []
     for batch_size in options.batch_sizes:
-        rows += run(options.new_tokens, options.block_sizes, batch_size, 2 if batch_size == 1 else 1)
+        rows += run(options.new_tokens, options.block_sizes, batch_size, 2 if batch_size == 1 else 1, known)
     for line in rows:
         print(
             f"batch {line['batch']:<3} {line['mode']:15} B={line['block_size']:<3}"
@@ -109,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"  {line['speedup']:5.2f} x  identical: {line['identical']}",
             flush=True,
         )
-    record.write(options.out / "decode-cpu.json", "decode", "cpu", rows)
+    record.add(options.out, "decode", "cpu", [*limits, *rows])
     return 0 if all(line["identical"] for line in rows) else 1
 
 

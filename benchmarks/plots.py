@@ -1,20 +1,20 @@
-"""Pictures of results files: drawn by the benchmarks beside the file, and by docs/generate.py for the pages."""
+"""Bar charts of results, and what all pictures share; docs/generate.py draws them for the pages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from .peers import STEP
+
 LABELS = {
-    "tidar_kernels": "tidar_kernels",
-    "flex_attention": "FlexAttention, compiled",
-    "sdpa_dense_mask": "SDPA, dense mask",
+    **{name: implementation.label for name, implementation in STEP.items()},
     "causal_sdpa": "2 causal SDPA calls: the floor",
     "causal_flash": "causal flash",
     "causal_cudnn": "causal cuDNN",
 }
 COLOURS = {"tidar_kernels": "#2f6690", "flex_attention": "#d1603d", "sdpa_dense_mask": "#8a8d91"}
-AIMS = {"forward": 1.25, "backward": 1.4}  # of the floor
+AIMS = {"forward": 1.25, "backward": 1.25}  # of the floor
 
 
 def training_bars(result: dict[str, Any], direction: str) -> dict[str, dict[str, float | None]]:
@@ -37,7 +37,7 @@ def training_description(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figure(width: float, height: float) -> Any:
+def figure(width: float, height: float) -> Any:
     """An empty figure, inches.
 
     Raises:
@@ -50,20 +50,20 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path, description: str) -> None:
+def save(drawing: Any, path: Path, description: str) -> None:
     """Write a figure as PNG with what it shows as text in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Description": description, "Software": None})
+    drawing.savefig(path, dpi=120, metadata={"Description": description, "Software": None})
 
 
 def save_training(result: dict[str, Any], path: Path) -> None:
-    """The bar chart of a `training-cpu.json` as a PNG.
+    """The bar chart of training attention on a CPU as a PNG.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure(10, 4)
-    for axes, (direction, aim) in zip(figure.subplots(1, 2), AIMS.items(), strict=True):
+    drawing = figure(10, 4)
+    for axes, (direction, aim) in zip(drawing.subplots(1, 2), AIMS.items(), strict=True):
         groups = training_bars(result, direction)
         for index, (name, colour) in enumerate(COLOURS.items()):
             heights = [bars.get(name) for bars in groups.values()]
@@ -77,8 +77,8 @@ def save_training(result: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         axes.margins(y=0.4)
-    figure.axes[0].set_ylabel("time / time of the floor")
-    _save(figure, path, training_description(result))
+    drawing.axes[0].set_ylabel("time / time of the floor")
+    save(drawing, path, training_description(result))
 
 
 def strategies_description(result: dict[str, Any]) -> str:
@@ -90,14 +90,14 @@ def strategies_description(result: dict[str, Any]) -> str:
 
 
 def save_strategies(result: dict[str, Any], path: Path) -> None:
-    """The bar chart of a `strategies-cpu.json` as a PNG.
+    """The bar chart of all strategies as a PNG.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     rows = [row for row in result["rows"] if row["operator"] == "strategy"][::-1]
-    figure = _figure(10, 1 + 0.3 * len(rows))
-    left, right = figure.subplots(1, 2, sharey=True)
+    drawing = figure(10, 1 + 0.3 * len(rows))
+    left, right = drawing.subplots(1, 2, sharey=True)
     colours = ["#2f6690" if row["exact"] else "#d1603d" for row in rows]
     for axes, field, title in ((left, "tokens_per_forward", "tokens a forward pass"), (right, "speedup", "speed")):
         drawn = axes.barh([row["label"] for row in rows], [row[field] for row in rows], 0.7, color=colours)
@@ -111,5 +111,5 @@ def save_strategies(result: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color="#2f6690", label="output of autoregression"), Patch(color="#d1603d", label="its own output")]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    _save(figure, path, strategies_description(result))
+    drawing.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    save(drawing, path, strategies_description(result))

@@ -1,6 +1,6 @@
 """Every way to decode, side by side: the shipped model on held-out prompts.
 
-    python -m benchmarks.strategies --out DIR [--new-tokens N] [--prompts N]
+    python -m benchmarks.strategies --out DIR [--new-tokens N] [--prompts N] [--only LABEL]
 
 Tokens a forward pass, rows a forward pass, tokens a second; whether the output must be that of autoregressive decoding,
 and whether it was. The levels of "auto" are chosen by what this machine's rows cost and by the acceptance on the
@@ -10,34 +10,38 @@ package's training text, not on the prompts that are timed.
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tidar_kernels import Decoder
 from tidar_kernels.models import data, shipped
 from tidar_kernels.profiling import profile
-from tidar_kernels.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar
+from tidar_kernels.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar, tree
 from tidar_kernels.strategies.isd import acceptance_of
 from tidar_kernels.strategies.isd import expected_tokens as expected_of_isd
 from tidar_kernels.strategies.levels import expected_tokens, plan
 
-from . import plots, record
+from . import record
 from .decode import PROMPT_BYTES, prompts
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to decode: what it is called, the strategy (None: autoregression), and the mean rows of its passes."""
+    """A way to decode: what it is called, the strategy (None: autoregression), and the mean rows of its passes.
+
+    `adapted`: mask rows run the shipped adapter.
+    """
 
     name: str
     label: str
     strategy: Strategy | None
     rows: float
     expected: float | None = None
+    adapted: bool = False
 
 
 def candidates(measured: Profile) -> list[Candidate]:
@@ -63,6 +67,10 @@ def candidates(measured: Profile) -> list[Candidate]:
         found.append(Candidate("isd", f"ISD, N = {stride}", causal, causal.pattern.q_len))
         found.append(Candidate("flare", f"FLARE rows, N = {stride}", both, both.pattern.q_len))
     found += [Candidate("self_speculation", f"self-speculation, L = {n}", SelfSpeculation(n), n) for n in (4, 8)]
+    # Passes of n and 2n rows take turns.
+    found += [Candidate("tree", f"token tree, L = {n}", tree(n), 3 * n / 2) for n in (4, 8)]
+    adapted = [c for c in found if c.name == "isd" or c.label == "self-speculation, L = 8"]
+    found += [replace(c, label=f"{c.label}, adapter", adapted=True) for c in adapted]
     return found + [
         Candidate("block_diffusion", f"block diffusion, L = 8, threshold {threshold}", BlockDiffusion(8, threshold), 8)
         for threshold in (0.9, 0.5)
@@ -71,15 +79,21 @@ def candidates(measured: Profile) -> list[Candidate]:
 
 def run(
     model: Any,
+    adapted: Any,
     chosen: list[Candidate],
     batch: list[list[int]],
     new_tokens: int,
     repeats: int = 2,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """One row a candidate, the first the baseline; candidates take turns on every prompt, and the faster run counts."""
+    """One row a candidate, the first the baseline; candidates take turns on every prompt, and the faster run counts.
+
+    `adapted` is the same model with adapters on it.
+    """
     decoders = {
-        c.label: Decoder(model, mode="autoregressive") if c.strategy is None else Decoder(model, strategy=c.strategy)
+        c.label: Decoder(model, mode="autoregressive")
+        if c.strategy is None
+        else Decoder(adapted if c.adapted else model, strategy=c.strategy)
         for c in chosen
     }
     seconds: dict[str, list[float]] = {label: [] for label in decoders}
@@ -146,14 +160,19 @@ def calibration_prompts(count: int = 8) -> list[list[int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for strategies-cpu.json and .png")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, at most 12")
+    parser.add_argument("--only", metavar="LABEL", help="this row of the table, and autoregression")
     options = parser.parse_args(arguments)
     model, _ = shipped.load_shipped()
+    adapted = shipped.load_shipped_adapter(shipped.load_shipped()[0])
     measured = profile(model, calibration_prompts(), max_block_size=16)
+    chosen = candidates(measured)
+    if options.only:
+        chosen = [chosen[0], *(c for c in chosen[1:] if c.label == options.only)]
     rows = run(
-        model, candidates(measured), prompts()[: options.prompts], options.new_tokens,
+        model, adapted, chosen, prompts()[: options.prompts], options.new_tokens,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     for line in rows:
@@ -163,6 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"  as autoregressive: {line['identical']}",
             flush=True,
         )
+        again = ["python", "-m", "benchmarks.strategies", "--out", "DIR", "--new-tokens", str(options.new_tokens)]
+        line["command"] = shlex.join([*again, "--prompts", str(options.prompts), "--only", line["label"]])
     rows.append(
         {
             "operator": "profile",
@@ -171,9 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             "step_ms": [round(seconds * 1e3, 4) for seconds in measured.seconds],
         }
     )
-    path = options.out / "strategies-cpu.json"
-    record.write(path, "strategies", "cpu", rows)
-    plots.save_strategies(json.loads(path.read_text()), path.with_suffix(".png"))
+    record.add(options.out, "strategies", "cpu", rows)
     return 0 if all(line["identical"] or not line["exact"] for line in rows if line["operator"] == "strategy") else 1
 
 

@@ -18,6 +18,17 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return dict(zip(("p50_us", "p20_us", "p80_us"), (quantiles * 1e6).round(decimals=2).tolist(), strict=True))
 
 
+def copies(operand_bytes: float, cache_bytes: float, at_most: int = 16) -> int:
+    """How many sets of operands to rotate over, so that twice the cache passes by before one comes up again."""
+    return max(2, min(at_most, int(2 * cache_bytes / operand_bytes) + 1))
+
+
+def rotated(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that makes the next of `calls`, round and round."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
 def time_cpu(call: Callable[[], Any], budget_s: float = 0.5) -> dict[str, float]:
     """Time `call` on the host for about `budget_s` seconds, at least five times, after two warm-up calls."""
     call()

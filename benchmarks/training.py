@@ -1,6 +1,6 @@
-"""Training attention: workloads, the peers, the floor, one row of figures a case and direction; peak memory.
+"""Training attention: workloads, the peers, the floor, one row of figures a case and direction.
 
-    python -m benchmarks.training --out DIR
+    python -m benchmarks.training --out DIR [--budget SECONDS]
 
 Every implementation computes `tidar_training(S, B)` on the same operands and is compared with the float64 twin before
 it is timed. The floor is two causal calls of PyTorch's own attention on S rows, with K/V heads repeated beforehand.
@@ -11,9 +11,8 @@ alone, on a retained graph.
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,19 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 
 import tidar_kernels as tk
 from tidar_kernels.testing import relative_error
 
-from . import plots, record, timing
+from . import memory, plots, rates, record, row, timing
+from .cases import PEER_SLACK
+from .implementations import OURS, Implementation, WrongResultError, listing
+from .peers import STEP, compiled_flex_attention
+from .row import OUT_OF_TIME, reason
 
 Result = TypeVar("Result")
-OURS = "tidar_kernels"
 DIRECTIONS = ("forward", "backward")
 CHECKED_ROWS = 64
-PEER_SLACK = 8.0  # of the error budget: a peer may be less precise than ours must be, not compute another mask
-OUT_OF_TIME = "the time for benchmarks is used up"
 MAX_DENSE_MASK = 2**28  # bytes; longer sequences have no dense peer
 
 
@@ -61,12 +61,6 @@ class Workload:
 
 CPU_HEADS = ((4, 4), (8, 2))
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-MEMORY_HEADS = (8, 8)
-MEMORY_LENGTHS = {"tidar_kernels": (2048, 4096, 8192), "sdpa_dense_mask": (2048, 4096)}
-
-
-class WrongResultError(RuntimeError):
-    """An implementation computes something else; no speed is reported for it."""
 
 
 class Calls(NamedTuple):
@@ -158,12 +152,6 @@ def _ours(operands: Operands) -> Calls:
     return Calls(lambda q, k, v: (tk.attention(q, k, v, operands.pattern),), operands.leaves)
 
 
-def compiled_flex_attention() -> Callable[..., Any]:
-    """FlexAttention, compiled anew: nothing that was specialised for an earlier case is left."""
-    torch._dynamo.reset()
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex_attention(operands: Operands) -> Calls:
     # Looked up by row: on the CPU this predicate took two thirds of the time of one that divides by the block length.
     lead, own, _ = operands.pattern.on(operands.device)
@@ -206,10 +194,28 @@ def _floor(operands: Operands, backend: SDPBackend | None = None) -> Calls:
     return Calls(compute, leaves)
 
 
+def _flash_attention(operands: Operands, module: str) -> Calls:
+    """Two causal calls of an installed FlashAttention, whose tensors are `[batch, rows, heads, head_dim]`."""
+    attend = importlib.import_module(module).flash_attn_func
+    case = operands.case
+    shape = case.batch, case.seq_len, case.num_heads, case.head_dim
+    leaves = tuple(torch.randn(shape, device=operands.device, dtype=operands.dtype) for _ in range(6))
+    leaves = tuple(x.requires_grad_() for x in leaves)
+
+    def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return out if isinstance(out, Tensor) else out[0]  # some versions return the log-sum-exp too
+
+    return Calls(
+        lambda *x: (first(attend(x[0], x[1], x[2], causal=True)), first(attend(x[3], x[4], x[5], causal=True))), leaves
+    )
+
+
 FLOORS: dict[str, Callable[[Operands], Calls]] = {
     "causal_sdpa": _floor,
     "causal_flash": partial(_floor, backend=SDPBackend.FLASH_ATTENTION),
     "causal_cudnn": partial(_floor, backend=SDPBackend.CUDNN_ATTENTION),
+    "flash_attention_2": partial(_flash_attention, module="flash_attn"),
+    "flash_attention_3": partial(_flash_attention, module="flash_attn_interface"),
 }
 IMPLEMENTATIONS: dict[str, Callable[[Operands], Calls]] = {
     OURS: _ours,
@@ -218,7 +224,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Operands], Calls]] = {
     **FLOORS,
 }
 ON_CPU = (OURS, "flex_attention", "sdpa_dense_mask", "causal_sdpa")
-ON_CUDA = (OURS, "flex_attention", "sdpa_dense_mask", "causal_flash", "causal_cudnn")
+ON_CUDA = tuple(name for name in IMPLEMENTATIONS if name != "causal_sdpa")
+
+
+def peers(device: str) -> dict[str, Implementation]:
+    """What `ON_CPU` or `ON_CUDA` needs to be there, FlashAttention's with how to install it."""
+    names = ON_CPU if device == "cpu" else ON_CUDA
+    return {
+        name: STEP[name] if name in STEP else Implementation(plots.LABELS[name], _unplanned, ceiling=True)
+        for name in names
+    }
+
+
+def _unplanned(operands: Any) -> Any:
+    raise NotImplementedError("benchmarks.training plans its own calls")
 
 
 def checked(operands: Operands, name: str, calls: Calls, direction: str) -> tuple[Callable[[], Any], float]:
@@ -237,51 +256,52 @@ def attempt(action: Callable[[], Result]) -> Result | str:
         return reason(error)
 
 
-def reason(error: Exception) -> str:
-    """Why an implementation has no figures, on one line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:300]
-
-
-def failed(line: dict[str, Any]) -> bool:
-    """Whether an implementation was tried and has no figures."""
-    return "not_available" in line and not line["not_available"].endswith(OUT_OF_TIME)
-
-
-def row(operands: Operands, name: str, direction: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """One line of a results file: what was measured and what follows from it, or why there is nothing."""
+def least(operands: Operands, name: str, direction: str) -> dict[str, float]:
+    """Rows, bytes and FLOPs: every operand read and every result written once, live pairs computed once."""
     case, s = operands.case, operands.case.seq_len
     intervals = operands.pattern.lead[:, 1] - operands.pattern.lead[:, 0]
     intervals += operands.pattern.own[:, 1] - operands.pattern.own[:, 0]
     pairs = s * (s + 1) if name in FLOORS else int(intervals.sum())
-    flops = (4.0 if direction == "forward" else 10.0) * pairs * case.head_dim * case.num_heads * case.batch
-    line: dict[str, Any] = {
-        "operator": "attention",
-        "direction": direction,
-        "implementation": name,
-        "dtype": str(operands.dtype).removeprefix("torch."),
-        **vars(case),
+    kv_heads = case.num_heads if name in FLOORS else case.num_kv_heads
+    per_row = 2 * (case.num_heads + kv_heads)  # q, k, v, out
+    per_row += per_row if direction == "backward" else 0  # and their gradients
+    return {
         "rows": 2 * s,
-        "flops": flops,
-        **figures,
+        "bytes": float(2 * s * per_row * case.head_dim * case.batch * operands.dtype.itemsize),
+        "flops": (4.0 if direction == "forward" else 10.0) * pairs * case.head_dim * case.num_heads * case.batch,
     }
-    if "p50_us" in figures:
-        line["tflops"] = round(flops / figures["p50_us"] / 1e6, 3)
+
+
+def line_of(
+    operands: Operands, name: str, direction: str, found: dict[str, Any], known: rates.Rates | None = None
+) -> dict[str, Any]:
+    """One line of a results file: what was measured and what follows from it, or why there is nothing."""
+    fields = {"direction": direction, **vars(operands.case)}
+    line = row.head("attention", name, operands.device, operands.dtype, fields)
+    floor = least(operands, name, direction)
+    line |= {**floor, **found}
+    if "p50_us" in found:
+        line |= row.figures(found, floor)
+        line |= known.against(line) if known else {}
     return line
 
 
 def run_cpu(
-    case: Workload, dtype: torch.dtype, names: Sequence[str] = ON_CPU, budget_s: float = 6.0
+    case: Workload,
+    dtype: torch.dtype,
+    names: Sequence[str] = ON_CPU,
+    budget_s: float = 6.0,
+    known: rates.Rates | None = None,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> list[dict[str, Any]]:
     """Check, then time on the CPU, the implementations taking turns; forward, then backward.
 
-    Raises:
-        WrongResultError: ours is wrong. A peer that is, or that fails, is recorded with the reason.
+    What is wrong, or fails, ours too, has a row with the reason and no figures.
     """
     operands = Operands(case, "cpu", dtype)
     rows = []
     prepared = {name: attempt(partial(IMPLEMENTATIONS[name], operands)) for name in names}
-    for direction in DIRECTIONS:
+    for direction in directions:
         ready: dict[str, Callable[[], Any]] = {}
         errors: dict[str, float] = {}
         missing: dict[str, str] = {}
@@ -289,8 +309,7 @@ def run_cpu(
             if isinstance(calls, str):
                 missing[name] = calls
                 continue
-            check = partial(checked, operands, name, calls, direction)
-            found = check() if name == OURS else attempt(check)
+            found = attempt(partial(checked, operands, name, calls, direction))
             if isinstance(found, str):
                 missing[name] = found
             else:
@@ -301,10 +320,10 @@ def run_cpu(
             if name in missing:
                 figures: dict[str, Any] = {"not_available": missing[name]}
             else:
-                figures = {**measured[name], "relative_error": errors[name]}
+                figures = {**measured[name], "relative_error": float(f"{errors[name]:.3g}")}
                 if floor is not None:
                     figures["against_floor"] = round(measured[name]["p50_us"] / floor, 3)
-            rows.append(row(operands, name, direction, figures))
+            rows.append(line_of(operands, name, direction, figures, known))
     return rows
 
 
@@ -315,88 +334,74 @@ def run_on_device(
     device: str = "cuda",
     timer: Callable[[Callable[[], Any]], dict[str, float]] = timing.time_stream,
     deadline: float = math.inf,
+    *,
+    rows: record.Rows | None = None,
+    known: rates.Rates | None = None,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> list[dict[str, Any]]:
     """Check, then time, one implementation after the other; whatever fails is recorded with the reason.
 
     Operands are much larger than L2, so that each call finds them cold. Past `deadline`, in seconds of
-    `time.perf_counter`, no further implementation is started.
+    `time.perf_counter`, no further implementation is started. An absent one has no rows. What `rows` has already is
+    left alone, the others are entered there and returned.
+
+    Raises:
+        DeviceLostError: a failure took the device with it.
     """
+    rows = row.Held() if rows is None else rows
     operands = Operands(case, device, dtype)
-    rows = []
+    offered = peers("cuda")
+    done = []
     for name in names:
+        if name in offered and offered[name].absent(device):
+            continue
         calls: Calls | None = None
-        for direction in DIRECTIONS:
-            figures: dict[str, Any]
+        for direction in directions:
+            line = line_of(operands, name, direction, {})
+            if rows.has(line["command"]):
+                continue
+            rows.begin(line)
+            found: dict[str, Any]
             try:
                 if time.perf_counter() > deadline:
                     raise TimeoutError(OUT_OF_TIME)
                 calls = calls or IMPLEMENTATIONS[name](operands)
                 call, error = checked(operands, name, calls, direction)
-                figures = {**timer(call), "relative_error": error}
+                found = {**timer(call), "relative_error": float(f"{error:.3g}"), **record.clocks(device)}
                 del call
             except Exception as failure:
-                figures = {"not_available": reason(failure)}
-            rows.append(row(operands, name, direction, figures))
+                found = {"not_available": reason(failure)}
+            done.append(line_of(operands, name, direction, found, known))
+            rows.put(done[-1])
+            if row.failed(done[-1]):
+                row.check_device(device)
         del calls
         if device == "cuda":
             torch.cuda.empty_cache()
-    return rows
+    return done
 
 
-def peak_growth(name: str, seq_len: int) -> int:
-    """Bytes by which one forward and backward pass lifts the peak of this process's resident memory.
-
-    Call it in a process of its own, on Linux. The peak is read as VmHWM, not as ru_maxrss: that of a new process starts
-    at the size of its parent.
-    """
-    growth = 0
-    for length in (64, seq_len):  # the first one loads libraries and starts threads
-        operands = Operands(Workload(length, 16, *MEMORY_HEADS, 64), "cpu", torch.float32)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes what is resident now
-        before = _peak_rss()
-        calls = IMPLEMENTATIONS[name](operands)
-        (out,) = calls.forward("backward")
-        torch.autograd.grad(out, calls.leaves, operands.grad_out)
-        growth = _peak_rss() - before
-    return growth
-
-
-def _peak_rss() -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
-
-
-def memory_rows(lengths: dict[str, tuple[int, ...]] | None = None) -> list[dict[str, Any]]:
-    """Peak memory of forward and backward over sequence lengths, each in a fresh process."""
-    rows = []
-    for name, each in (MEMORY_LENGTHS if lengths is None else lengths).items():
-        for seq_len in each:
-            command = [sys.executable, "-m", "benchmarks.training", "--peak-memory", name, str(seq_len)]
-            done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-            line = {
-                "operator": "attention_memory",
-                "implementation": name,
-                "dtype": "float32",
-                **vars(Workload(seq_len, 16, *MEMORY_HEADS, 64)),
-            }
-            if done.returncode == 0:
-                growth = json.loads(done.stdout)
-                line |= {"peak_bytes": growth, "bytes_per_token": round(growth / seq_len)}
-            else:
-                line["not_available"] = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-            rows.append(line)
-    return rows
+def one(
+    implementation: str, device: str, dtype: torch.dtype, fields: Sequence[str], known: rates.Rates
+) -> list[dict[str, Any]]:
+    """The row of a command line: `direction=` and the fields of a workload."""
+    directions = [word.partition("=")[2] for word in fields if word.startswith("direction=")]
+    names = ON_CPU if device == "cpu" else ON_CUDA
+    if len(directions) != 1 or directions[0] not in DIRECTIONS or implementation not in names:
+        raise ValueError(f"attention: expected one of {', '.join(names)} and direction=forward or backward")
+    case = row.parse(Workload, [word for word in fields if not word.startswith("direction=")])
+    if device == "cpu":
+        wanted = list(dict.fromkeys((implementation, "causal_sdpa")))  # the floor beside it
+        rows = run_cpu(case, dtype, wanted, known=known, directions=directions)
+    else:
+        rows = run_on_device(case, dtype, (implementation,), known=known, directions=directions)
+    return [line for line in rows if line["implementation"] == implementation]
 
 
 def describe(line: dict[str, Any]) -> str:
     """A row of figures for the terminal."""
     text = f"{line['implementation']:16} S={line['seq_len']:<6} {line['dtype']:9}"
-    if line["operator"] == "attention_memory":
-        text += " forward + backward"
-        if "peak_bytes" in line:
-            return f"{text} {line['peak_bytes'] / 2**20:8.1f} MiB {line['bytes_per_token']:8} bytes a token"
-    else:
-        text += f" heads {line['num_heads']}/{line['num_kv_heads']} d={line['head_dim']:<3} {line['direction']:8}"
+    text += f" heads {line['num_heads']}/{line['num_kv_heads']} d={line['head_dim']:<3} {line['direction']:8}"
     if "not_available" in line:
         return f"{text} not available: {line['not_available']}"
     ratio = f" {line['against_floor']:6.2f} x the floor" if "against_floor" in line else ""
@@ -405,34 +410,25 @@ def describe(line: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for training-cpu.json and its picture")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing a case and direction")
-    parser.add_argument("--peak-memory", nargs=2, metavar=("NAME", "S"), help="measure that alone, in this process")
     options = parser.parse_args(arguments)
-    if options.peak_memory:
-        print(json.dumps(peak_growth(options.peak_memory[0], int(options.peak_memory[1]))))
-        return 0
-    if options.out is None:
-        parser.error("--out: expected a folder")
-    rows: list[dict[str, Any]] = []
+    rows = rates.measure("cpu", CPU_DTYPES)
+    known = rates.of(rows)
+    rows += listing("attention", peers("cpu"), "cpu")
     for dtype in CPU_DTYPES:
         for heads in CPU_HEADS:
             case = Workload(options.seq_len, options.block_size, *heads, 64)
-            rows += run_cpu(case, dtype, budget_s=options.budget)
+            rows += run_cpu(case, dtype, budget_s=options.budget, known=known)
             for line in rows[-len(DIRECTIONS) * len(ON_CPU) :]:
                 print(describe(line), flush=True)
-    for line in memory_rows():
-        print(describe(line), flush=True)
+    for line in memory.rows():
+        print(memory.describe(line), flush=True)
         rows.append(line)
-    path = options.out / "training-cpu.json"
-    record.write(path, "training", "cpu", rows)
-    try:
-        plots.save_training(json.loads(path.read_text()), options.out / "training_cpu.png")
-    except ImportError as error:
-        print(f"no picture of {path.name}: {error}", file=sys.stderr)
-    return 0
+    record.add(options.out, "training", "cpu", rows)
+    return int(any(line.get("implementation") == OURS and row.failed(line) for line in rows))
 
 
 if __name__ == "__main__":

@@ -270,6 +270,7 @@ def test_the_pages_python_runs(one_thread: None) -> None:
     [
         ["--strategy", "isd", "--block-size", "3"],
         ["--strategy", "self-speculation", "--block-size", "3", "--temperature", "0.8"],
+        ["--strategy", "tree", "--block-size", "3", "--temperature", "0.8"],
         ["--block-size", "4", "--levels", "1,3"],
         ["--block-size", "3", "--exact"],
     ],
@@ -300,6 +301,11 @@ def test_block_diffusion_promises_nothing(run: Run) -> None:
         (["--levels", "2"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '2'"),
         (["--levels", "1,x"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '1,x'"),
         (["--levels", "1,9"], "--levels: expected ascending ints from 1 to at most 8, got [1, 9]"),
+        (["--strategy", "tree", "--exact"], "--exact: expected a strategy other than tree beside it"),
+        (
+            ["--strategy", "tree", "--sampling", "rejection"],
+            "--sampling: expected coupled with --strategy tree, got rejection",
+        ),
         (["--strategy", "isd", "--levels", "1,2"], "--levels: expected --strategy tidar beside it, got isd"),
         (["--strategy", "isd", "--block-size", "1"], "--block-size: expected >= 2, got 1"),
         (["--strategy", "flare", "--beta", "0.5"], "--beta: expected 1 with a strategy other than tidar"),

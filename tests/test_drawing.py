@@ -12,7 +12,9 @@ import torch
 
 from tidar_kernels import drawing
 from tidar_kernels.drawing import as_text, save_png
-from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
+from tidar_kernels.pattern import unpack_bits
+from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training, tree
+from tidar_kernels.testing import irregular_pattern, random_tree
 
 STEP = """\
 tidar_step(block_size=2)
@@ -84,6 +86,20 @@ clean    P+0  ░░░░░░░░ █
 keys: p cached context, c clean; cells: ░ context, █ lead
 """
 
+TREE = """\
+tree(5 nodes, depth 2)
+5 rows x 5 in-flight keys, 44.0 % of these pairs visible; context P = 2
+
+              pp ddddd
+draft    P+0  ░░ ▓····
+draft    P+1  ░░ ▓▓···
+draft    P+1  ░░ ▓·▓··
+draft    P+2  ░░ ▓▓·▓·
+draft    P+2  ░░ ▓·▓·▓
+
+keys: p cached context, d draft; cells: ░ context, ▓ bits, · not visible
+"""
+
 
 def random_pattern(rows: int, keys: int) -> Pattern:
     """Disjoint random intervals, random roles: what no constructor builds, but anyone may."""
@@ -99,7 +115,7 @@ def random_pattern(rows: int, keys: int) -> Pattern:
 def matrix(text: str) -> list[str]:
     """The in-flight cells of a text drawing, one string a row."""
     body = text.split("\n\n")[1].splitlines()[1:]
-    return ["".join(mark for mark in line if mark in "█▒▚·") for line in body]
+    return ["".join(mark for mark in line if mark in "█▒▓▚·") for line in body]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,7 @@ def matrix(text: str) -> list[str]:
         (tidar_prefill(3, 2), 1, PREFILL),
         (tidar_training(3, 2), 0, TRAINING),
         (causal(1), 20, DECODE),
+        (tree([-1, 0, 0, 1, 2]), 2, TREE),
     ],
     ids=lambda value: value.name if isinstance(value, Pattern) else "",
 )
@@ -120,6 +137,7 @@ def test_text_to_the_character(pattern: Pattern, context_len: int, expected: str
 
 PATTERNS = [causal(5), tidar_prefill(7, 1), tidar_step(1), tidar_step(5), tidar_step(8), tidar_training(14, 4)]
 PATTERNS += [tidar_step(6, bidirectional=False), tidar_training(5, 8), tidar_training(40, 1)]
+PATTERNS += [tree([-1, 0, 0, 1, 1, 2, 4]), random_tree(40), irregular_pattern(37, 37, with_bits=True)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
@@ -128,6 +146,9 @@ def test_every_cell_of_the_text_is_the_dense_form(pattern: Pattern, context_len:
     cells = matrix(as_text(pattern, context_len))
     visible = torch.tensor([[mark != "·" for mark in row] for row in cells])
     assert torch.equal(visible, pattern.dense())
+    if pattern.bits is not None:
+        bits = torch.tensor([[mark == "▓" for mark in row] for row in cells])
+        assert torch.equal(bits, unpack_bits(pattern.bits, pattern.kv_len))
     own = torch.tensor([[mark == "▒" for mark in row] for row in cells])
     key = torch.arange(pattern.kv_len)
     assert torch.equal(own, (pattern.own[:, :1] <= key) & (key < pattern.own[:, 1:]))
@@ -142,7 +163,8 @@ def test_text_of_random_patterns(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "per_cell"), [(tidar_step(16), 4), (tidar_step(12), 2), (tidar_training(64, 4), 2)]
+    ("pattern", "per_cell"),
+    [(tidar_step(16), 4), (tidar_step(12), 2), (tidar_training(64, 4), 2), (random_tree(128), 2)],
 )
 def test_large_text_is_binned_and_says_so(pattern: Pattern, per_cell: int) -> None:
     text = as_text(pattern)
@@ -153,7 +175,7 @@ def test_large_text_is_binned_and_says_so(pattern: Pattern, per_cell: int) -> No
     assert marks.shape == (n, n)
     assert n <= 80
     np.testing.assert_array_equal(marks == "·", pooled.numpy() == 0)
-    np.testing.assert_array_equal((marks == "█") | (marks == "▒"), pooled.numpy() == 1)
+    np.testing.assert_array_equal(np.isin(marks, ["█", "▒", "▓"]), pooled.numpy() == 1)
     np.testing.assert_array_equal(marks == "▚", ((pooled > 0) & (pooled < 1)).numpy())
 
 
@@ -230,7 +252,10 @@ def test_every_cell_of_the_png_is_the_dense_form(pattern: Pattern, tmp_path: Pat
     lead, own = (((t[:, :1] <= key) & (key < t[:, 1:])).numpy() for t in (pattern.lead, pattern.own))
     strong = torch.stack([drawing._rgb(drawing._COLOUR[Role(role)]) for role in pattern.roles.tolist()])
     expected = np.where(lead[..., None], rgb(strong), rgb(drawing._rgb(drawing._HIDDEN_COLOUR)))
-    expected = np.where(own[..., None], rgb(drawing._paler(strong)), expected)
+    expected = np.where(own[..., None], rgb(drawing._shade(strong, "own")), expected)
+    if pattern.bits is not None:
+        bits = unpack_bits(pattern.bits, pattern.kv_len).numpy()
+        expected = np.where(bits[..., None], rgb(drawing._shade(strong, "bits")), expected)
     got = pixels[y[:, None], x[None, :]]
     assert np.abs(got.astype(int) - expected).max() <= 1  # of 255: rounding
     np.testing.assert_array_equal((got != rgb(drawing._rgb(drawing._HIDDEN_COLOUR))).any(-1), pattern.dense().numpy())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.paths import DEVICES, HERE, on_every_path
-from tidar_kernels import eager_linear, ops, testing
+from tidar_kernels import eager_linear, testing
 from tidar_kernels.linear import gated_lora, row_invariant_linear
 from tidar_kernels.testing import bits, poisoned_allocations
 from tidar_kernels.testing.projections import matrix, random_gate
@@ -290,43 +290,3 @@ def test_backends_agree(backend: Any) -> None:
     found = gated_lora(x.view(4, 5, 33), weight, lora_a, lora_b, gate.view(4, 5), 0.5, bias, backend=backend)
     torch.testing.assert_close(found.view(20, 18), expected)
     torch.testing.assert_close(row_invariant_linear(x, weight, bias, backend=backend), F.linear(x, weight, bias))
-
-
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-@pytest.mark.parametrize("cc", TENSOR_CORE)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_configuration_compiles(cc: int, dtype: torch.dtype) -> None:
-    """Every entry of the tables at shapes of Qwen2.5-1.5B and Qwen3-8B: no spill, tensor cores, shared memory."""
-    pytest.importorskip("triton")
-    from tidar_kernels.kernels import linear, linear_configs
-    from tidar_kernels.testing.compilation import SHARED_LIMITS, compile_report
-
-    assert not ops.interpreting()
-    tables = linear_configs._FLOAT32 if dtype == torch.float32 else linear_configs._HALF[cc]
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def adapter(out_features: int, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        return gate, meta(rows, rank), meta(out_features, rank), 0.5
-
-    rows, hidden, wide, rank = 72, 1536, 12288, 64
-    gate, x = meta(rows, dtype=torch.float32), meta(rows, hidden)
-    launches = {
-        "wide": linear.plan_linear(x, meta(wide, hidden), None, cc, adapter(wide, rank))[0],
-        "narrow": linear.plan_linear(x, meta(hidden, hidden), meta(hidden), cc, adapter(hidden, 8))[0],
-        "down": linear.plan_gated_rows("down", x, meta(rank, hidden), gate, 1.0, cc)[0],
-        "train_down": linear.plan_gated_rows("train_down", x, meta(hidden, 256).t(), gate, 0.5, cc)[0],
-        "add": linear.plan_gated_rows("add", meta(rows, rank), meta(wide, rank), gate, 0.5, cc, meta(rows, wide))[0],
-        "sum": linear.plan_gated_sum(meta(rows, rank), x, gate, 1.0, cc)[0],
-    }
-    assert launches.keys() == tables.keys()
-    for role, launch in launches.items():
-        report = compile_report(launch, cc)
-        assert (report.stack_bytes, report.local_accesses, report.spill_bytes) == (0, 0, 0), role
-        assert report.shared_bytes <= SHARED_LIMITS[cc], role
-        # The tiles of "down" are below the 64 rows of wgmma and tcgen05: it waits for memory, not for products.
-        instruction = "HMMA" if role == "down" else TENSOR_CORE[cc]
-        assert report.tensor_core == (() if dtype == torch.float32 else (instruction,)), role

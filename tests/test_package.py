@@ -25,7 +25,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports from its own floor and from those below. "__init__" is the package's front door.
 FLOORS = (
-    {"_checks", "drawing", "families", "noise", "patterns", "step_patterns"},
+    {"_checks", "drawing", "families", "noise", "pattern", "patterns", "step_patterns"},
     {"eager", "eager_linear"},
     {"kernels"},
     {"cpu", "cpu_attention", "cpu_parts", "ops", "registration"},

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import compatibility
+from benchmarks import compatibility, record
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def test_what_is_recorded_is_of_these_models() -> None:
-    rows = json.loads((RESULTS / "compatibility-cpu.json").read_text())["rows"]
+    (part,) = record.newest(RESULTS, "compatibility")
+    rows = part["rows"]
     expected = [(m.name, f"{m.family}ForCausalLM", m.special, m.baseline) for m in compatibility.MODELS]
     assert [(row["model"], row["class"], row["special"], row["baseline"]) for row in rows] == expected
     assert all(row[check] is True for row in rows for check in compatibility.CHECKS)
@@ -26,7 +26,8 @@ def test_the_command_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     said: list[str] = []
     assert compatibility.main(["--out", str(tmp_path)], said.append) == 0
     assert said == ["Llama: " + ", ".join(f"{check} True" for check in compatibility.CHECKS)]
-    (row,) = json.loads((tmp_path / "compatibility-cpu.json").read_text())["rows"]
+    (part,) = record.newest(tmp_path, "compatibility")
+    (row,) = part["rows"]
     assert 0 < row["forward_error"] < 2e-5
     assert row["tokens_per_forward"] > 1
 
@@ -41,6 +42,7 @@ def test_a_model_that_is_wrong_is_recorded_as_such(tmp_path: Path, monkeypatch: 
         attention, "sdpa_attention_forward", lambda *args, **kwargs: original(*args[:4], None, **kwargs)
     )
     assert compatibility.main(["--out", str(tmp_path)], lambda line: None) == 1
-    (row,) = json.loads((tmp_path / "compatibility-cpu.json").read_text())["rows"]
+    (part,) = record.newest(tmp_path, "compatibility")
+    (row,) = part["rows"]
     assert (row["forward_parity"], row["generate_equal"], row["decode_equal"]) == (False, False, True)
     assert "left padding" in row["failure"]

@@ -80,7 +80,7 @@ def decode_chain(
         batch.draft_logits = torch.zeros(size, strategy.drafts, model.config.vocab_size)
     out, forwards = torch.full((size, length + strategy.drafts), -1), 0
     while int(cache.lengths.min()) < length:
-        found, judged, following, logits, passes = strategy.step(batch)
+        found, judged, following, logits, passes, _ = strategy.step(batch)
         open_ = cache.lengths < length
         for i in range(strategy.drafts):
             take = open_ & (i < found.accepted)

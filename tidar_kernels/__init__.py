@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .linear import gated_lora, row_invariant_linear
     from .lora import GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
     from .loss import TiDARLoss, tidar_loss
-    from .ops import append_kv, attention, step_attention
+    from .ops import append_kv, attention, compact_kv, step_attention
     from .patching import patch, use_pattern
     from .patterns import Pattern
     from .rotary import rotary_append
@@ -39,6 +39,7 @@ __all__ = [
     "add_gated_lora",
     "append_kv",
     "attention",
+    "compact_kv",
     "eager",
     "gated_lora",
     "load_peft_adapter",
@@ -63,7 +64,7 @@ _MODULES = {
     "linear": ("gated_lora", "row_invariant_linear"),
     "lora": ("GatedLoRA", "add_gated_lora", "load_peft_adapter", "lora_gate", "save_adapter"),
     "loss": ("TiDARLoss", "tidar_loss"),
-    "ops": ("append_kv", "attention", "step_attention"),
+    "ops": ("append_kv", "attention", "compact_kv", "step_attention"),
     "patching": ("patch", "use_pattern"),
     "patterns": ("Pattern",),
     "rotary": ("rotary_append",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -89,4 +90,27 @@ def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str)
             if not 0 <= length <= limit:
                 raise ValueError(
                     f"lengths: expected 0 <= length <= {what} = {limit}, got {length} in sequence {sequence}"
+                )
+
+
+def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> None:
+    """`value` is an integer tensor `[batch, n]`; on the CPU also cached nodes in ascending order, then -1."""
+    tensor("path", value, 2)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"path: expected dtype int32 or int64, got {value.dtype}")
+    nodes_max = 1024  # what a program of the kernel holds
+    if len(value) != len(lengths) or value.shape[1] > nodes_max:
+        raise ValueError(f"path: expected shape [{len(lengths)}, n <= {nodes_max}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"path: expected device {device} like the other operands, got {value.device}")
+    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
+        for sequence, (nodes, length) in enumerate(zip(value.tolist(), lengths.tolist(), strict=True)):
+            count = nodes.index(-1) if -1 in nodes else len(nodes)
+            ascending = [-1, *nodes[:count]]
+            if any(a >= b for a, b in itertools.pairwise(ascending)) or any(node != -1 for node in nodes[count:]):
+                raise ValueError(f"path: expected ascending nodes, then -1, got {nodes} in sequence {sequence}")
+            if count and length + nodes[count - 1] >= max_len:
+                raise ValueError(
+                    f"path: expected nodes below max_len - length = {max_len - length}, got {nodes[count - 1]} "
+                    f"in sequence {sequence}"
                 )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _checks, ops
 from .rotary import rotary_append
 
 __all__ = ["KVCache"]
@@ -148,6 +148,21 @@ class KVCache:
         self.check_room(at_most)
         self.lengths += accepted
         self.length_bounds += at_most
+
+    def compact(self, path: Tensor) -> None:
+        """Move the K/V of an accepted path of a token tree together, in every layer: see `tidar_kernels.compact_kv`.
+
+        Nothing is committed. `path` is an integer tensor `[batch, n]` on the device.
+
+        Raises:
+            TypeError, ValueError: as `tidar_kernels.compact_kv`, or n slots would pass `max_len`; nothing is written
+                then.
+        """
+        _checks.tensor("path", path, 2)
+        self.check_room(path.shape[1])
+        # The layers as further sequences: one launch moves them all.
+        k, v = (x.view(-1, *x.shape[2:]) for x in (self.k, self.v))
+        ops.compact_kv(k, v, self.lengths.repeat(self.num_layers), path.repeat(self.num_layers, 1))
 
     def lengths_known(self, lengths: list[int]) -> None:
         """Tell the host's bounds the exact lengths, once they were read for another reason."""

@@ -15,30 +15,32 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cpu_parts import add_sinks, capped_attention, share, unit_stride
+from .pattern import unpack_bits
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# lead tensor -> (own tensor, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
+# lead tensor -> (own tensor, bits, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def dense_mask(lead: Tensor, own: Tensor, kv_len: int) -> Tensor:
-    """The in-flight part of a pattern as booleans `[q_len, kv_len]`, from its interval tensors."""
+def dense_mask(lead: Tensor, own: Tensor, kv_len: int, bits: Tensor | None = None) -> Tensor:
+    """The in-flight part of a pattern as booleans `[q_len, kv_len]`, from its interval tensors and bits."""
     key = torch.arange(kv_len, dtype=lead.dtype, device=lead.device)
-    return ((lead[:, :1] <= key) & (key < lead[:, 1:])) | ((own[:, :1] <= key) & (key < own[:, 1:]))
+    seen = ((lead[:, :1] <= key) & (key < lead[:, 1:])) | ((own[:, :1] <= key) & (key < own[:, 1:]))
+    return seen if bits is None else seen | unpack_bits(bits, kv_len)
 
 
 def _packed_mask(
-    lead: Tensor, own: Tensor, kv_len: int, dtype: torch.dtype, group: int
+    lead: Tensor, own: Tensor, bits: Tensor | None, kv_len: int, dtype: torch.dtype, group: int
 ) -> tuple[Tensor, Tensor | None]:
     """`(additive mask [1, 1, group * q_len, kv_len], rows that see no in-flight key or None)`."""
     found = _masks.get(lead)
-    if found is None or found[0] is not own:
-        found = _masks[lead] = (own, {})
+    if found is None or found[0] is not own or found[1] is not bits:
+        found = _masks[lead] = (own, bits, {})
     key = (kv_len, dtype, group)
-    if key not in found[1]:
-        found[1][key] = _additive(dense_mask(lead, own, kv_len), dtype, group)
-    return found[1][key]
+    if key not in found[2]:
+        found[2][key] = _additive(dense_mask(lead, own, kv_len, bits), dtype, group)
+    return found[2][key]
 
 
 def _additive(visible: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor | None]:
@@ -86,6 +88,7 @@ def step_attention(
     reach: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
     batch, num_heads, q_len, head_dim = q.shape
@@ -96,7 +99,7 @@ def step_attention(
     if rows.numel() == 0 or kv_len == 0:  # ATen divides by zero there
         out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -math.inf, dtype=lse_dtype)
     else:
-        out, lse = _attend(rows, k, v, scale, softcap, *_packed_mask(lead, own, kv_len, q.dtype, group))
+        out, lse = _attend(rows, k, v, scale, softcap, *_packed_mask(lead, own, bits, kv_len, q.dtype, group))
     counts = lengths.tolist() if rows.numel() else []
     # Sequences of one length share a call; a ragged batch takes one call a sequence.
     groups = (
@@ -133,3 +136,18 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
         if lo < hi:
             k_cache[b, :, lo:hi] = k[b, :, lo - length : hi - length]
             v_cache[b, :, lo:hi] = v[b, :, lo - length : hi - length]
+
+
+def compact_kv(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor) -> None:
+    """CPU path of `tidar_kernels.compact_kv`: one gather a sequence, of the slots that move."""
+    max_len = k_cache.shape[2]
+    for b, (length, nodes) in enumerate(zip(lengths.tolist(), path.tolist(), strict=True)):
+        moves = [
+            (length + i, length + node)
+            for i, node in enumerate(nodes)
+            if node > i and length + i >= 0 and length + node < max_len
+        ]
+        if moves:
+            to, of = torch.tensor(moves).unbind(1)
+            k_cache[b, :, to] = k_cache[b, :, of]  # the right side is a copy
+            v_cache[b, :, to] = v_cache[b, :, of]

@@ -25,6 +25,7 @@ def step_attention(
     reach: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`. Each of the first `causal_rows` rows is the call that its token would be alone.
 
@@ -52,8 +53,9 @@ def step_attention(
         out, lse = (torch.cat(x).unflatten(0, (len(q), causal_rows)) for x in zip(*alone, strict=True))
         parts.append((out[:, :, :, 0].transpose(1, 2), lse[:, :, :, 0].transpose(1, 2)))
     if rows or not alone:
-        lead, own, reach = lead[-rows:], own[-rows:], None if reach is None else reach[-rows:]
+        lead, own = lead[-rows:], own[-rows:]
+        reach, bits = (None if x is None else x[-rows:] for x in (reach, bits))
         q = q[:, :, causal_rows:]
-        parts.append(cpu.step_attention(q, k, v, k_cache, v_cache, lengths, lead, own, scale, reach, *options))
+        parts.append(cpu.step_attention(q, k, v, k_cache, v_cache, lengths, lead, own, scale, reach, *options, bits))
     out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     return out, lse

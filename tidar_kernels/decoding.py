@@ -83,9 +83,9 @@ class Decoder:
         block_size: B, the most tokens a step commits; default what the model was trained with. Unused autoregressively.
         mask_token_id: the token of mask rows; default the model's own. Unused autoregressively.
         mode: "tidar" (draft and verify, by `strategy`) or "autoregressive".
-        strategy: "tidar"; "isd", "flare", "self_speculation" or "block_diffusion" with their usual options; or one made
-            by `tidar_kernels.strategies`, which then sets the block size. Masks predict the token at their position,
-            unless the model's `config.shifted_masks` says that they predict the one behind it (I-DLM).
+        strategy: "tidar"; "isd", "flare", "self_speculation", "tree" or "block_diffusion" with their usual options; or
+            one made by `tidar_kernels.strategies`, which then sets the block size. Masks predict the token at their
+            position, unless the model's `config.shifted_masks` says that they predict the one behind it (I-DLM).
         stride: what "isd" and "flare" call their block size.
         sampling: how drafts are judged at temperature > 0: "coupled" (the very tokens of autoregressive sampling with
             the same seed), "rejection" (its distribution, more drafts accepted), or "point_mass" (its distribution,
@@ -276,11 +276,11 @@ class Decoder:
         """Check every argument, and only then allocate."""
         prompts = _as_prompts(input_ids, self.model.config.vocab_size)
         patterns.check_int("max_new_tokens", max_new_tokens, 1)
-        needed = max(map(len, prompts)) + max_new_tokens + self._step.drafts
+        needed = max(map(len, prompts)) + max_new_tokens + self._step.slots
         if self.max_len is not None and needed > self.max_len:
             raise ValueError(
                 f"max_len: expected >= {needed} (longest prompt {max(map(len, prompts))} + max_new_tokens "
-                f"{max_new_tokens} + block_size {self._step.drafts}), got {self.max_len}"
+                f"{max_new_tokens} + {self._step.slots} drafts), got {self.max_len}"
             )
         stop_tokens = list(stop_tokens)
         for token in stop_tokens:

@@ -1,9 +1,9 @@
 """Pictures of attention patterns: `as_text` for the terminal, `save_png` for pages.
 
-Rows are queries, columns are keys, the cached context first. A cell shows which interval sees the key (`lead` or
-`own`) and, in the PNG, by its colour what the key is. Both pictures are computed from the intervals alone, never from
-a dense mask, so a pattern of any size can be drawn: one that does not fit is binned, several rows and keys to a cell,
-and the picture says so.
+Rows are queries, columns are keys, the cached context first. A cell shows what sees the key (`lead`, `own` or `bits`)
+and, in the PNG, by its colour what the key is. Both pictures are computed from intervals and bits, never from a dense
+mask, so a pattern of any size can be drawn: one that does not fit is binned, several rows and keys to a cell, and the
+picture says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .patterns import Pattern, Role, check_int
+from .pattern import Pattern, Role, check_int, unpack_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,11 @@ MAX_TEXT_CELLS = 80  # rows and in-flight columns of a text drawing: one tall, w
 MAX_TEXT_CONTEXT = 8  # context columns of a text drawing: rows see all of them, or the last ones, so a few say it
 MAX_PNG_CELLS = 1200  # beyond this a cell would be less than a pixel
 
-_LEAD, _OWN, _CONTEXT, _IN_PART, _HIDDEN = "█", "▒", "░", "▚", "·"
-_MEANING = {_CONTEXT: "context", _LEAD: "lead", _OWN: "own", _IN_PART: "visible in part", _HIDDEN: "not visible"}
+_CONTEXT, _IN_PART, _HIDDEN = "░", "▚", "·"
+_TERMS = {"lead": "█", "own": "▒", "bits": "▓"}  # what sees a key; shares of cells are in this order
+_MEANING = {_CONTEXT: "context", **{mark: term for term, mark in _TERMS.items()}}
+_MEANING |= {_IN_PART: "visible in part", _HIDDEN: "not visible"}
+_STRENGTH = {"lead": 1.0, "own": 0.6, "bits": 0.8}  # of the key's colour in the PNG
 
 _DPI = 200
 _COLOUR = {Role.CLEAN: "#2f6db5", Role.DRAFT: "#e5992b", Role.MASK: "#6f4bb0"}
@@ -98,8 +101,8 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
     """
     shown = min(check_int("context_len", context_len, 0), MAX_TEXT_CONTEXT)
     rows, columns = _axes(pattern, MAX_TEXT_CELLS)
-    lead, own = _shares(pattern, rows, columns)
-    body = ["".join(map(_character, *pair)) for pair in zip(lead.tolist(), own.tolist(), strict=True)]
+    shares = _shares(pattern, rows, columns)
+    body = ["".join(map(_character, *terms)) for terms in zip(*shares.tolist(), strict=True)]
     roles = columns.cell_roles
     labels = [_row_label(pattern, rows, cell) for cell in range(rows.cells)]
     label_width = max(map(len, labels), default=0)
@@ -125,7 +128,7 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
 
 
 def save_png(pattern: Pattern, path: str | os.PathLike[str], context_len: int = 0) -> None:
-    """A pattern as a PNG picture: blue clean, amber draft and violet mask keys, paler where `own` sees them.
+    """A pattern as a PNG picture: blue clean, amber draft and violet mask keys, paler where `own` or `bits` see them.
 
     The text drawing is stored in the file as its `Description`. Nothing is written if anything is wrong.
 
@@ -206,19 +209,22 @@ def _axis(groups: list[_Group], length: int, limit: int) -> _Axis:
         per_cell *= 2
 
 
-def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> tuple[Tensor, Tensor]:
-    """The share of each cell's pairs that `lead` sees, and that `own` sees: float64 `[row cells, column cells]`."""
+def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> Tensor:
+    """The share of each cell's pairs that each of `_TERMS` sees: float64 `[3, row cells, column cells]`."""
     edges = torch.tensor(columns.edges)
     left, right = edges[:-1], edges[1:]
-    shares = []
-    for interval in (pattern.lead.long(), pattern.own.long()):
-        share = torch.zeros(rows.cells, columns.cells, dtype=torch.float64)
-        for cell, (a, b) in enumerate(pairwise(rows.edges)):
+    shares = torch.zeros(len(_TERMS), rows.cells, columns.cells, dtype=torch.float64)
+    for cell, (a, b) in enumerate(pairwise(rows.edges)):
+        pairs = torch.zeros(len(_TERMS), columns.cells, dtype=torch.int64)
+        for term, interval in enumerate((pattern.lead.long(), pattern.own.long())):
             lo, hi = interval[a:b, :1], interval[a:b, 1:]
-            pairs = (torch.minimum(hi, right) - torch.maximum(lo, left)).clamp(min=0).sum(dim=0)
-            share[cell] = pairs.double() / ((b - a) * (right - left))
-        shares.append(share)
-    return shares[0], shares[1]
+            pairs[term] = (torch.minimum(hi, right) - torch.maximum(lo, left)).clamp(min=0).sum(dim=0)
+        if pattern.bits is not None:
+            before = unpack_bits(pattern.bits[a:b], pattern.kv_len).sum(dim=0).cumsum(0)
+            before = torch.nn.functional.pad(before, (1, 0))
+            pairs[2] = before[right] - before[left]
+        shares[:, cell] = pairs.double() / ((b - a) * (right - left))
+    return shares
 
 
 def _context_shares(pattern: Pattern, rows: _Axis, shown: int) -> Tensor:
@@ -235,12 +241,12 @@ def _context_character(share: float) -> str:
     return _CONTEXT if share == 1 else _IN_PART if share > 0 else _HIDDEN
 
 
-def _character(lead: float, own: float) -> str:
-    if lead + own == 0:
+def _character(*shares: float) -> str:
+    if sum(shares) == 0:
         return _HIDDEN
-    if round(lead + own, 12) < 1:
+    if round(sum(shares), 12) < 1:
         return _IN_PART
-    return _LEAD if lead >= own else _OWN
+    return list(_TERMS.values())[shares.index(max(shares))]
 
 
 def _row_label(pattern: Pattern, rows: _Axis, cell: int) -> str:
@@ -261,6 +267,8 @@ def _position_range(pattern: Pattern, start: int, stop: int) -> str:
 def _summary(pattern: Pattern, context_len: int) -> str:
     rows, keys = pattern.q_len, pattern.kv_len
     pairs = int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
+    if pattern.bits is not None:
+        pairs += int(unpack_bits(pattern.bits, keys).sum())
     text = f"{rows} row{'s' * (rows != 1)} x {keys} in-flight key{'s' * (keys != 1)}"
     if rows and keys:
         text += f", {100 * pairs / (rows * keys):.1f} % of these pairs visible"
@@ -314,9 +322,9 @@ def _render(pattern: Pattern, context_len: int) -> bytes:
 
     layout = _lay_out(pattern, context_len)
     rows, columns = layout.rows, layout.columns
-    lead, own = _shares(pattern, rows, columns)
+    shares = _shares(pattern, rows, columns)
     context = _context_shares(pattern, rows, layout.context)
-    legend = _legend(columns, lead, own, context)
+    legend = _legend(columns, shares, context)
 
     width = max(layout.right + 50, 1200)
     per_line = (width - 40) // 290
@@ -325,7 +333,7 @@ def _render(pattern: Pattern, context_len: int) -> bytes:
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
-    _draw_cells(axes, layout, lead, own, context)
+    _draw_cells(axes, layout, shares, context)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     _draw_grid(axes, layout, _clean_block_edges(pattern))
@@ -353,35 +361,37 @@ def _rgb(colour: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.float64) / 255
 
 
-def _paler(colour: Tensor) -> Tensor:
-    """Float RGB `[..., 3]` mixed with white: the shade of keys that `own` sees."""
-    return 1 - 0.6 * (1 - colour)
+def _shade(colour: Tensor, term: str) -> Tensor:
+    """Float RGB `[..., 3]` of a key, mixed with white as keys are that `term` sees."""
+    return 1 - _STRENGTH[term] * (1 - colour)
 
 
-def _legend(columns: _Axis, lead: Tensor, own: Tensor, context: Tensor) -> list[tuple[str, Any]]:
+def _legend(columns: _Axis, shares: Tensor, context: Tensor) -> list[tuple[str, Any]]:
     """Text and colour of what is in the picture, and of nothing else."""
     entries: list[tuple[str, Any]] = [("cached context", _CONTEXT_COLOUR)] if context.any() else []
     roles = columns.cell_roles
-    for name, share in (("lead", lead), ("own", own)):
+    for term, share in zip(_TERMS, shares, strict=True):
         for role in Role:
             if share[:, [cell for cell, of_cell in enumerate(roles) if of_cell is role]].any():
-                colour = _rgb(_COLOUR[role]) if name == "lead" else _paler(_rgb(_COLOUR[role]))
-                entries.append((f"{role.name.lower()} key ({name})", tuple(colour.tolist())))
-    hidden = (lead + own).lt(1 - 1e-12).any() or context.lt(1).any()
+                colour = _shade(_rgb(_COLOUR[role]), term)
+                entries.append((f"{role.name.lower()} key ({term})", tuple(colour.tolist())))
+    hidden = shares.sum(0).lt(1 - 1e-12).any() or context.lt(1).any()
     return entries + ([("not visible", _HIDDEN_COLOUR)] if hidden else [])
 
 
-def _draw_cells(axes: Axes, at: _Layout, lead: Tensor, own: Tensor, context: Tensor) -> None:
+def _draw_cells(axes: Axes, at: _Layout, shares: Tensor, context: Tensor) -> None:
     if at.context and context.eq(1).all():
         _rectangle(axes, at.left, at.top, at.context_right, at.bottom, _CONTEXT_COLOUR)
     elif context.numel():
         image = context[..., None] * _rgb(_CONTEXT_COLOUR) + (1 - context)[..., None] * _rgb(_HIDDEN_COLOUR)
         box = (at.left, at.context_right, at.bottom, at.top)
         axes.imshow(image.numpy(), extent=box, interpolation="nearest", aspect="auto")
-    if not lead.numel():
+    if not shares.numel():
         return
     key = torch.stack([_rgb(_COLOUR[role]) for role in at.columns.cell_roles])
-    image = lead[..., None] * key + own[..., None] * _paler(key) + (1 - lead - own)[..., None] * _rgb(_HIDDEN_COLOUR)
+    image = (1 - shares.sum(0))[..., None] * _rgb(_HIDDEN_COLOUR)
+    for term, share in zip(_TERMS, shares, strict=True):
+        image += share[..., None] * _shade(key, term)
     box = (at.origin, at.right, at.bottom, at.top)
     axes.imshow(image.clamp(0, 1).numpy(), extent=box, interpolation="nearest", aspect="auto")
 

@@ -22,6 +22,7 @@ from .patterns import Pattern
 __all__ = [
     "append_kv",
     "attention",
+    "compact_kv",
     "gated_lora",
     "rotary_append",
     "row_invariant_linear",
@@ -108,6 +109,17 @@ def append_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
         if lo < hi:
             k_cache[b, :, lo:hi] = k[b, :, lo - length : hi - length]
             v_cache[b, :, lo:hi] = v[b, :, lo - length : hi - length]
+
+
+def compact_kv(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor) -> None:
+    """Eager twin of `tidar_kernels.compact_kv`; same arguments, same effect. Slots outside the cache are dropped."""
+    max_len = k_cache.shape[2]
+    for cache in (k_cache, v_cache):
+        before = cache.clone()
+        for b, (length, nodes) in enumerate(zip(lengths.tolist(), path.tolist(), strict=True)):
+            for i, node in enumerate(nodes):
+                if node >= 0 and 0 <= length + i < max_len and 0 <= length + node < max_len:
+                    cache[b, :, length + i] = before[b, :, length + node]
 
 
 def rotary_append(

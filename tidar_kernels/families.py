@@ -2,7 +2,7 @@
 
 All of them train a model that drafts a block at once. They differ in what a drafting row may condition on, and in the
 order in which the clean and the noisy copy of the sequence are stored. The one mask in the field that is not two
-intervals a row is a draft tree (Medusa, EAGLE), whose rows see scattered ancestors.
+intervals a row is a draft tree (Medusa, EAGLE), whose rows see scattered ancestors: `tidar_kernels.patterns.tree`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .patterns import Pattern, Role, _intervals, check_int
+from .pattern import Pattern, Role, check_int, intervals, pack_bits, unpack_bits
 
 __all__ = [
     "block_diffusion_training",
@@ -62,8 +62,8 @@ def idlm_training(seq_len: int, block_size: int) -> Pattern:
         TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
     """
     s, block, token, noisy, start = _noisy_then_clean(seq_len, block_size)
-    lead = _intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
-    own = _intervals(start, token + 1, noisy)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
+    own = intervals(start, token + 1, noisy)
     predicts = _next(token, s)
     return _pattern(lead, own, token, noisy, predicts, 2 * s, f"idlm_training(seq_len={s}, block_size={block})")
 
@@ -79,8 +79,8 @@ def block_diffusion_training(seq_len: int, block_size: int) -> Pattern:
     """
     s, block, token, noisy, start = _noisy_then_clean(seq_len, block_size)
     end = (start + block).clamp(max=s)
-    lead = _intervals(torch.full_like(token, s), s + torch.where(noisy, start, end), token >= 0)
-    own = _intervals(start, end, noisy)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, end), token >= 0)
+    own = intervals(start, end, noisy)
     predicts = torch.where(noisy, token, -1)
     return _pattern(
         lead, own, token, noisy, predicts, 2 * s, f"block_diffusion_training(seq_len={s}, block_size={block})"
@@ -98,8 +98,8 @@ def set_block_training(seq_len: int, block_size: int) -> Pattern:
         TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
     """
     s, block, token, noisy, start = _noisy_then_clean(seq_len, block_size)
-    lead = _intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
-    own = _intervals(start, (start + block).clamp(max=s), noisy)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
+    own = intervals(start, (start + block).clamp(max=s), noisy)
     predicts = torch.where(noisy, token, _next(token, s))
     return _pattern(lead, own, token, noisy, predicts, 2 * s, f"set_block_training(seq_len={s}, block_size={block})")
 
@@ -122,7 +122,7 @@ def dflash_training(context_len: int, anchors: Sequence[int], block_size: int) -
     row = torch.arange(len(anchors) * block)
     anchor_of = torch.tensor(list(anchors), dtype=torch.int64)[row // block]
     noisy, own_start = row >= 0, n + row // block * block
-    lead, own = _intervals(torch.zeros_like(row), anchor_of, noisy), _intervals(own_start, own_start + block, noisy)
+    lead, own = intervals(torch.zeros_like(row), anchor_of, noisy), intervals(own_start, own_start + block, noisy)
     name = f"dflash_training(context_len={n}, {len(anchors)} anchors, block_size={block})"
     positions = anchor_of + row % block
     predicts, keys = torch.where(positions < n, positions, -1), torch.cat([torch.arange(n), positions])
@@ -142,8 +142,8 @@ def jacobi_forcing_training(prompt_len: int, response_len: int) -> Pattern:
     n, s = check_int("prompt_len", prompt_len, 0), check_int("response_len", response_len, 1)
     row = torch.arange(n + 2 * s)
     noisy, clean = (row >= n) & (row < n + s), row >= n + s
-    lead = _intervals(torch.zeros_like(row), torch.where(clean, n, row + 1), row >= 0)
-    own = _intervals(torch.full_like(row, n + s), row + 1, clean)
+    lead = intervals(torch.zeros_like(row), torch.where(clean, n, row + 1), row >= 0)
+    own = intervals(torch.full_like(row, n + s), row + 1, clean)
     name = f"jacobi_forcing_training(prompt_len={n}, response_len={s})"
     positions = torch.where(clean, row - s, row)
     predicts = torch.where(row >= n - 1, _next(positions, n + s), -1)
@@ -168,9 +168,9 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     lengths = torch.tensor([pattern.kv_len for pattern in patterns])
     offsets = (lengths.cumsum(0) - lengths).repeat_interleave(torch.tensor([pattern.q_len for pattern in patterns]))
     shifted = []
-    for intervals in (torch.cat([pattern.lead for pattern in patterns]), torch.cat([p.own for p in patterns])):
-        lo, hi = intervals.unbind(1)
-        shifted.append(_intervals(lo + offsets, hi + offsets, lo < hi))
+    for both in (torch.cat([pattern.lead for pattern in patterns]), torch.cat([p.own for p in patterns])):
+        lo, hi = both.unbind(1)
+        shifted.append(intervals(lo + offsets, hi + offsets, lo < hi))
     predicts, tokens = [], 0
     for pattern in patterns:
         predicts.append(torch.where(pattern.predicts < 0, -1, pattern.predicts + tokens))
@@ -179,6 +179,13 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     if any(pattern.reach is not None for pattern in patterns):
         everything = torch.iinfo(torch.int32).max
         reach = torch.cat([torch.full_like(p.positions, everything) if p.reach is None else p.reach for p in patterns])
+    bits = None
+    if any(pattern.bits is not None for pattern in patterns):
+        seen = [
+            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool) if p.bits is None else unpack_bits(p.bits, p.kv_len)
+            for p in patterns
+        ]
+        bits = pack_bits(torch.block_diag(*seen))
     return Pattern(
         shifted[0],
         shifted[1],
@@ -189,4 +196,5 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
         f"packed({', '.join(pattern.name for pattern in patterns)})",
         reach,
         None if any(key is None for key in keys) else torch.cat([key for key in keys if key is not None]),
+        bits,
     )

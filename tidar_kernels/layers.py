@@ -84,8 +84,8 @@ class TiDARAttention(nn.Module):
             x: `[batch, pattern.q_len, hidden_size]`.
             pattern: which rows see what.
             rotary: `(cos, sin)` from `RotaryEmbedding`, or None for no rotation.
-            cache: with it, rows see the committed context too, and the K/V of the pattern's causal rows is written
-                behind the committed tokens; `cache.commit` decides later how many of them stay.
+            cache: with it, rows see the committed context too, and the K/V of the pattern's causal rows, or of a tree's
+                nodes, is written behind the committed tokens; `cache.commit` decides later how many of them stay.
 
         Returns:
             `[batch, q_len, hidden_size]`.
@@ -102,7 +102,7 @@ class TiDARAttention(nn.Module):
             out = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v, pattern)
         else:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-            keep = pattern.causal_len
+            keep = pattern.kept_len
             if rotary is None:
                 cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
             else:

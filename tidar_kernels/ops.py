@@ -20,7 +20,7 @@ from . import _checks, eager
 from .patterns import Pattern
 from .registration import interpreting, library
 
-__all__ = ["append_kv", "attention", "interpreting", "step_attention"]
+__all__ = ["append_kv", "attention", "compact_kv", "interpreting", "step_attention"]
 
 Backend = Literal["triton", "eager"]
 _library = library  # to which `rotary` and `sampling` add their operators
@@ -95,7 +95,7 @@ def attention(
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
         k, v: `[batch, kv_heads, kv_len, head_dim]`; `kv_heads` divides `heads`.
-        pattern: `pattern.q_len` and `pattern.kv_len` match q and k.
+        pattern: `pattern.q_len` and `pattern.kv_len` match q and k; with bits, of a token tree, only the twin takes it.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
         softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
         sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
@@ -127,6 +127,8 @@ def attention(
     _check_backend(backend, q.device)
     if backend == "eager":
         return eager.attention(q, k, v, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    if pattern.bits is not None:
+        raise ValueError(f'pattern: expected one without bits, or backend="eager", got {pattern.name}')
     # On the pattern's own device without its memo: `torch.compile` would guard on that and compile twice.
     on_device = (pattern.lead, pattern.own) if q.device == pattern.lead.device else pattern.on(q.device)
     out, lse = torch.ops.tidar_kernels.attention(q, k, v, on_device[0], on_device[1], scale, softcap, sinks)
@@ -189,7 +191,7 @@ def step_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
-    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]` and `own[q]`
+    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and `bits[q]`
     (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
     these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
     was launched: draft row m of a step at length P equals single-token decoding at length P + m.
@@ -242,7 +244,7 @@ def step_attention(
         return eager.step_attention(*operands, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
     lead, own, _ = pattern.on(q.device)
     out, lse = torch.ops.tidar_kernels.step_attention(
-        *operands, lead, own, scale, max_context, pattern.reach_on(q.device), softcap, sinks
+        *operands, lead, own, scale, max_context, pattern.reach_on(q.device), softcap, sinks, pattern.bits_on(q.device)
     )
     return (out, lse) if return_lse else out
 
@@ -287,3 +289,39 @@ def append_kv(
         eager.append_kv(k_cache, v_cache, k, v, lengths)
         return
     torch.ops.tidar_kernels.append_kv(k_cache, v_cache, k, v, lengths)
+
+
+def compact_kv(
+    k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor, *, backend: Backend | None = None
+) -> None:
+    """Move an accepted path of a token tree together, in place: slot `lengths[b] + i` gets that of node `path[b, i]`.
+
+    A step over a tree (`tidar_kernels.patterns.tree`) writes the K/V of node j into slot `lengths[b] + j`. After the
+    move those of the path are the first ones there, bit for bit, so that they are committed by length. Every other slot
+    keeps its bits. On CUDA, where the host reads neither `lengths` nor `path`, slots outside `[0, max_len)` are left
+    out.
+
+    Args:
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place.
+        lengths: int32 or int64 `[batch]`, on the same device.
+        path: int32 or int64 `[batch, n]`, n <= 1024, on the same device: nodes in ascending order, then -1.
+        backend: None picks by device; "triton" or "eager" by name.
+
+    Raises:
+        TypeError: a non-tensor, or a dtype. ValueError: shapes, devices or lengths do not fit; on the CPU also a path
+            that does not ascend, or leaves the cache. Nothing is written then.
+
+    Twin: `tidar_kernels.eager.compact_kv`. Kernel: `tidar_kernels.kernels.compact_kv`.
+    """
+    _checks.tensor("k_cache", k_cache, 4)
+    _checks.tensor("v_cache", v_cache, 4)
+    _checks.same_kind(k_cache, v_cache=v_cache)
+    batch, max_len = k_cache.shape[0], k_cache.shape[2]
+    _checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    _checks.lengths(lengths, batch, k_cache.device, max_len, "max_len")
+    _checks.path(path, lengths, k_cache.device, max_len)
+    _check_backend(backend, k_cache.device)
+    if backend == "eager":
+        eager.compact_kv(k_cache, v_cache, lengths, path)
+        return
+    torch.ops.tidar_kernels.compact_kv(k_cache, v_cache, lengths, path)

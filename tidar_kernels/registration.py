@@ -20,7 +20,7 @@ library = torch.library.Library("tidar_kernels", "DEF")
 library.define(
     "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor lead, Tensor own, float scale, int max_context, "
-    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None) -> (Tensor, Tensor)"
+    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? bits=None) -> (Tensor, Tensor)"
 )
 library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor lead, Tensor own, float scale, "
@@ -31,6 +31,7 @@ library.define(
     "Tensor lead, Tensor own, float scale, float? softcap=None) -> (Tensor, Tensor, Tensor)"
 )
 library.define("append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths) -> ()")
+library.define("compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor path) -> ()")
 
 
 def interpreting() -> bool:
@@ -124,28 +125,28 @@ def _attention_no_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tens
 def _step_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
     scale: float, max_context: int, reach: Tensor | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     operands = (q, k, v, k_cache, v_cache, lengths, lead, own, scale)
     if interpreting():
-        return _step_attention_triton(*operands, max_context, reach, softcap, sinks)
-    return cpu.step_attention(*operands, reach, softcap, sinks)
+        return _step_attention_triton(*operands, max_context, reach, softcap, sinks, bits)
+    return cpu.step_attention(*operands, reach, softcap, sinks, bits)
 
 
 def _step_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
     scale: float, max_context: int, reach: Tensor | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.step_attention import step_attention as launch
 
-    return launch(q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context, reach, softcap, sinks)
+    return launch(q, k, v, k_cache, v_cache, lengths, lead, own, scale, max_context, reach, softcap, sinks, bits)
 
 
 def _step_attention_fake(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, lead: Tensor, own: Tensor,
     scale: float, max_context: int, reach: Tensor | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=lse_dtype)
@@ -168,6 +169,23 @@ def _append_kv_fake(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, leng
     return None
 
 
+def _compact_kv_cpu(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor) -> None:
+    if interpreting():
+        _compact_kv_triton(k_cache, v_cache, lengths, path)
+    else:
+        cpu.compact_kv(k_cache, v_cache, lengths, path)
+
+
+def _compact_kv_triton(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor) -> None:
+    from .kernels.compact_kv import compact_kv as launch
+
+    launch(k_cache, v_cache, lengths, path)
+
+
+def _compact_kv_fake(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor) -> None:
+    return None
+
+
 library.impl("attention", _attention_cpu, "CPU")
 library.impl("attention", _attention_triton, "CUDA")
 library.impl("attention_backward", _attention_backward_cpu, "CPU")
@@ -176,6 +194,8 @@ library.impl("step_attention", _step_attention_cpu, "CPU")
 library.impl("step_attention", _step_attention_triton, "CUDA")
 library.impl("append_kv", _append_kv_cpu, "CPU")
 library.impl("append_kv", _append_kv_triton, "CUDA")
+library.impl("compact_kv", _compact_kv_cpu, "CPU")
+library.impl("compact_kv", _compact_kv_triton, "CUDA")
 torch.library.register_fake("tidar_kernels::attention", _attention_fake, lib=library)
 torch.library.register_fake("tidar_kernels::attention_backward", _attention_backward_fake, lib=library)
 torch.library.register_autograd(
@@ -184,3 +204,4 @@ torch.library.register_autograd(
 torch.library.register_autograd("tidar_kernels::attention_backward", _attention_no_double_backward, lib=library)
 torch.library.register_fake("tidar_kernels::step_attention", _step_attention_fake, lib=library)
 torch.library.register_fake("tidar_kernels::append_kv", _append_kv_fake, lib=library)
+torch.library.register_fake("tidar_kernels::compact_kv", _compact_kv_fake, lib=library)

@@ -47,6 +47,9 @@ class Step:
         prefill_chunk: prompt tokens per forward pass of a prefill.
         adapted: mask rows, and they alone, run the model's gated adapters (`tidar_kernels.lora`).
         exact: what is committed has the bits of autoregressive decoding, see `tidar_kernels.exact`.
+
+    Raises:
+        ValueError: the strategy cannot do that.
     """
 
     strategy: Strategy
@@ -57,10 +60,22 @@ class Step:
     adapted: bool = False
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        name, rules = self.strategy.name, self.strategy.rules
+        if self.rule not in rules:
+            raise ValueError(f'sampling: expected {" or ".join(rules)} for strategy "{name}", got {self.rule!r}')
+        if self.exact and not self.strategy.can_be_exact:
+            raise ValueError(f'exact: expected False for strategy "{name}", got True')
+
     @property
     def drafts(self) -> int:
         """The most tokens that a step commits."""
         return self.strategy.drafts
+
+    @property
+    def slots(self) -> int:
+        """The most cache slots that a step writes: a draft each, those that are rejected too."""
+        return self.strategy.slots
 
 
 @dataclass
@@ -129,7 +144,7 @@ class Session:
         model: its parameters' dtype and device are those of the cache.
         step: how it decodes.
         batch_size: slots; every step computes all of them, taken or not.
-        max_len: cache slots per sequence: prompt, new tokens and B drafts must fit.
+        max_len: cache slots per sequence: prompt, new tokens and the drafts of a step must fit.
         cuda_graph: capture the step as one CUDA graph; default where there is a GPU.
 
     Attributes:
@@ -197,11 +212,11 @@ class Session:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"prompt: expected tokens in [0, {self.vocab_size}), got {token}")
         # A step appends its drafts behind every sequence, also behind one that has ended while others go on.
-        needed = len(prompt) + max_new_tokens + self.step_config.drafts
+        needed = len(prompt) + max_new_tokens + self.step_config.slots
         if needed > self.cache.max_len:
             raise ValueError(
                 f"max_len: expected >= {needed} (prompt {len(prompt)} + max_new_tokens {max_new_tokens} + "
-                f"{self.step_config.drafts} drafts), got {self.cache.max_len}"
+                f"{self.step_config.slots} drafts), got {self.cache.max_len}"
             )
 
     def add(
@@ -389,12 +404,14 @@ class Session:
     def _device_step(self) -> int:
         """The step on the device, from the buffers into the buffers; returns how many forward passes it took."""
         batch = self._batch
-        found, drafts, following, logits, forwards = self.step_config.strategy.step(batch)
+        found, drafts, following, logits, forwards, path = self.step_config.strategy.step(batch)
         self._report.copy_(torch.cat([torch.stack(found, dim=1), drafts], dim=1))
         kept = found.accepted * self._active
         if batch.seen is not None:
             taken = torch.arange(drafts.shape[1], device=self.device) < kept[:, None]
             batch.seen.scatter_(1, torch.where(taken, drafts, drafts[:, :1]), True)
+        if path is not None:
+            self.cache.compact(path)
         self.cache.commit(kept, at_most=drafts.shape[1])
         batch.drafts[:, 0] = found.next_tokens.clamp(min=0)
         batch.drafts[:, 1:] = following
@@ -410,7 +427,7 @@ class Session:
             return report
         if self._graph is None:
             self._capture()
-        self.cache.check_room(self.step_config.drafts)
+        self.cache.check_room(self.step_config.slots)
         self._graph.replay()
         self.forwards += self._forwards_captured
         self.cache.length_bounds += self.step_config.drafts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .patterns import Pattern, Role, _intervals, check_int
+from .pattern import Pattern, Role, check_int, intervals
 
 __all__ = ["block_step", "isd_step"]
 
@@ -33,8 +33,8 @@ def isd_step(stride: int, *, bidirectional: bool = False, shifted: bool = True) 
     apart = is_mask & bidirectional
     options = f"{', bidirectional=True' if bidirectional else ''}{'' if shifted else ', shifted=False'}"
     return Pattern(
-        lead=_intervals(zero, torch.where(apart, n, row + 1), row >= 0),
-        own=_intervals(zero + n, zero + len(row), apart),
+        lead=intervals(zero, torch.where(apart, n, row + 1), row >= 0),
+        own=intervals(zero + n, zero + len(row), apart),
         positions=row.to(torch.int32),
         kv_len=len(row),
         roles=torch.where(is_mask, int(Role.MASK), int(Role.DRAFT)).to(torch.int8),
@@ -53,8 +53,8 @@ def block_step(length: int) -> Pattern:
     row = torch.arange(check_int("length", length, 1))
     zero = torch.zeros_like(row)
     return Pattern(
-        lead=_intervals(zero, zero, row < 0),
-        own=_intervals(zero, zero + length, row >= 0),
+        lead=intervals(zero, zero, row < 0),
+        own=intervals(zero, zero + length, row >= 0),
         positions=row.to(torch.int32),
         kv_len=length,
         roles=torch.full((length,), int(Role.MASK), dtype=torch.int8),

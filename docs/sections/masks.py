@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from sections import Picture, Section
-from tidar_kernels import drawing, families
-from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
+from tidar_kernels import drawing, families, strategies
+from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training, tree
 from tidar_kernels.step_patterns import block_step, isd_step
 
 
@@ -84,6 +84,7 @@ SECTIONS: dict[str, Section] = {
     "text-prefill": partial(_listing, tidar_prefill(4, 3), 0),
     "text-step": partial(_listing, tidar_step(3), 4),
     "text-training": partial(_listing, tidar_training(5, 2), 0),
+    "text-tree": partial(_listing, tree([-1, 0, 0, 1, 1, 2]), 4),
     "own-pattern": own_pattern,
     "text-own-pattern": partial(_listing, block_diffusion(4), 4),
 }
@@ -106,5 +107,7 @@ PICTURES: dict[str, Picture] = {
     "images/isd_step.png": _picture(isd_step(4), 6),
     "images/flare_step.png": _picture(isd_step(4, bidirectional=True), 6),
     "images/block_step.png": _picture(block_step(6), 6),
+    "images/tree.png": _picture(tree([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7]), 6),
+    "images/tree_step.png": _picture(strategies.tree(8).pattern, 6),
     "images/packed.png": _picture(families.packed([tidar_training(s, 4) for s in (8, 5, 3)]), 0),
 }

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from sections import Section
-
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+from sections.measured import parts
 
 
 def models_table() -> str:
     """A line for each model: what about its attention is special, the two errors, and the two equalities."""
-    parts = []
-    for path in sorted(RESULTS.glob("compatibility-*.json")):
-        result = json.loads(path.read_text())
+    found = []
+    for result in parts("compatibility", "cpu"):
         lines = [
             "| model | attention | logits | gradients | `generate` | TiDAR decoding |",
             "| :--- | :--- | ---: | ---: | :---: | :---: |",
@@ -27,8 +22,8 @@ def models_table() -> str:
         ]
         versions = result["versions"]
         software = f"transformers {result['rows'][0]['transformers']}, PyTorch {versions['torch']}"
-        parts.append("\n".join(lines) + f"\n\n{software}, {result['date']}, {result['machine']['device']}.")
-    return "\n\n".join(parts)
+        found.append("\n".join(lines) + f"\n\n{software}, {result['date']}, {result['machine']['device']}.")
+    return "\n\n".join(found)
 
 
 def _error(row: dict[str, object], which: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -11,15 +12,24 @@ from pathlib import Path
 from .common import PROGRAM, UserError, add_json_argument, print_json
 
 SUMMARY = "measure operators, training attention, decoding and strategies on this machine"
-USAGE = "[PART ...] --out DIR"
+USAGE = "[PART ...] --out DIR | compare OLD.json NEW.json [--fail-over X] | --tune [--dry-run]"
 # What a part is, and the module of the checkout's `benchmarks` package that runs it.
 PARTS = {
     "operators": ("operators on the CPU", "benchmarks.operators"),
     "training": ("training attention beside its peers, on the CPU", "benchmarks.training"),
     "decode": ("the shipped model, TiDAR against autoregression", "benchmarks.decode"),
+    "slots": ("a forward pass over the tokens in flight", "benchmarks.slots"),
     "breakdown": ("where the time of a decode step goes", "benchmarks.breakdown"),
     "strategies": ("every way to decode, side by side", "benchmarks.strategies"),
-    "gpu": ("all that needs a CUDA GPU", "benchmarks.gpu"),
+    "compatibility": ("transformers models on these kernels; needs transformers", "benchmarks.compatibility"),
+    "gpu": ("all that needs a CUDA GPU, parity first", "benchmarks.gpu"),
+}
+# Options that --tune hands on to `benchmarks.tune`.
+TUNING = {
+    "chip": ("CHIP", "of a dry run: 80, 86, 89, 90, 100, 120, gfx942 or gfx950"),
+    "kernels": ("NAMES", "which kernels, separated by commas; default: all that have tables"),
+    "head-dims": ("DIMS", "which head dims, separated by commas; default: 64,128"),
+    "dtypes": ("NAMES", "bfloat16 (default), float32, or both, separated by commas"),
 }
 ON_CPU = tuple(name for name in PARTS if name != "gpu")
 
@@ -27,44 +37,123 @@ EPILOG = (
     "parts (default: all but gpu):\n"
     + "".join(f"  {name:12} {what}\n" for name, (what, _) in PARTS.items())
     + f"""
-Results are JSON files under DIR. A result is compared with its oracle before it is timed.
+Results go into one JSON file a machine and day under DIR. A result is compared with its oracle before it is timed; one
+that fails has no speed, the others are measured, and the exit code is 1.
+
+`bench compare` shows two such files side by side, and ends with 1 if a row of ours takes more than X times as long.
+
+`bench --tune` searches launch configurations on the GPU at hand and prints the best as entries of the launch tables;
+with --dry-run it shows, without a GPU, which of them compile without a spill and fit the chip. Decoding never searches.
 
 examples:
   {PROGRAM} bench --out results
   {PROGRAM} bench strategies --out results
+  {PROGRAM} bench compare old.json new.json --fail-over 1.1
+  {PROGRAM} bench --tune --kernels step_attention --out results
+  {PROGRAM} bench --tune --dry-run --chip 90 --kernels step_attention
 """
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure, see below")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results file")
+    parser.add_argument("--fail-over", type=float, metavar="X", help="with compare: the regression that is too much")
+    tuning = parser.add_argument_group("launch configurations")
+    tuning.add_argument("--tune", action="store_true", help="search them on this GPU instead of measuring parts")
+    tuning.add_argument("--dry-run", action="store_true", help="show what compiles for --chip; needs no GPU")
+    for name, (metavar, what) in TUNING.items():
+        tuning.add_argument(f"--{name}", metavar=metavar, help=what)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.tune:
+        return _tune(options)
+    if options.dry_run or any(getattr(options, name.replace("-", "_")) is not None for name in TUNING):
+        raise UserError(f"--dry-run, --{', --'.join(TUNING)}: expected with --tune alone")
+    if options.parts[:1] == ["compare"]:
+        return _compare(options)
+    if options.fail_over is not None:
+        raise UserError("--fail-over: expected with compare alone")
+    if options.out is None:
+        raise UserError("--out: expected a folder for the results file")
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"PART: expected some of {', '.join(PARTS)}, got {unknown[0]}")
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "benchmarks" / "__init__.py").is_file():
-        raise UserError(f"bench: expected a source checkout, whose benchmarks/ it runs, got a package in {checkout}")
+    _find_checkout()
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out: expected a folder, got the file {options.out}")
     options.out.mkdir(parents=True, exist_ok=True)
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
     codes: dict[str, int] = {}
     before = _written(options.out)
     # With --json standard output is the report alone.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         for part in dict.fromkeys(options.parts or ON_CPU):
             print(f"{part}: {PARTS[part][0]}", file=sys.stderr, flush=True)
-            codes[part] = int(import_module(PARTS[part][1]).main(["--out", str(options.out)]))
+            started = time.perf_counter()
+            codes[part] = _run_part(part, ["--out", str(options.out)])
+            print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if options.json:
         files = [str(path) for path, written in _written(options.out).items() if before.get(path) != written]
         print_json({"parts": codes, "files": sorted(files)})
     return max(codes.values())
+
+
+def _find_checkout() -> None:
+    """Make the `benchmarks` of the source checkout importable.
+
+    Raises:
+        UserError: this is an installed package.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "benchmarks" / "__init__.py").is_file():
+        raise UserError(f"bench: expected a source checkout, whose benchmarks/ it runs, got a package in {checkout}")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+
+
+def _run_part(part: str, arguments: list[str]) -> int:
+    """The exit code of a part; what ends one does not end those behind it."""
+    try:
+        return int(import_module(PARTS[part][1]).main(arguments))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        print(f"{part}: {type(error).__name__}: {first}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """`bench compare OLD NEW`."""
+    files = options.parts[1:]
+    if len(files) != 2:
+        raise UserError(f"compare: expected two results files, OLD.json NEW.json, got {len(files)}")
+    _find_checkout()
+    limit = [] if options.fail_over is None else ["--fail-over", str(options.fail_over)]
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        code = int(import_module("benchmarks.compare").main([*files, *limit]))
+    if options.json:
+        print_json({"parts": {"compare": code}, "files": []})
+    return code
+
+
+def _tune(options: argparse.Namespace) -> int:
+    """`bench --tune`."""
+    if options.parts:
+        raise UserError(f"--tune: expected no PART, got {options.parts[0]}")
+    _find_checkout()
+    before = _written(options.out) if options.out is not None and options.out.is_dir() else {}
+    given = {name: getattr(options, name.replace("-", "_")) for name in TUNING}
+    arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    arguments += [] if options.out is None else [f"--out={options.out}"]
+    arguments += ["--dry-run"] if options.dry_run else []
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        code = int(import_module("benchmarks.tune").main(arguments))
+    if options.json:
+        after = _written(options.out) if options.out is not None and options.out.is_dir() else {}
+        files = [str(path) for path, written in after.items() if before.get(path) != written]
+        print_json({"parts": {"tune": code}, "files": sorted(files)})
+    return code
 
 
 def _written(folder: Path) -> dict[Path, int]:

@@ -53,6 +53,7 @@ OPERATORS = {
     "step_attention": "PyTorch, fused CPU attention",
     "attention": "PyTorch, fused CPU attention",
     "append_kv": "PyTorch, slice copies",
+    "compact_kv": "PyTorch",
     "rotary_append": "PyTorch",
     "verify, sample": "PyTorch",
     "gated_lora": "PyTorch",

@@ -17,6 +17,7 @@ _STRATEGIES = {
     "isd": "isd",
     "flare": "flare",
     "self-speculation": "self_speculation",
+    "tree": "tree",
     "block-diffusion": "block_diffusion",
 }
 _TITLES = {
@@ -24,6 +25,7 @@ _TITLES = {
     "isd": "ISD",
     "flare": "FLARE rows",
     "self_speculation": "self-speculation",
+    "tree": "token tree",
     "block_diffusion": "block diffusion",
 }
 
@@ -76,6 +78,10 @@ class Drafts:
             raise UserError(f"--levels: expected --strategy tidar beside it, got {options.strategy}")
         if options.beta < 1 and (strategy != "tidar" or options.levels is not None):
             raise UserError("--beta: expected 1 with a strategy other than tidar, and with --levels")
+        if strategy == "tree" and options.sampling != "coupled":
+            raise UserError(f"--sampling: expected coupled with --strategy tree, got {options.sampling}")
+        if strategy == "tree" and options.exact:
+            raise UserError("--exact: expected a strategy other than tree beside it")
         return cls(strategy, options.levels, options.exact)
 
     @property

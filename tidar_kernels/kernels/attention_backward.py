@@ -38,7 +38,7 @@ from .common import (
     slope_of_scores,
     tile_bounds,
 )
-from .configs import attention_config, chip_of
+from .configs import Chip, attention_config, chip_of
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
@@ -289,7 +289,7 @@ def plan_attention_backward(
     own: Tensor,
     scale: float,
     softcap: float | None,
-    chip: int | None,
+    chip: Chip | None,
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """Allocate gradients and lay out the launches: `(launches, dq, dk, dv)`; gradients have the layout of q, k, v."""
     batch, num_heads, q_len, head_dim = q.shape

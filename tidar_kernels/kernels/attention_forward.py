@@ -31,7 +31,7 @@ from .common import (
     softmax_update,
     tile_bounds,
 )
-from .configs import attention_config, chip_of
+from .configs import Chip, attention_config, chip_of
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
@@ -84,7 +84,7 @@ def attention_forward_kernel(
 
 def plan_attention(
     q: Tensor, k: Tensor, v: Tensor, lead: Tensor, own: Tensor, scale: float, softcap: float | None,
-    sinks: Tensor | None, chip: int | None,
+    sinks: Tensor | None, chip: Chip | None,
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
     """Allocate results and lay out the launch: `(launch, out, lse)`.
 

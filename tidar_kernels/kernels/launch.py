@@ -45,11 +45,19 @@ class Launch:
         # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            self.kernel[self.grid](*self.args, **self.options)
+            self.kernel[self.grid](*self.args, **_options(self.options, torch.version.hip is not None))
 
     def compile(self) -> triton.compiler.CompiledKernel:
         """Compile exactly the specialisation that `run` would use, for Triton's active target, without launching."""
-        return self.kernel.warmup(*self.args, grid=self.grid, **self.options)
+        from triton.runtime import driver
+
+        options = _options(self.options, driver.active.get_current_target().backend == "hip")
+        return self.kernel.warmup(*self.args, grid=self.grid, **options)
+
+
+def _options(options: dict[str, Any], is_amd: bool) -> dict[str, Any]:
+    """`options` as the chip's compiler takes them: that of AMD knows no `maxnreg`."""
+    return {name: value for name, value in options.items() if name != "maxnreg"} if is_amd else options
 
 
 def block_dim(head_dim: int) -> int:

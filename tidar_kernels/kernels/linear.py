@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import chip_of
+from .configs import Chip, chip_of
 from .launch import INTERPRET, Launch, block_dim, strided
 from .linear_configs import LinearConfig, linear_config
 
@@ -140,7 +140,7 @@ def plan_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    chip: int | None,
+    chip: Chip | None,
     adapter: tuple[Tensor, Tensor, Tensor, float] | None = None,
 ) -> tuple[Launch, Tensor]:
     """Allocate y and lay out the row-invariant projection: `(launch, y)`; `adapter` is `(gate, h, lora_b, scale)`."""
@@ -171,7 +171,7 @@ def plan_linear(
 
 
 def plan_gated_rows(
-    role: str, x: Tensor, weight: Tensor, gate: Tensor, scale: float, chip: int | None, add_to: Tensor | None = None
+    role: str, x: Tensor, weight: Tensor, gate: Tensor, scale: float, chip: Chip | None, add_to: Tensor | None = None
 ) -> tuple[Launch, Tensor]:
     """Lay out `s * m * (x W^T)` of gated rows, or with `add_to` its rows `+= s * (x W^T)`: `(launch, result)`."""
     rows, in_features = x.shape
@@ -194,7 +194,7 @@ def plan_gated_rows(
     return launch, out
 
 
-def plan_gated_sum(a: Tensor, b: Tensor, gate: Tensor, scale: float, chip: int | None) -> tuple[Launch, Tensor]:
+def plan_gated_sum(a: Tensor, b: Tensor, gate: Tensor, scale: float, chip: Chip | None) -> tuple[Launch, Tensor]:
     """Lay out `s * a^T b` over gated rows, a `[rows, a_columns]`, b `[rows, b_columns]`: `(launch, result)`."""
     out = torch.empty(a.shape[1], b.shape[1], dtype=a.dtype, device=a.device)
     config = linear_config("sum", chip, a.dtype, b.shape[1])
@@ -212,7 +212,7 @@ def _run(plan: tuple[Launch, Tensor]) -> Tensor:
     return plan[1]
 
 
-def _chip(x: Tensor) -> int | None:
+def _chip(x: Tensor) -> Chip | None:
     """The chip whose tables serve x.
 
     Raises:

@@ -2,16 +2,16 @@
 
 Computes, for every row of every sequence (twin: `tidar_kernels.eager.step_attention`):
 
-    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead and own of the row
+    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead, own and bits of the row
 
 Keys lie on one line of absolute positions: key n comes from the cache below P and from the in-flight tensors at and
 above it, so that tiles and splits mean the same whether a draft is in flight or already committed. Only a row's *own*
-block, whose keys no other row of the line shares, is a tile of its own. A program takes BLOCK_M packed rows
-(q_len x heads of one kv head) and one split of the line:
+block, whose keys no other row of the line shares, is a tile of its own; so are the paths of a token tree (*bits*). A
+program takes BLOCK_M packed rows (q_len x heads of one kv head) and one split of the line:
 
     1. whole tiles below P             no mask at all
     2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
-    3. split 0 only: the own blocks    in-flight tiles, masked by own
+    3. split 0 only: own and bits      in-flight tiles, masked by them
 
 Behind a sliding window (`reach`) a row's part of the line starts later: tiles before every row's first key are skipped,
 and those that some row sees in part come before step 1, masked. Tiles stay where they are, so bits stay too. Sinks,
@@ -41,7 +41,7 @@ from .common import (
     softmax_start,
     softmax_update,
 )
-from .configs import chip_of, split_size, step_config
+from .configs import Chip, chip_of, split_size, step_config
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
@@ -60,21 +60,56 @@ def _first_keys(reach, row, live, context, lead_lo, lead_hi):
     return first_slot, tl.where(first_slot < context, first_slot, in_flight)
 
 
+@triton.jit
+def _spliced_tile(old, new, cached, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr):
+    """The tile whose rows lie at `old` where `cached`, else at `new`; rows outside `seen` are 0."""
+    if ONE_LOAD:
+        tile = load_tile(tl.where(cached[:, None], old, new), seen, HEAD_DIM, UPCAST)
+    else:
+        tile = load_tile(old, seen & cached, HEAD_DIM, UPCAST)
+        tile = tl.where(cached[:, None], tile, load_tile(new, seen & ~cached, HEAD_DIM, UPCAST))
+    return tile
+
+
+@triton.jit
+def _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N: tl.constexpr):
+    """Own tiles' `(start, end)`, made to cover the words in which some row has a bit."""
+    words = tl.cdiv(kv_len, 32)
+    for i in range(0, words):
+        word = tl.load(bits + row.to(tl.int64) * words + i, mask=live, other=0)
+        if tl.max((word != 0).to(tl.int32), 0) > 0:
+            own_start = tl.minimum(own_start, i * 32 // BLOCK_N * BLOCK_N)
+            own_end = tl.maximum(own_end, tl.minimum(i * 32 + 32, kv_len))
+    return own_start, own_end
+
+
+@triton.jit
+def _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
+    """`visible`, and the keys of the tile at n0 whose bits each row has. A word is a load a row, not one a key."""
+    words = tl.cdiv(kv_len, 32)
+    n = n0 + tl.arange(0, BLOCK_N)
+    for i in tl.static_range((BLOCK_N + 31) // 32):
+        at = n0 // 32 + i
+        word = tl.load(bits + row.to(tl.int64) * words + at, mask=live & (at < words), other=0)
+        visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == at)[None, :])
+    return visible
+
+
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
 @triton.jit(
     do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
-    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "bits"],
 )
 def step_attention_kernel(
-    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, out, lse,
+    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, bits, out, lse,
     q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
 ):  # fmt: skip
     """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
 
     `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial. `reach` is
-    None without a window, `sinks` without sinks, `inner` without a cap (`common.modify_scores`).
+    None without a window, `sinks` without sinks, `bits` without them, `inner` without a cap (`common.modify_scores`).
     """
     row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
     kv_sequence = tl.program_id(0) // row_tiles
@@ -134,24 +169,28 @@ def step_attention_kernel(
         cached, fly = n < context, n - context
         k_old, k_new = row_pointers(k_cache, k_cache_base, n, BLOCK_D), row_pointers(k, k_base, fly, BLOCK_D)
         v_old, v_new = row_pointers(v_cache, v_cache_base, n, BLOCK_D), row_pointers(v, v_base, fly, BLOCK_D)
-        k_tile = load_tile(tl.where(cached[:, None], k_old, k_new), n < end, HEAD_DIM, UPCAST)
-        v_tile = load_tile(tl.where(cached[:, None], v_old, v_new), n < end, HEAD_DIM, UPCAST)
+        k_tile = _spliced_tile(k_old, k_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        v_tile = _spliced_tile(v_old, v_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
         in_lead = (fly[None, :] >= lead_lo[:, None]) & (fly[None, :] < lead_hi[:, None])
         seen = cached[None, :] | in_lead
         if reach is not None:
             seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
         acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, seen)
 
-    # 3. the rows' own blocks, in tiles aligned to in-flight indices so that a row's bits do not depend on its mates
+    # 3. the rows' own blocks and bits, in tiles aligned to in-flight indices so that a row's mates do not change it
     if split == 0:
         has_own = own_lo < own_hi
         own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
         own_end = tl.max(own_hi, 0)
+        if bits is not None:
+            own_start, own_end = _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
             k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
+            if bits is not None:
+                visible = _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N)
             acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
@@ -251,7 +290,8 @@ def plan_step_attention(
     reach: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
-    chip: int | None,
+    chip: Chip | None,
+    bits: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Allocate results and lay out the launches of one step: `(launches, out, lse)`.
 
@@ -263,7 +303,7 @@ def plan_step_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
-    extras = any(extra is not None for extra in (reach, softcap, sinks))
+    extras = any(extra is not None for extra in (reach, softcap, sinks, bits))
     config, split = step_config(chip, q.dtype, head_dim, extras), split_size(chip, max_len)
     unit, inner = score_units(scale, softcap)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
@@ -283,7 +323,7 @@ def plan_step_attention(
         (triton.cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
         (
             *map(strided, (q, k, v, k_cache, v_cache)),
-            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), strided(part), part_lse),
+            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), bits, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * math.log2(math.e), inner),
         ),
         {
@@ -292,6 +332,8 @@ def plan_step_attention(
             "BLOCK_N": config.BLOCK_N,
             "PARTIAL": num_splits > 1,
             "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
+            # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
+            "ONE_LOAD": not isinstance(chip, str),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
@@ -321,10 +363,12 @@ def step_attention(
     reach: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels: `(out [batch, heads, q_len, head_dim], lse [batch, heads, q_len])`; arguments are checked."""
     operands = (q, k, v, k_cache, v_cache, lengths, lead, own)
-    launches, out, lse = plan_step_attention(*operands, scale, max_context, reach, softcap, sinks, chip_of(q.device))
+    options = (scale, max_context, reach, softcap, sinks, chip_of(q.device), bits)
+    launches, out, lse = plan_step_attention(*operands, *options)
     for launch in launches:
         launch.run()
     return out, lse

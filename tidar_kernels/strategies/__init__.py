@@ -11,6 +11,7 @@ from .isd import isd
 from .levels import Plan, Profile, auto, plan
 from .self_speculation import SelfSpeculation
 from .tidar import autoregressive, tidar
+from .tree import Tree, tree
 
 __all__ = [
     "Batch",
@@ -23,15 +24,17 @@ __all__ = [
     "SelfSpeculation",
     "Strategy",
     "StrategyName",
+    "Tree",
     "auto",
     "autoregressive",
     "by_name",
     "isd",
     "plan",
     "tidar",
+    "tree",
 ]
 
-StrategyName = Literal["tidar", "isd", "flare", "self_speculation", "block_diffusion"]
+StrategyName = Literal["tidar", "isd", "flare", "self_speculation", "tree", "block_diffusion"]
 
 
 def by_name(name: str, drafts: int, shifted: bool = False) -> Strategy:
@@ -47,6 +50,7 @@ def by_name(name: str, drafts: int, shifted: bool = False) -> Strategy:
         "isd": lambda n: isd(n, shifted=shifted),
         "flare": lambda n: isd(n, bidirectional=True, shifted=shifted),
         "self_speculation": SelfSpeculation,
+        "tree": tree,
         "block_diffusion": BlockDiffusion,
     }
     if name not in make:

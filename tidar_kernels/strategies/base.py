@@ -27,7 +27,7 @@ from ..exact import exact_rows
 from ..lora import lora_gate
 from ..noise import Stream
 from ..patterns import Pattern, Role
-from ..sampling import Rule, SamplingTensors, Verified, sample, verify
+from ..sampling import RULES, Rule, SamplingTensors, Verified, sample, verify
 
 __all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy"]
 
@@ -133,6 +133,8 @@ class Outcome(NamedTuple):
         following: int64 `[batch, drafts - 1]`, the next drafts behind the first; -1 for none.
         logits: `[batch, drafts - 1, vocab]`, what those were drawn from; None if nobody asks.
         forwards: forward passes that the step took.
+        path: int64 `[batch, drafts]`, behind which committed slots the accepted drafts' K/V lies, ascending, then -1;
+            None if it is 0, 1, ... already.
     """
 
     verified: Verified
@@ -140,6 +142,7 @@ class Outcome(NamedTuple):
     following: Tensor
     logits: Tensor | None = None
     forwards: int = 1
+    path: Tensor | None = None
 
 
 class Strategy(ABC):
@@ -150,16 +153,25 @@ class Strategy(ABC):
         drafts: the most tokens that a step commits.
         equals_autoregression: with the coupled rule, the output is that of autoregressive decoding, token for token.
         graphable: the step reads nothing from the device, so that it can be one CUDA graph.
+        rules: how its drafts can be judged.
+        can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.exact`).
     """
 
     name: str
     drafts: int
     equals_autoregression: bool = True
     graphable: bool = True
+    rules: tuple[str, ...] = RULES
+    can_be_exact: bool = True
 
     @abstractmethod
     def step(self, batch: Batch) -> Outcome:
         """One step of every sequence; commits nothing."""
+
+    @property
+    def slots(self) -> int:
+        """The most cache slots that a step writes behind the committed ones."""
+        return self.drafts
 
     def first(self, prompt_rows: int) -> tuple[Pattern, list[int]] | None:
         """The pattern of a prefill's last chunk that drafts too, and the rows of drafts 1..; None: start cold."""

@@ -24,7 +24,7 @@ from .attention import (
     check_attention,
     check_attention_repeats,
 )
-from .builders import irregular_pattern, pairwise
+from .builders import irregular_pattern, pairwise, random_tree
 from .cases import (
     APPEND_CASES,
     APPEND_CASES_LARGE,
@@ -43,6 +43,7 @@ from .checks import (
     check_step_attention,
     step_operands,
 )
+from .compaction import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
 from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 from .harness import (
     LAYOUTS,
@@ -74,6 +75,8 @@ __all__ = [
     "ATTENTION_CASES_LARGE",
     "BITS_CASES",
     "BITS_CASES_LARGE",
+    "COMPACT_CASES",
+    "COMPACT_CASES_LARGE",
     "LAUNCH_CASES",
     "LAYOUTS",
     "LINEAR_CASES",
@@ -87,6 +90,7 @@ __all__ = [
     "VERIFY_CASES_LARGE",
     "AppendCase",
     "AttentionCase",
+    "CompactCase",
     "Guarded",
     "LinearCase",
     "Measure",
@@ -101,6 +105,7 @@ __all__ = [
     "check_append_kv",
     "check_attention",
     "check_attention_repeats",
+    "check_compact_kv",
     "check_equal",
     "check_gated_lora",
     "check_launch_bits",
@@ -114,6 +119,7 @@ __all__ = [
     "pairwise",
     "path_of",
     "poisoned_allocations",
+    "random_tree",
     "relative_error",
     "run_parity",
     "step_operands",

@@ -1,16 +1,18 @@
-"""What case tables are built from: rows that cover every pair of values, and patterns without any order."""
+"""What case tables are built from: rows that cover every pair of values, patterns without any order, and any tree."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..patterns import Pattern
+from ..pattern import Pattern, pack_bits
+from ..patterns import tree
 
-__all__ = ["irregular_pattern", "pairwise"]
+__all__ = ["irregular_pattern", "pairwise", "random_tree"]
 
 
 def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -52,10 +54,19 @@ def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, i
     ]
 
 
-def irregular_pattern(q_len: int, kv_len: int, seed: int = 0, reach: int | None = None) -> Pattern:
+def random_tree(nodes: int, seed: int = 0) -> Pattern:
+    """A token tree whose nodes have any of the nodes before them as parents."""
+    draw = torch.Generator().manual_seed(seed)
+    return tree([-1, *(int(torch.randint(node, (), generator=draw)) for node in range(1, nodes))])
+
+
+def irregular_pattern(
+    q_len: int, kv_len: int, seed: int = 0, reach: int | None = None, with_bits: bool = False
+) -> Pattern:
     """Random intervals: leads that do not start at 0, own blocks on either side of them, rows that see no key.
 
-    With `reach` every row sees some number of the last context tokens, from none to that many.
+    With `reach` every row sees some number of the last context tokens, from none to that many. With `with_bits` some
+    rows see some of the other keys too, and some of them nothing else.
     """
     draw = torch.Generator().manual_seed(seed)
     lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
@@ -68,7 +79,7 @@ def irregular_pattern(q_len: int, kv_len: int, seed: int = 0, reach: int | None 
     if reach is not None:
         reaches = torch.randint(0, reach + 1, (q_len,), generator=draw).to(torch.int32)
         reaches[::4] = 0
-    return Pattern(
+    pattern = Pattern(
         lead,
         own,
         torch.arange(q_len, dtype=torch.int32),
@@ -76,3 +87,8 @@ def irregular_pattern(q_len: int, kv_len: int, seed: int = 0, reach: int | None 
         name=f"irregular({q_len}, {kv_len})",
         reach=reaches,
     )
+    if not with_bits:
+        return pattern
+    share = torch.tensor([0.0, 0.05, 0.5])[torch.randint(3, (q_len, 1), generator=draw)]
+    seen = (torch.rand(q_len, kv_len, generator=draw) < share) & ~pattern.dense()
+    return replace(pattern, bits=pack_bits(seen))

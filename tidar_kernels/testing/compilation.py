@@ -2,7 +2,7 @@
 
 Triton compiles for any target; only launching needs a driver. A stand-in driver that names the target lets `Launch`
 compile the very specialisation that it would run there, and Triton's own copies of `cuobjdump` and `nvdisasm` read the
-binary.
+binary. AMD's assembly says the same in its own words.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .assembly import AMDGCN, SASS, hot_loop, instructions
 from .cases import AppendCase, StepCase
 from .harness import LAYOUTS
+from .occupancy import resident_warps
 
 if TYPE_CHECKING:
     from ..kernels.launch import Launch
 
-__all__ = ["SHARED_LIMITS", "CompileReport", "compile_append_kv", "compile_report", "compile_step_attention"]
-
-# Shared memory that one block can have, in bytes, by compute capability (CUDA programming guide).
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+__all__ = ["CompileReport", "compile_append_kv", "compile_report", "compile_step_attention", "compiling_for"]
 
 
 @dataclass(frozen=True)
@@ -39,53 +38,60 @@ class CompileReport:
 
     Args:
         kernel: its name.
-        cc: compute capability, 10 * major + minor.
-        registers: per thread.
-        stack_bytes: local memory per thread, spills included.
+        chip: compute capability, 10 * major + minor; or AMD's name of the architecture, "gfx942".
+        registers: per thread; on AMD vector registers, accumulation registers included.
+        stack_bytes: local (AMD: scratch) memory per thread, spills included.
         local_accesses: instructions in the binary that load from or store to local memory.
-        spill_bytes: stored and loaded per thread, as ptxas reports; 0 without asking it where no local memory is used.
+        spill_bytes: stored and loaded per thread, as ptxas reports, without asking it where no local memory is used;
+            on AMD the vector registers spilled to scratch memory.
         shared_bytes: per block.
-        tensor_core: names of the tensor-core instructions in it: HMMA (cc 80), HGMMA (wgmma, cc 90), UTCHMMA (tcgen05,
-            cc 100); of PTX, whose instructions become these, unless the binary was read.
+        warps: resident on a multiprocessor at a time, at most.
+        tensor_core: names of the tensor-core instructions in it: HMMA (cc 80 to 89 and 120), HGMMA (wgmma, cc 90),
+            UTCHMMA (tcgen05, cc 100), MFMA (AMD); of PTX, whose instructions become these, unless the binary was read.
+        loop: instructions by class of the loop that does the multiplying (`assembly.hot_loop`); empty unless the
+            binary was read.
         options: the launch's constexpr arguments, warps and stages.
     """
 
     kernel: str
-    cc: int
+    chip: int | str
     registers: int
     stack_bytes: int
     local_accesses: int
     spill_bytes: int
     shared_bytes: int
+    warps: int
     tensor_core: tuple[str, ...]
+    loop: dict[str, int] = field(repr=False, compare=False)
     options: dict[str, Any] = field(repr=False)
 
 
 class _Target:
     """As much of a Triton driver as compiling asks for."""
 
-    def __init__(self, cc: int) -> None:
-        self.cc = cc
+    def __init__(self, chip: int | str) -> None:
+        self.chip = chip
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.cc, 32)
+        return GPUTarget("cuda", self.chip, 32) if isinstance(self.chip, int) else GPUTarget("hip", self.chip, 64)
 
     def get_current_device(self) -> str:
         """The key of Triton's cache of compiled kernels: one that no real device has."""
-        return f"cc {self.cc} without a device"
+        return f"{self.chip} without a device"
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
 
 
 @contextmanager
-def _compiling_for(cc: int) -> Iterator[None]:
+def compiling_for(chip: int | str) -> Iterator[None]:
+    """Within it `Launch.compile` compiles for `chip`, whatever the machine has."""
     from triton.runtime import driver
 
     # Not `set_active` and `reset_active`: where there is no GPU there is no driver to go back to.
-    with mock.patch.object(driver, "_active", _Target(cc)):
+    with mock.patch.object(driver, "_active", _Target(chip)):
         yield
 
 
@@ -105,49 +111,76 @@ def _run(tool: str, *arguments: str) -> str:
 _IN_PTX = ((r"\bmma\.sync\b", "HMMA"), (r"\bwgmma\.mma_async\b", "HGMMA"), (r"\btcgen05\.mma\b", "UTCHMMA"))
 
 
-def compile_report(launch: Launch, cc: int, *, read_binary: bool = False) -> CompileReport:
-    """Compile exactly what `launch.run()` would run on compute capability `cc`, and read the result.
+def compile_report(launch: Launch, chip: int | str, *, read_binary: bool = False) -> CompileReport:
+    """Compile exactly what `launch.run()` would run on `chip`, and read the result.
 
     Disassembling takes a third of the time. It is done where local memory is used, or on demand: without local memory
     nothing loads from it or stores to it.
 
     Raises:
-        RuntimeError: kernels are interpreted in this process, or a tool fails.
+        RuntimeError: kernels are interpreted in this process, a kernel does not compile, or a tool fails.
     """
     if ops.interpreting():
         raise RuntimeError("TRITON_INTERPRET: expected unset for compiling, got 1")
-    with _compiling_for(cc):
+    with compiling_for(chip):
         compiled = launch.compile()
+    found = _read_cubin(compiled, chip, read_binary) if isinstance(chip, int) else _read_amdgcn(compiled)
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    warps = resident_warps(chip, found["registers"], shared, compiled.metadata.num_warps, columns)
+    named = {"kernel": compiled.metadata.name, "chip": chip, "options": launch.options}
+    return CompileReport(**named, shared_bytes=shared, warps=warps, **found)
+
+
+def _read_cubin(compiled: Any, chip: int, read_binary: bool) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin, ptx_file = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
             raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
         stack_bytes, spill_bytes, local_accesses = int(found[2]), 0, 0
-        tensor_core = {name for pattern, name in _IN_PTX if re.search(pattern, compiled.asm["ptx"])}
+        tensor_core, loop = {name for pattern, name in _IN_PTX if re.search(pattern, ptx)}, {}
         if stack_bytes or read_binary:
             sass = _run("nvdisasm", "-c", str(cubin))
             local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-            tensor_core = set(re.findall(r"\b([A-Z]+MMA)\b", sass))
+            tensor_core, loop = set(re.findall(r"\b([A-Z]+MMA)\b", sass)), hot_loop(sass, SASS)
         if stack_bytes:
-            ptx.write_text(compiled.asm["ptx"])
-            target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
-            ptxas = "ptxas_blackwell" if cc >= 100 else "ptxas"
-            log = _run(ptxas, "-v", f"--gpu-name={target[1] if target else f'sm_{cc}'}", str(ptx), "-o", "/dev/null")
+            ptx_file.write_text(ptx)
+            target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+            ptxas = "ptxas_blackwell" if chip >= 100 else "ptxas"
+            name = f"--gpu-name={target[1] if target else f'sm_{chip}'}"
+            log = _run(ptxas, "-v", name, str(ptx_file), "-o", "/dev/null")
             spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    return CompileReport(
-        kernel=compiled.metadata.name,
-        cc=cc,
-        registers=int(found[1]),
-        stack_bytes=stack_bytes,
-        local_accesses=local_accesses,
-        spill_bytes=spill_bytes,
-        shared_bytes=compiled.metadata.shared,
-        tensor_core=tuple(sorted(tensor_core)),
-        options=launch.options,
-    )
+    return {
+        "registers": int(found[1]),
+        "stack_bytes": stack_bytes,
+        "local_accesses": local_accesses,
+        "spill_bytes": spill_bytes,
+        "tensor_core": tuple(sorted(tensor_core)),
+        "loop": loop,
+    }
+
+
+def _read_amdgcn(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def value(name: str) -> int:
+        found = re.search(rf"{re.escape(name)}:?\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"asm['amdgcn']: expected {name}, got none")
+        return int(found[1])
+
+    lines, stack_bytes = instructions(text, AMDGCN), value(".private_segment_fixed_size")
+    return {
+        "registers": value(".amdhsa_next_free_vgpr"),
+        "stack_bytes": stack_bytes,
+        "local_accesses": sum(AMDGCN.classes["local"].match(line) is not None for line in lines),
+        "spill_bytes": 4 * value(".vgpr_spill_count") if stack_bytes else 0,  # else to accumulation registers
+        "tensor_core": ("MFMA",) if any(AMDGCN.classes["mma"].match(line) for line in lines) else (),
+        "loop": hot_loop(text, AMDGCN),
+    }
 
 
 def _shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -155,8 +188,8 @@ def _shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtyp
     return torch.empty_strided(shape, LAYOUTS[layout](*shape), dtype=dtype, device="meta")
 
 
-def compile_step_attention(case: StepCase, cc: int, *, read_binary: bool = False) -> list[CompileReport]:
-    """The kernels of one step on compute capability `cc`: attention and, where there are splits, their merge."""
+def compile_step_attention(case: StepCase, chip: int | str, *, read_binary: bool = False) -> list[CompileReport]:
+    """The kernels of one step on `chip`: attention and, where there are splits, their merge."""
     from ..kernels.configs import nearest_chip
     from ..kernels.step_attention import plan_step_attention
 
@@ -174,16 +207,16 @@ def compile_step_attention(case: StepCase, cc: int, *, read_binary: bool = False
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     sinks = torch.empty(case.num_heads, dtype=case.dtype, device="meta") if case.sinks else None
     operands = (q, k, k, cache, cache, lengths, lead, own, scale, max_context, pattern.reach_on("meta"))
-    launches, _, _ = plan_step_attention(*operands, case.softcap, sinks, nearest_chip(cc))
-    return [compile_report(launch, cc, read_binary=read_binary) for launch in launches]
+    launches, _, _ = plan_step_attention(*operands, case.softcap, sinks, nearest_chip(chip), pattern.bits_on("meta"))
+    return [compile_report(launch, chip, read_binary=read_binary) for launch in launches]
 
 
-def compile_append_kv(case: AppendCase, cc: int) -> list[CompileReport]:
-    """The kernel of one append on compute capability `cc`."""
+def compile_append_kv(case: AppendCase, chip: int | str) -> list[CompileReport]:
+    """The kernel of one append on `chip`."""
     from ..kernels.append_kv import plan_append_kv
 
     batch, heads = len(case.lengths), case.num_kv_heads
     cache = _shape_only((batch, heads, case.max_len, case.head_dim), case.cache_layout, case.dtype)
     new = _shape_only((batch, heads, case.num_new, case.head_dim), case.layout, case.dtype)
     lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
-    return [compile_report(plan_append_kv(cache, cache, new, new, lengths), cc)]
+    return [compile_report(plan_append_kv(cache, cache, new, new, lengths), chip)]

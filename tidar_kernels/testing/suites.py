@@ -20,6 +20,7 @@ from .cases import (
     STEP_CASES_LARGE,
 )
 from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention
+from .compaction import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
 from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, check_verify
 from .harness import ParityError, ParityResult, result_of
 from .projections import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
@@ -80,6 +81,7 @@ class Suite:
 
 SUITES: tuple[Suite, ...] = (
     Suite("append_kv", check_append_kv, APPEND_CASES, APPEND_CASES_LARGE, frozenset({"append", "gaps", "overflow"})),
+    Suite("compact_kv", check_compact_kv, COMPACT_CASES, COMPACT_CASES_LARGE, frozenset({"compact", "gaps"})),
     Suite("rotary_append", check_rotary_append, ROTARY_CASES, ROTARY_CASES_LARGE, frozenset({"step_B4", "keeps_none"})),
     Suite(
         "step_attention",

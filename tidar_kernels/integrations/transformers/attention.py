@@ -154,7 +154,7 @@ def tidar_attention_forward(
         numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
         if tidar_cache is None:
             return ops.attention(query, key, value, pattern, **numbers).transpose(1, 2), None
-        keep, layer = tidar_pattern.causal_len, _layer_index(module, tidar_cache)
+        keep, layer = tidar_pattern.kept_len, _layer_index(module, tidar_cache)
         tidar_cache.append(layer, key[:, :, :keep], value[:, :, :keep])
         cached = (*tidar_cache.layer(layer), tidar_cache.lengths)
         return ops.step_attention(query, key, value, *cached, pattern, **numbers).transpose(1, 2), None

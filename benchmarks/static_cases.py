@@ -1,0 +1,272 @@
+"""What is compiled without a GPU: every kernel that ships, in every configuration that a chip has for it.
+
+Operands have no memory: compiling asks for dtypes, strides, and which integers are 1 or divisible by 16.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tidar_kernels import patterns, testing
+from tidar_kernels.kernels import attention_backward, attention_forward, configs, linear, step_attention, verify
+from tidar_kernels.kernels.append_kv import plan_append_kv
+from tidar_kernels.kernels.compact_kv import plan_compact_kv
+from tidar_kernels.kernels.launch import Launch
+from tidar_kernels.kernels.linear_configs import ROLES, LinearConfig
+from tidar_kernels.kernels.rotary_append import plan_rotary_append
+
+ROWS, HIDDEN, WIDE, RANK = 72, 1536, 12288, 64  # of projections: B = 8 of a step, and shapes of Qwen models
+VOCABULARY = 151_936
+SOFTCAP = 50.0
+# A kernel whose tiles are in the tables, and its table.
+TABLE_OF = {
+    "step_attention": "step",
+    "attention_forward": "forward",
+    "attention_dq": "dq",
+    "attention_dkdv": "dkdv",
+}
+# The small kernels around them have one shape for all chips.
+_ROWS_KERNELS = ("combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
+_LISTS = ("row_tile_bounds", "list_row_tiles")
+_VERIFY = ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras", "sample")
+_RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One kernel in one configuration on one chip.
+
+    Args:
+        kernel: the kernel function's name without "_kernel".
+        chip: as text, so that cases sort: "90", "gfx942".
+        dtype: "bfloat16" or "float32".
+        head_dim: 0 where there is none.
+        variant: "extras", "one split", "tree", the role of a projection, the rule of verification, or nothing.
+    """
+
+    kernel: str
+    chip: str
+    dtype: str
+    head_dim: int = 0
+    variant: str = ""
+
+    @property
+    def target(self) -> configs.Chip:
+        """The chip as the tables and the compiler know it."""
+        return int(self.chip) if self.chip.isdigit() else self.chip
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def __str__(self) -> str:
+        parts = (self.kernel, self.chip, self.dtype, f"d{self.head_dim}" if self.head_dim else "", self.variant)
+        return " ".join(part for part in parts if part)
+
+
+def cases(chip: configs.Chip) -> list[Case]:
+    """Every kernel and configuration on one chip."""
+    found = []
+    for kernel, dtype, extras in itertools.product(TABLE_OF, ("bfloat16", "float32"), (False, True)):
+        table = configs.entries(TABLE_OF[kernel], chip, dtype == "float32", extras)
+        found += [Case(kernel, str(chip), dtype, head_dim, "extras" if extras else "") for head_dim in table]
+    found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree")]
+    found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
+    small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
+    found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
+    found += [Case(kernel, str(chip), "bfloat16", 128) for kernel in _LISTS]
+    found += [Case("verify_rows", str(chip), "bfloat16", variant=variant) for variant in _VERIFY]
+    found += [Case("count_accepted", str(chip), "bfloat16", variant="coupled")]
+    for dtype, role in itertools.product(("bfloat16", "float32"), ROLES):
+        found.append(Case(kernel_of(role), str(chip), dtype, variant=role))
+    return sorted(found)
+
+
+def kernel_of(role: str) -> str:
+    """The kernel that runs a projection's role."""
+    return "linear" if role in ("wide", "narrow") else "gated_sum" if role == "sum" else "gated_rows"
+
+
+Config = configs.TileConfig | LinearConfig
+
+
+def launch(case: Case, config: Config | None = None) -> Launch:
+    """The launch of a case, without memory, with a configuration of its own instead of the table's if one is given.
+
+    Raises:
+        ValueError: the case has no launch of that kernel.
+    """
+    return wanted(case, launches(case, config))
+
+
+def launches(case: Case, config: Config | None = None, device: torch.device | str = "meta") -> list[Launch]:
+    """The launches of the operator that the kernel of `case` belongs to, in order; random operands but on "meta"."""
+    with nullcontext() if config is None else configured(case, config):
+        return _PLANS[case.kernel](case, torch.device(device))
+
+
+def wanted(case: Case, planned: list[Launch]) -> Launch:
+    """The launch of the kernel of `case`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for one in planned:
+        if one.kernel.__name__ == f"{case.kernel}_kernel":
+            return one
+    raise ValueError(f"case: expected a launch of {case.kernel}, got {[x.kernel.__name__ for x in planned]}")
+
+
+@contextmanager
+def configured(case: Case, config: Config) -> Iterator[None]:
+    """Within it the kernel of `case` is planned with `config`; the others keep their tables'."""
+
+    def attention_config(kernel: str, *rest: Any) -> Any:
+        return config if kernel == TABLE_OF.get(case.kernel) else configs.attention_config(kernel, *rest)
+
+    with ExitStack() as stack:
+        for module in (attention_forward, attention_backward):
+            stack.enter_context(mock.patch.object(module, "attention_config", attention_config))
+        stack.enter_context(mock.patch.object(step_attention, "step_config", partial(attention_config, "step")))
+        if case.variant in ROLES:
+            stack.enter_context(mock.patch.object(linear, "linear_config", return_value=config))
+        yield
+
+
+def _operand(device: torch.device, *shape: int, dtype: torch.dtype, layout: str = "") -> Tensor:
+    """Random floats, zero integers; without memory on "meta". `layout` as in `testing.LAYOUTS`, of four dimensions."""
+    strides = testing.LAYOUTS[layout](*shape) if layout else torch.empty(shape, device="meta").stride()
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if device.type != "meta":
+        _ = made.normal_() if dtype.is_floating_point else made.zero_()
+    return made
+
+
+def _step(case: Case, device: torch.device) -> list[Launch]:
+    """32 query heads of 8 kv heads, three sequences, B = 8; 8192 slots make several splits, 256 make one."""
+    slots = 256 if case.variant == "one split" else 8192
+    extras = case.variant == "extras"
+    pattern = patterns.tidar_step(8)
+    if extras:
+        pattern = pattern.windowed(1024)
+    if case.variant == "tree":
+        pattern = testing.random_tree(pattern.q_len)
+    operand = partial(_operand, device, dtype=case.torch_dtype)
+    q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
+    k_cache, v_cache = (operand(3, 8, slots, case.head_dim) for _ in range(2))
+    lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
+    lead, own, _ = pattern.on(device)
+    softcap, sinks = (SOFTCAP, operand(32)) if extras else (None, None)
+    return step_attention.plan_step_attention(
+        *(q, k, v, k_cache, v_cache, lengths, lead, own, case.head_dim**-0.5, slots),
+        *(pattern.reach_on(device), softcap, sinks, case.target, pattern.bits_on(device)),
+    )[0]
+
+
+@functools.cache
+def _training_pattern() -> patterns.Pattern:
+    return patterns.tidar_training(4096, 16)
+
+
+def _attention(case: Case, device: torch.device) -> list[Launch]:
+    """A forward and a backward pass over S = 4096 tokens, batch 2, 32 query heads of 8 kv heads."""
+    pattern = _training_pattern()
+    lead, own, _ = pattern.on(device)
+    operand = partial(_operand, device, dtype=case.torch_dtype)
+    q, grad = (operand(2, 32, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
+    k, v = (operand(2, 8, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
+    softcap, sinks = (SOFTCAP, operand(32)) if case.variant == "extras" else (None, None)
+    forward, out, lse = attention_forward.plan_attention(
+        q, k, v, lead, own, case.head_dim**-0.5, softcap, sinks, case.target
+    )
+    backward, *_ = attention_backward.plan_attention_backward(
+        grad, None, q, k, v, out, lse, lead, own, case.head_dim**-0.5, softcap, case.target
+    )
+    return [forward, *backward]
+
+
+def _caches(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`(k or v of 72 rows, cache, lengths)` of 2 sequences, 8 kv heads."""
+    operand = partial(_operand, device, dtype=case.torch_dtype)
+    lengths = _operand(device, 2, dtype=torch.int32)
+    return operand(2, 8, ROWS, case.head_dim), operand(2, 8, 8192, case.head_dim), lengths
+
+
+def _append(case: Case, device: torch.device) -> list[Launch]:
+    new, cache, lengths = _caches(case, device)
+    return [plan_append_kv(cache, cache, new, new, lengths)]
+
+
+def _compact(case: Case, device: torch.device) -> list[Launch]:
+    _, cache, lengths = _caches(case, device)
+    return [plan_compact_kv(cache, cache, lengths, _operand(device, 2, 16, dtype=torch.int32))]
+
+
+def _rotary(case: Case, device: torch.device) -> list[Launch]:
+    new, cache, lengths = _caches(case, device)
+    q = _operand(device, 2, 32, ROWS, case.head_dim, dtype=case.torch_dtype)
+    table = _operand(device, 2, ROWS, case.head_dim, dtype=case.torch_dtype)
+    return [plan_rotary_append(q, new, new, table, table, cache, cache, lengths, 8)[0]]
+
+
+def _verify(case: Case, device: torch.device) -> list[Launch]:
+    """One binary serves every vocabulary. "extras": seen tokens for the penalty, and mixed logits."""
+    rule, _, extras = case.variant.partition(" ")
+    logits = _operand(device, 2, 8, VOCABULARY, dtype=case.torch_dtype)
+    integers = _operand(device, 2, dtype=torch.int64)
+    planned, _ = verify.plan_verify(
+        logits,
+        None if rule == "sample" else _operand(device, 2, 8, dtype=torch.int64),
+        integers,
+        _operand(device, 2, 5, dtype=torch.float32),
+        integers,
+        _operand(device, 2, VOCABULARY, dtype=torch.bool) if extras else None,
+        logits if rule == "rejection" else None,
+        logits if extras else None,
+        0.5,
+        _RULES.get(rule, verify.COUPLED),
+        0,
+    )
+    return planned
+
+
+def _linear(case: Case, device: torch.device) -> list[Launch]:
+    """Projections at shapes of Qwen2.5-1.5B and Qwen3-8B, by the role that chooses their tiles."""
+    operand, chip, role = partial(_operand, device, dtype=case.torch_dtype), case.target, case.variant
+    gate, x = _operand(device, ROWS, dtype=torch.float32), operand(ROWS, HIDDEN)
+    if role in ("wide", "narrow"):
+        width, rank = (WIDE, RANK) if role == "wide" else (HIDDEN, 8)
+        adapter = (gate, operand(ROWS, rank), operand(width, rank), 0.5)
+        bias = operand(HIDDEN) if role == "narrow" else None
+        return [linear.plan_linear(x, operand(width, HIDDEN), bias, chip, adapter)[0]]
+    if role == "down":
+        return [linear.plan_gated_rows(role, x, operand(RANK, HIDDEN), gate, 1.0, chip)[0]]
+    if role == "train_down":
+        return [linear.plan_gated_rows(role, x, operand(HIDDEN, 256).t(), gate, 0.5, chip)[0]]
+    h = operand(ROWS, RANK)
+    if role == "add":
+        return [linear.plan_gated_rows(role, h, operand(WIDE, RANK), gate, 0.5, chip, operand(ROWS, WIDE))[0]]
+    return [linear.plan_gated_sum(h, x, gate, 1.0, chip)[0]]
+
+
+_PLANS: dict[str, Callable[[Case, torch.device], list[Launch]]] = {
+    **dict.fromkeys(("step_attention", "combine_splits"), _step),
+    **dict.fromkeys(("attention_forward", "attention_rows", "attention_dq", "attention_dkdv", *_LISTS), _attention),
+    **dict.fromkeys(("verify_rows", "count_accepted"), _verify),
+    **dict.fromkeys(("linear", "gated_rows", "gated_sum"), _linear),
+    "append_kv": _append,
+    "compact_kv": _compact,
+    "rotary_append": _rotary,
+}
+KERNELS = tuple(_PLANS)

@@ -1,0 +1,334 @@
+"""What `make gpu` does, at tiny sizes on a CPU: its parts and their time, what is cut, what dies, what is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import (
+    cases,
+    curves,
+    decoder_step,
+    gpu,
+    implementations,
+    peers,
+    rates,
+    record,
+    registry,
+    row,
+    slots,
+    timing,
+    training,
+    workloads,
+)
+from tests.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
+from tidar_kernels.models import Transformer, TransformerConfig
+
+
+@pytest.fixture
+def dry(monkeypatch: pytest.MonkeyPatch) -> gpu.Suite:
+    """The suite of a dry run whose clock says one microsecond, FlexAttention left uncompiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    peers.flex_plan.cache_clear()
+    for module in (peers, training):
+        monkeypatch.setattr(module, "compiled_flex_attention", lambda: torch.compile(flex_attention, backend="eager"))
+    monkeypatch.setattr(rates, "measure", lambda *_, **__: [dict(line) for line in YARDSTICKS])
+    return dataclasses.replace(gpu.DRY, rotating=lambda calls: once(calls[0]), step_timer=once, graph_timer=once)
+
+
+def launched(commands: list[list[str]], code: int | None = 0) -> Callable[[list[str], float], int | None]:
+    """What stands for starting a process: it is told, and nothing runs."""
+
+    def launch(command: list[str], seconds: float) -> int | None:
+        commands.append([*command, f"{seconds:.0f}"])
+        return code
+
+    return launch
+
+
+def test_the_dry_run_goes_through_every_part(
+    dry: gpu.Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    assert gpu.run_all(dry, tmp_path, 300.0, launched(commands), separate=False) == 0
+    assert commands[0][1:5] == ["-m", "pytest", "-m", "cuda"]
+    assert set(record.load(next(tmp_path.glob("cpu-*.json")))["parts"]) == {"parity", *gpu.PARTS}
+    timed = [line for kind in gpu.PARTS for line in part_of(tmp_path, kind) if "p50_us" in line]
+    assert {line["operator"] for line in timed} == {
+        "step_attention", "append_kv", "compact_kv", "rotary_append", "verify", "projection", "decoder_step",
+        "token_slots", "attention",
+    }  # fmt: skip
+    assert all(line["command"].startswith("python -m benchmarks.row ") for line in timed)
+    absent = {line["implementation"]: line for line in part_of(tmp_path, "step") if line["operator"] == "peer"}
+    assert absent["flashinfer"]["absent"]
+    assert absent["flashinfer"]["install"] == "pip install flashinfer-python"
+    names = {line["implementation"] for line in part_of(tmp_path, "step") if line["operator"] == "step_attention"}
+    assert names == {"tidar_kernels", "flex_attention", "sdpa_dense_mask", "sdpa_no_mask"}
+    checked = [line for line in part_of(tmp_path, "step") if line.get("implementation") == "flex_attention"]
+    assert 0 < checked[-1]["relative_error"] < 1e-5
+    assert "exit codes: {'parity': 0, 'step': 0" in capsys.readouterr().out
+    drawn = curves.draw_all(tmp_path, tmp_path)
+    assert [path.name for path in drawn] == ["step_prefix_cpu.png", "step_roofline_cpu.png", "token_slots_cpu.png"]
+
+
+def test_each_part_has_its_share_of_the_time_and_dies_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    calls: list[tuple[str, float, bool]] = []
+
+    def launch(command: list[str], seconds: float) -> int | None:
+        name = command[command.index("--part") + 1] if "--part" in command else "parity"
+        calls.append((name, seconds, "--resume" in command))
+        now[0] += 100.0 if name == "parity" else 20.0
+        return {"parity": None, "step": -11, "operators": 1, "decoder_step": None}.get(name, 0)
+
+    assert gpu.run_all(gpu.DRY, tmp_path, 500.0, launch, separate=True) == 1
+    assert [name for name, _, _ in calls] == [
+        "parity", "step", "step", "step", "operators", "decoder_step", "token_slots", "training"
+    ]  # fmt: skip
+    assert [resume for name, _, resume in calls if name == "step"] == [False, True, True]
+    assert calls[0][1] == gpu.PARITY_SECONDS
+    assert calls[1][1] == pytest.approx((400.0 - gpu.GRACE) * 0.36 + gpu.GRACE)  # 400 are left behind parity
+    assert calls[-1][1] == pytest.approx(500.0 - 100.0 - 6 * 20.0)  # what the others left
+    (parity,) = part_of(tmp_path, "parity")
+    assert (parity["stopped"], parity["tests"]) == (True, 0)
+    assert "step: ended with -11" in capsys.readouterr().err
+
+
+def test_a_process_is_stopped_at_its_end() -> None:
+    assert gpu.run_process([sys.executable, "-c", "raise SystemExit(7)"], 60.0) == 7
+    assert gpu.run_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.0) is None
+
+
+def test_parity_counts_what_failed(tmp_path: Path) -> None:
+    case = '<testcase classname="tests.test_a" name="test_{0}">{1}</testcase>'
+    cases = [case.format(*pair) for pair in (("x", ""), ("y", "<failure/>"), ("z", "<skipped/>"))]
+    report = tmp_path / "parity.xml"
+
+    def launch(command: list[str], seconds: float) -> int:
+        report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+        return 0
+
+    assert gpu.run_parity(gpu.DRY, tmp_path, 10.0, launch) == 1
+    (line,) = part_of(tmp_path, "parity")
+    assert (line["tests"], line["failed"], line["skipped"]) == (3, 1, 1)
+    assert line["failures"] == ["tests.test_a::test_y"]
+
+
+def test_a_row_that_took_its_process_down_is_not_tried_again(dry: gpu.Suite, tmp_path: Path) -> None:
+    case = workloads.TINY["step_attention"][0]
+    rows = record.Rows(tmp_path, "step", "cpu")
+    lost = row.head("step_attention", "sdpa_dense_mask", "cpu", torch.float32, vars(case))
+    rows.begin(lost)
+    rows = record.Rows(tmp_path, "step", "cpu", resume=True)
+    names = ("tidar_kernels", "sdpa_dense_mask")
+    how: dict[str, Any] = {"device": "cpu", "names": names, "timer": dry.rotating}
+    assert row.measure(case, "step_attention", rows, RATES, torch.float32, **how)
+    first, second = part_of(tmp_path, "step")
+    assert first == lost | {"not_available": "the process ended while this was measured"}
+    assert second["p50_us"] == 1.0
+    before = list(rows.rows)
+    assert row.measure(case, "step_attention", rows, RATES, torch.float32, **how)
+    assert rows.rows == before
+
+
+def test_a_wrong_operator_has_no_speed_and_the_run_goes_on(
+    dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(operands: cases.StepAttention) -> implementations.Prepared:
+        keys, values = operands.joined(context_first=True)
+        dense = operands.pattern.dense(operands.case.context_len)
+        dense[0, -1] = True  # a draft that sees a mask
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return implementations.Prepared(
+            lambda: attend(operands.q, keys, values, attn_mask=dense, enable_gqa=True)
+        )  # fmt: skip
+
+    ours = dataclasses.replace(peers.STEP["tidar_kernels"], prepare=wrong)
+    monkeypatch.setitem(peers.STEP, "tidar_kernels", ours)
+    rows = record.Rows(tmp_path, "step", "cpu")
+    assert not gpu.run_step(dry, rows, RATES, math.inf)
+    mine = [line for line in rows.rows if line.get("implementation") == "tidar_kernels"]
+    assert mine[0]["not_available"].startswith("WrongResultError: tidar_kernels of Step(")
+    assert "p50_us" not in mine[0]
+    assert any("p50_us" in line for line in rows.rows if line.get("implementation") == "sdpa_dense_mask")
+
+
+@pytest.mark.parametrize("operator", [name for name in workloads.TINY if name != "step_attention"])
+def test_checks_of_the_other_operators_can_fail(operator: str) -> None:
+    operands = registry.OPERATORS[operator](workloads.TINY[operator][0], "cpu", torch.float32)
+    prepared = operands.implementations["tidar_kernels"].prepare(operands)
+    assert operands.check("tidar_kernels", prepared) < 1e-5
+
+    def broken() -> Any:
+        found = prepared.run()
+        if operator in ("append_kv", "compact_kv"):
+            return operands.k_cache[0, 0, 0].add_(1.0)  # type: ignore[attr-defined]
+        return [x + 1 for x in found] if isinstance(found, tuple) else found + 1
+
+    with pytest.raises(implementations.WrongResultError, match=r"^tidar_kernels of "):
+        operands.check("tidar_kernels", implementations.Prepared(broken))
+
+
+@pytest.mark.parametrize("case", workloads.TINY["step_attention"], ids=str)
+def test_floors_count_live_pairs_and_every_byte_once(case: workloads.Step) -> None:
+    operands = cases.StepAttention(case, "cpu", torch.float32)
+    floor, pairs = operands.floor(), int(operands.pattern.dense(case.context_len).sum())
+    assert floor["flops"] == 4 * pairs * case.head_dim * case.num_heads * case.batch
+    tensors = [operands.q, operands.q, operands.k, operands.v]  # out is as large as q
+    tensors += [cache[:, :, : case.context_len] for cache in (operands.k_cache, operands.v_cache)]
+    assert floor["bytes"] == sum(x.numel() * 4 for x in tensors)
+    line = {**floor, "p50_us": 2.0, "dtype": "float32"}
+    limit = max(floor["bytes"] / 1e10, floor["flops"] / 1e11) * 1e6
+    assert RATES.against(line) == {"floor_us": round(limit, 3), "of_floor": pytest.approx(limit / 2, abs=1e-4)}
+
+
+def test_every_row_has_a_command_that_measures_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rates, "measure", lambda *_, **__: [dict(line) for line in YARDSTICKS])
+    monkeypatch.setattr(timing, "time_cpu", once)
+    heads = [
+        row.head(operator, "tidar_kernels", "cpu", torch.float32, vars(each[0]))
+        for operator, each in workloads.TINY.items()
+    ]
+    fields = {"direction": "backward", **vars(TINY)}
+    heads += [row.head("attention", "tidar_kernels", "cpu", torch.float32, fields)]
+    heads += [row.head("token_slots", "tidar_kernels", "cpu", torch.float32, vars(slots.Asked("shipped", 2, 8)))]
+    monkeypatch.setattr(timing, "time_in_turn", lambda calls, budget: {name: once(calls[name]) for name in calls})
+    for line in heads:
+        arguments = line["command"].split()
+        assert arguments[:3] == ["python", "-m", "benchmarks.row"]
+        assert row.main(arguments[3:]) == 0, line["command"]
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert {name: printed[name] for name in line} == line
+        assert printed["p50_us"] == 1.0
+    for wrong in (["step"], ["verify", "nobody"], ["verify", "eager", "cpu", "float32", "depth=1"]):
+        assert row.main([*wrong, *["eager", "cpu", "float32"][len(wrong) - 1 :]][:5]) == 2
+    assert "expected one of" in capsys.readouterr().err
+
+
+def test_a_failure_of_ours_in_training_ends_nothing_and_is_told(
+    dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.tk, "attention", leaking(TINY.seq_len))
+    rows = record.Rows(tmp_path, "training", "cpu")
+    assert not gpu.run_training(dry, rows, RATES, math.inf)
+    found = by_name(rows.rows)
+    assert found["tidar_kernels", "forward"]["not_available"].startswith("WrongResultError")
+    assert "p50_us" in found["sdpa_dense_mask", "forward"]
+    assert "not_available" in found["causal_cudnn", "forward"]
+
+
+def test_a_case_without_room_ends_nothing(
+    dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Operands(training.Operands):
+        def __init__(self, case: training.Workload, *rest: Any) -> None:
+            if case.batch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+            super().__init__(case, *rest)
+
+    monkeypatch.setattr(training, "Operands", Operands)
+    suite = dataclasses.replace(dry, training=lambda: [dataclasses.replace(TINY, batch=2), TINY])
+    rows = record.Rows(tmp_path, "training", "cpu")
+    assert not gpu.run_training(suite, rows, RATES, math.inf)
+    assert {line["batch"] for line in rows.rows if line["operator"] == "attention"} == {1}
+    assert "attention S40-B8-h4_2-d16-b2: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_past_the_deadline_nothing_starts_and_it_is_said(
+    dry: gpu.Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = training.run_on_device(TINY, device="cpu", timer=once, deadline=0.0)
+    assert all(line["not_available"].endswith("is used up") and not row.failed(line) for line in rows)
+    for name, run in gpu.PARTS.items():
+        held = record.Rows(tmp_path, name, "cpu")
+        assert run(dry, held, RATES, 0.0)
+        assert any(line["operator"] == "cut" for line in held.rows)
+        assert not any("p50_us" in line for line in held.rows)
+    assert "step attention: the time for benchmarks is used up, 2 case(s) not measured" in capsys.readouterr().err
+
+
+def test_gpu_cases() -> None:
+    found = gpu.training_cases()
+    assert len(set(found)) == len(found) == 20
+    assert {(case.head_dim, case.num_heads // case.num_kv_heads) for case in found[:8]} == {
+        (64, 1), (64, 4), (128, 1), (128, 4)
+    }  # fmt: skip
+    assert all(case.num_heads * case.head_dim == 2048 for case in found)
+    assert [case.seq_len for case in found[:5]] == [8192, 2048, 4096, 16384, 32768]
+    steps = workloads.CUDA["step_attention"]
+    assert len(set(steps)) == len(steps)
+    assert set(workloads.FLEX_CUDA) <= set(steps)
+    assert set(workloads.FLEX_CPU) <= set(workloads.CPU["step_attention"])
+
+
+def test_without_matplotlib_there_are_no_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"operator": "token_slots", "model": "m", "tokens": 1, "context_len": 8, "p50_us": 1.0}
+    record.add(tmp_path, "token_slots", "cpu", [line])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert curves.draw_all(tmp_path, tmp_path) == []
+    assert capsys.readouterr().err == ("no pictures: matplotlib: needed to draw a PNG; install tidar-kernels[bench]\n")
+
+
+def test_tables_of_operators(dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = record.Rows(tmp_path, "operators", "cpu")
+    gpu.run_step(dry, rows, RATES, math.inf)
+    gpu.run_operators(dry, rows, RATES, math.inf)
+    module = sections_of(tmp_path, monkeypatch, "operators")
+    for text in (module.step_table("cpu"), module.others_table("cpu"), module.targets_table(), module.peers_table()):
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(lines) > 2
+        assert len({line.count("|") for line in lines}) == 1
+    assert "| tiny | AR | 40 x 2 | " in module.step_table("cpu")
+    assert "does not run there | not measured yet | `pip install flashinfer-python` |" in module.peers_table()
+    assert "| CPU | step attention, SDPA without mask | ≤ 1.3 x | 2 of 2 | 1 x (tiny" in module.targets_table()
+    assert module.step_table("cuda").startswith("No GPU figures")
+
+
+def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
+    for machine, day, value in (("a", "01", 1), ("a", "02", 2), ("b", "01", 3)):
+        part = record.content("decode", "cpu", [{"operator": "decode", "p50_us": value}])
+        record.save(
+            tmp_path / f"cpu-{machine}-2026-01-{day}.json", {"decode": part} | ({"old": part} if value == 1 else {})
+        )
+    assert [part["rows"][0]["p50_us"] for part in record.newest(tmp_path, "decode")] == [2, 3]
+    assert [part["rows"][0]["p50_us"] for part in record.newest(tmp_path, "old", "cpu")] == [1]
+    assert record.newest(tmp_path, "decode", "cuda") == []
+
+
+def test_decoder_steps_and_their_floors() -> None:
+    config = TransformerConfig(300, 64, 96, 2, 4, 2, 16)
+    shape = decoder_step.Shape("tiny", config, {4: 3.0})
+    rows = list(decoder_step.steps(shape, (0, 4), (64,), RATES, device="cpu", dtype=torch.float32, timer=once))
+    plain, drafted = rows
+    parameters = sum(p.numel() for p in Transformer(config).parameters() if p.ndim == 2)
+    assert plain["bytes"] == 4 * (parameters + 2 * 2 * 2 * 16 * 65)  # weights, and K and V of two layers and two heads
+    assert plain["flops"] == 2 * parameters + 4 * 65 * 16 * 4 * 2
+    assert (plain["rows"], drafted["rows"]) == (1, 20)
+    pairs = 64 * 20 + 4 * 25 // 2 + 64  # anchors: P*B*(B+1) + B*(B+1)^2/2 + B^3
+    head = 300 * 64
+    assert drafted["flops"] == 2 * (parameters - head) * 20 + 2 * head * 7 + 4 * pairs * 16 * 4 * 2
+    for line in rows:
+        limit = max(line["bytes"] / 1e10, line["flops"] / 1e11) * 1e6
+        assert line["floor_us"] == pytest.approx(limit, abs=0.01)
+        assert line["of_floor"] == pytest.approx(limit, abs=1e-4)
+        assert "tiny" in decoder_step.describe(line)
+    assert drafted["projected_speedup"] == pytest.approx(3.0)
+    assert not list(decoder_step.steps(shape, (0,), (64,), RATES, device="cpu", deadline=0.0))
+    published = {(s.name, b): n for s in decoder_step.SHAPES for b, n in s.published.items()}
+    assert published == {("Qwen2.5-1.5B", 8): 5.69, ("Qwen2.5-1.5B", 16): 7.35, ("Qwen3-8B", 16): 8.36}

@@ -1,0 +1,106 @@
+"""Launch tables: which chip takes which, what is inherited, and what a configuration may depend on."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tidar_kernels import patterns, testing
+from tidar_kernels.kernels import configs, linear_configs, step_attention
+from tidar_kernels.kernels.config_tables import ANY, CHIPS, PARENTS, TABLES
+from tidar_kernels.kernels.configs import HEAD_DIM_TILES, Chip, attention_config, entries, nearest_chip, step_config
+from tidar_kernels.testing.occupancy import LIMITS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture
+def ask_anew() -> None:
+    nearest_chip.cache_clear()
+    configs._chip_of.cache_clear()
+
+
+def test_every_chip_has_every_configuration() -> None:
+    assert set(CHIPS) == set(PARENTS) == set(LIMITS)
+    for chip in CHIPS:
+        for kernel in TABLES:
+            for is_float32 in (False, True):
+                for extras in (False, True):
+                    assert set(entries(kernel, chip, is_float32, extras)) >= set(HEAD_DIM_TILES)
+        for dtype in DTYPES:
+            for role in ("base", *linear_configs.ROLES[2:]):
+                assert linear_configs.linear_config(role, chip, dtype, 4096).num_warps
+
+
+def test_no_table_has_a_place_that_nothing_reads() -> None:
+    classes = {"half", "half extras", "float32", "float32 extras"}
+    for table in (*TABLES.values(), linear_configs.TABLE):
+        assert set(table) <= {*CHIPS, ANY}
+        assert all(set(part) <= classes for part in table.values())
+
+
+def test_entries_are_inherited_and_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, other, own = (configs.TileConfig(16 * i, 16, 4, 1) for i in (1, 2, 3))
+    table = {80: {"half": {64: plain, 128: plain}, "half extras": {128: other}}, 86: {"half": {64: own}}}
+    monkeypatch.setitem(TABLES, "made up", table)
+    assert entries("made up", 86, False) == {64: own, 128: plain}
+    assert entries("made up", 120, False, True) == {64: own, 128: other}
+    assert entries("made up", 80, False) == {64: plain, 128: plain}
+    assert attention_config("made up", 89, torch.float16, 65) == plain
+
+
+@pytest.mark.parametrize(
+    ("chip", "nearest"),
+    [(75, 86), (87, 86), (103, 100), (121, 120), (200, 120), ("gfx90a", "gfx942"), ("gfx951", "gfx950")],
+)
+def test_an_unknown_chip_takes_the_nearest_and_says_so_once(chip: Chip, nearest: Chip, ask_anew: None) -> None:
+    with pytest.warns(RuntimeWarning, match=rf"^{chip}: no launch table for this chip, that of {nearest} serves it$"):
+        assert nearest_chip(chip) == nearest
+    assert nearest_chip(chip) == nearest  # a second warning would be an error
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_known_chip_takes_its_own(chip: Chip, ask_anew: None) -> None:
+    assert nearest_chip(chip) == chip
+
+
+def test_chips_of_devices(monkeypatch: pytest.MonkeyPatch, ask_anew: None) -> None:
+    """By compute capability, on ROCm by the architecture's name, whatever the capability says there."""
+    monkeypatch.setattr(configs, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    assert configs.chip_of(torch.device("cuda", 0)) == 89
+    configs._chip_of.cache_clear()
+    amd = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: amd)
+    assert configs.chip_of(torch.device("cuda", 0)) == "gfx942"
+
+
+def test_a_step_is_configured_by_chip_dtype_head_dim_and_extras_alone() -> None:
+    """What makes the bits of draft rows those of single tokens: rows, batch and lengths are not asked for."""
+    assert list(inspect.signature(step_config).parameters) == ["chip", "dtype", "head_dim", "extras"]
+    assert list(inspect.signature(configs.split_size).parameters) == ["chip", "max_len"]
+    assert step_config(None, torch.float32, 64) == step_config(None, torch.bfloat16, 256, True)
+
+
+@pytest.mark.interpret
+def test_what_runs_on_amd_instead_of_a_choice_between_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a tile that are cached and in flight come by two loads there; here in the interpreter."""
+    real, launched = step_attention.Launch, []
+
+    def with_two_loads(kernel: Any, grid: Any, args: Any, options: dict[str, Any]) -> Any:
+        if "ONE_LOAD" in options:
+            launched.append(options["ONE_LOAD"])
+            options = options | {"ONE_LOAD": False}
+        return real(kernel, grid, args, options)
+
+    monkeypatch.setattr(step_attention, "Launch", with_two_loads)
+    case = testing.StepCase("two_loads", patterns.tidar_step(3), (5, 30), 4, 2, head_dim=16, dtype=torch.float32)
+    testing.check_step_attention(case)
+    assert launched == [True]
