@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tidar_kernels import Decoder
+from tidar_kernels.cli import main
 from tidar_kernels.lora import add_gated_lora, load_peft_adapter, save_adapter
-from tidar_kernels.models import Transformer, TransformerConfig, adapter
+from tidar_kernels.models import Transformer, TransformerConfig, adapter, load_shipped, load_shipped_adapter
 from tidar_kernels.models.data import Corpus, folder_files
 from tidar_kernels.patterns import Role
 
@@ -59,6 +60,26 @@ def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:
     decoded = [Decoder(m, strategy="isd", stride=4).generate([prompt], 20) for m in (model, base)]
     assert decoded[0].tokens == decoded[1].tokens == expected
     assert decoded[0].accepted == decoded[1].accepted
+
+
+def test_the_shipped_adapter_drafts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Byte for byte the base model's output, greedy and sampled, and at most 1 MB."""
+    files = list(adapter.ADAPTER.iterdir())
+    assert sum(file.stat().st_size for file in files) <= adapter.MAX_BYTES
+    base, tokenizer = load_shipped()
+    adapted = load_shipped_adapter(load_shipped()[0])
+    prompts = [tokenizer.encode("def main(argv=None):\n    "), tokenizer.encode("import os\n")]
+    expected = [Decoder(base, mode="autoregressive").generate(prompts, 100, temperature=t).tokens for t in (0.0, 0.8)]
+    drafted = [Decoder(m, strategy="isd", stride=8) for m in (base, adapted)]
+    for temperature, tokens in zip((0.0, 0.8), expected, strict=True):
+        results = [decoder.generate(prompts, 100, temperature=temperature) for decoder in drafted]
+        assert [result.tokens for result in results] == [tokens, tokens]
+        assert results[0].accepted != results[1].accepted
+    decode = ["generate", "--prompt", "import os\n", "--max-new-tokens", "20", "--compare", "--adapter"]
+    assert main([*decode, "shipped"]) == 0
+    assert "outputs identical: yes" in capsys.readouterr().out
+    assert main([*decode, "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:

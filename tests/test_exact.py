@@ -139,7 +139,7 @@ def test_adapters_leave_the_bits(device: str) -> None:
     """R-ISD: mask rows run adapters, and what is committed has the base model's bits."""
     model = make(device)
     base = decode(model, PROMPTS, None, 16)
-    add_gated_lora(model, 4, 8.0, row_invariant=False)
+    add_gated_lora(model, 4, 8.0)
     for module in model.modules():
         if isinstance(module, GatedLoRA):
             torch.nn.init.normal_(module.lora_b)

@@ -69,14 +69,14 @@ class GatedLoRA(nn.Module):
     """`W x + bias + s * ((m * (x A^T)) B^T)` around an `nn.Linear`, which is frozen; m is the gate of `lora_gate`.
 
     A starts as in LoRA (uniform), B at 0, so that a new adapter changes nothing. Rows with gate 0 have the bits of the
-    base: of `row_invariant_linear` in eval mode, of `torch.nn.functional.linear` in training mode.
+    base: of `torch.nn.functional.linear`, or of `row_invariant_linear`.
 
     Args:
         linear: the projection; kept as `base`.
         rank: of the adapter.
         alpha: s = alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
         dtype: of A and B; default that of the weight. They are cast to the dtype of x where they are used.
-        row_invariant: True or False fix which base is used; None goes by the mode of the module.
+        row_invariant: the base is `row_invariant_linear`, as it always is for exact rows (`tidar_kernels.exact`).
 
     Raises:
         TypeError: not an `nn.Linear` with a plain weight. ValueError: rank < 1, or alpha is not finite.
@@ -90,7 +90,7 @@ class GatedLoRA(nn.Module):
         *,
         use_rslora: bool = False,
         dtype: torch.dtype | None = None,
-        row_invariant: bool | None = None,
+        row_invariant: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(linear, nn.Linear):
@@ -145,12 +145,11 @@ class GatedLoRA(nn.Module):
         gate = _gate.value
         if gate is None:
             raise RuntimeError("lora_gate: expected an open lora_gate(gate) around a model with GatedLoRA, got none")
-        row_invariant = not self.training if self.row_invariant is None else self.row_invariant
         if gate is False:
-            return row_invariant_linear(x, self.weight, self.bias) if row_invariant else self.base(x)
+            return row_invariant_linear(x, self.weight, self.bias) if self.row_invariant else self.base(x)
         rows = x.new_ones(()) if gate is True else gate
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        return gated_lora(x, self.weight, a, b, rows, self.scale, self.bias, row_invariant=row_invariant)
+        return gated_lora(x, self.weight, a, b, rows, self.scale, self.bias, row_invariant=self.row_invariant)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, use_rslora={self.use_rslora}"
@@ -181,7 +180,7 @@ def add_gated_lora(
     *,
     use_rslora: bool = False,
     dtype: torch.dtype | None = None,
-    row_invariant: bool | None = None,
+    row_invariant: bool = False,
 ) -> list[str]:
     """Freeze the model and wrap its projections in new adapters, the only parameters that then train.
 
@@ -317,7 +316,7 @@ def load_peft_adapter(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    row_invariant: bool | None = None,
+    row_invariant: bool = False,
 ) -> list[str]:
     """Put a LoRA adapter that PEFT saved around the projections it was trained for; freezes those projections.
 

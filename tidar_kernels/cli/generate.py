@@ -94,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", metavar="PATH", help="a safetensors checkpoint; default the shipped model")
+    model.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="a LoRA adapter as PEFT saves it, for drafting alone: the output stays the model's own; shipped is the "
+        "one for the shipped model",
+    )
     add_device_argument(model)
     model.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads; default PyTorch's choice")
 
@@ -206,11 +212,24 @@ def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
             model, _ = load_shipped(device=device)
         else:
             model = load_checkpoint(options.checkpoint, device=device)
+    if options.adapter is not None:
+        _add_adapter(model, options)
     if model.config.vocab_size != VOCAB_SIZE:
         raise UserError(
             f"--checkpoint: expected a byte-level model of {VOCAB_SIZE} tokens, got {model.config.vocab_size} tokens"
         )
     return model, device
+
+
+def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
+    from ..lora import load_peft_adapter
+    from ..models import load_shipped_adapter
+
+    with user_errors(OSError, ValueError, rename={"path": "--adapter"}):
+        if options.adapter == "shipped":
+            load_shipped_adapter(model)
+        else:
+            load_peft_adapter(model, options.adapter)
 
 
 @dataclass(frozen=True)
@@ -273,7 +292,8 @@ class _Task:
         self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
         self.parameters = sampling.parameters
         self.title = drafts.title(block_size) if mode == "tidar" else _TITLES[mode]
-        with user_errors(ValueError, rename={"levels": "--levels", "stride": "--block-size", "length": "--block-size"}):
+        size = dict.fromkeys(("stride", "length", "shape"), "--block-size")
+        with user_errors(ValueError, rename={"levels": "--levels", **size}):
             how = drafts.decoder_options(mode, block_size)
             self.decoder: Decoder = Decoder(
                 model, block_size, mask, mode=mode, sampling=sampling.rule, beta=sampling.beta, **how

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, save_checkpoint
-    from .shipped import load_shipped, shipped_figures
+    from .shipped import load_shipped, load_shipped_adapter, shipped_figures
     from .tokenizer import ByteTokenizer
     from .transformer import Transformer, TransformerConfig
 
@@ -21,13 +21,14 @@ __all__ = [
     "TransformerConfig",
     "load_checkpoint",
     "load_shipped",
+    "load_shipped_adapter",
     "save_checkpoint",
     "shipped_figures",
 ]
 
 _MODULES = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
-    "shipped": ("load_shipped", "shipped_figures"),
+    "shipped": ("load_shipped", "load_shipped_adapter", "shipped_figures"),
     "tokenizer": ("ByteTokenizer",),
     "transformer": ("Transformer", "TransformerConfig"),
 }

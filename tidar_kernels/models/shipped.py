@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from ..lora import load_peft_adapter
 from .checkpoint import load_checkpoint
 from .tokenizer import ByteTokenizer
 from .transformer import Transformer
 
-__all__ = ["load_shipped", "shipped_figures"]
+__all__ = ["load_shipped", "load_shipped_adapter", "shipped_figures"]
 
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter"
 FIGURES = "training.json"
 _FOLDER = resources.files("tidar_kernels.models") / "shipped"
 
@@ -33,6 +35,19 @@ def load_shipped(
     """
     with resources.as_file(_FOLDER / WEIGHTS) as path:
         return load_checkpoint(path, dtype=dtype, device=device), ByteTokenizer()
+
+
+def load_shipped_adapter(model: Transformer) -> Transformer:
+    """Put the shipped gated adapter on the shipped model, in place, and return it: its mask rows then draft better.
+
+    What the model says does not change (R-ISD; `tidar_kernels.lora`).
+
+    Raises:
+        FileNotFoundError: the package was installed without its data files. ValueError: the model is another one.
+    """
+    with resources.as_file(_FOLDER / ADAPTER) as path:
+        load_peft_adapter(model, path)
+    return model
 
 
 def shipped_figures() -> dict[str, Any]:
