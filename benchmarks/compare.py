@@ -68,11 +68,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], lis
     found = []
     for identity, row in before.items():
         for metric, less_is_better in METRICS:
-            pair = row.get(metric), after.get(identity, {}).get(metric)
-            if pair[0] and pair[1]:
-                factor = pair[1] / pair[0] if less_is_better else pair[0] / pair[1]
+            was, now = row.get(metric), after.get(identity, {}).get(metric)
+            if isinstance(was, (int, float)) and isinstance(now, (int, float)) and was and now:
+                factor = now / was if less_is_better else was / now
                 ours = row.get("implementation", OURS) in MEASURED and row["operator"] not in YARDSTICKS
-                found.append(Change(label(identity), metric, pair[0], pair[1], factor, ours))
+                found.append(Change(label(identity), metric, was, now, factor, ours))
                 break
     gone = [label(identity) for identity in before if identity not in after]
     come = [label(identity) for identity in after if identity not in before]

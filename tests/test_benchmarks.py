@@ -227,7 +227,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments, said in (
         (["compare", old], "compare: expected two results files, OLD.json NEW.json, got 1"),
         (["decode", "--out", str(tmp_path), "--fail-over", "2"], "--fail-over: expected with compare alone"),
-        (["decode"], "--out: expected a folder for the results file"),
+        (["decoding"], "PART: expected some of operators, training, decode, "),
     ):
         assert cli.main(["bench", *arguments]) == 2
         assert said in capsys.readouterr().err
@@ -242,6 +242,18 @@ def test_a_slower_peer_is_no_regression(tmp_path: Path) -> None:
         files.append(str(tmp_path / f"{us}.json"))
         record.write(Path(files[-1]), "operators", "cpu", rows)
     assert compare.main([*files, "--fail-over", "1.05"]) == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*-20*.json")),
+    ids=lambda path: path.stem,
+)
+def test_what_is_committed_compares_with_itself(path: Path) -> None:
+    content = record.load(path)
+    found, gone, come = compare.changes(content, content)
+    assert {change.factor for change in found} == {1.0}
+    assert gone == come == []
 
 
 def test_compare_says_what_has_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

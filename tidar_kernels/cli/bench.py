@@ -57,7 +57,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure, see below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results file (default: results)")
     parser.add_argument("--fail-over", type=float, metavar="X", help="with compare: the regression that is too much")
     tuning = parser.add_argument_group("launch configurations")
     tuning.add_argument("--tune", action="store_true", help="search them on this GPU instead of measuring parts")
@@ -76,26 +76,25 @@ def run(options: argparse.Namespace) -> int:
         return _compare(options)
     if options.fail_over is not None:
         raise UserError("--fail-over: expected with compare alone")
-    if options.out is None:
-        raise UserError("--out: expected a folder for the results file")
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"PART: expected some of {', '.join(PARTS)}, got {unknown[0]}")
     _find_checkout()
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out: expected a folder, got the file {options.out}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out or Path("results")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: expected a folder, got the file {out}")
+    out.mkdir(parents=True, exist_ok=True)
     codes: dict[str, int] = {}
-    before = _written(options.out)
+    before = _written(out)
     # With --json standard output is the report alone.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         for part in dict.fromkeys(options.parts or ON_CPU):
             print(f"{part}: {PARTS[part][0]}", file=sys.stderr, flush=True)
             started = time.perf_counter()
-            codes[part] = _run_part(part, ["--out", str(options.out)])
+            codes[part] = _run_part(part, ["--out", str(out)])
             print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if options.json:
-        files = [str(path) for path, written in _written(options.out).items() if before.get(path) != written]
+        files = [str(path) for path, written in _written(out).items() if before.get(path) != written]
         print_json({"parts": codes, "files": sorted(files)})
     return max(codes.values())
 
