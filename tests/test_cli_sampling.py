@@ -287,6 +287,14 @@ def test_strategies_agree_with_autoregression(arguments: list[str], run: Run) ->
     assert drafts["strategy"] == (arguments[1].replace("-", "_") if "--strategy" in arguments else "tidar")
 
 
+def test_levels_by_a_profile(run: Run) -> None:
+    code, output, _ = run("--max-new-tokens", "12", "--compare", "--json", "--block-size", "3", "--levels", "auto")
+    report = json.loads(output)
+    assert (code, report["identical"]) == (0, True)
+    assert report["drafts"]["levels"][0] == 1
+    assert len(report["drafts"]["levels"]) <= report["block_size"] <= 3
+
+
 def test_block_diffusion_promises_nothing(run: Run) -> None:
     arguments = ["--strategy", "block-diffusion", "--block-size", "4", "--max-new-tokens", "8", "--compare"]
     code, output, _ = run(*arguments)
@@ -298,8 +306,8 @@ def test_block_diffusion_promises_nothing(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--levels", "2"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '2'"),
-        (["--levels", "1,x"], "--levels: expected ascending numbers from 1, as in 1,2,4, got '1,x'"),
+        (["--levels", "2"], "--levels: expected auto, or ascending numbers from 1, as in 1,2,4, got '2'"),
+        (["--levels", "1,x"], "--levels: expected auto, or ascending numbers from 1, as in 1,2,4, got '1,x'"),
         (["--levels", "1,9"], "--levels: expected ascending ints from 1 to at most 8, got [1, 9]"),
         (["--strategy", "tree", "--exact"], "--exact: expected a strategy other than tree beside it"),
         (

@@ -79,6 +79,13 @@ def test_acceptance_of_counts() -> None:
     assert levels.acceptance_of([1, 1, 2, 3, 3, 3], 3) == (4 / 7, 3 / 5)
 
 
+def test_profile_of_short_blocks() -> None:
+    model = Transformer(TransformerConfig(20, 32, 48, 1, 2, 1, 16, mask_token_id=19))
+    for block_size in (1, 2, 3):
+        found = profile(model, [[1, 2]], max_block_size=block_size, new_tokens=8, repeats=1)
+        assert strategies.plan(found).block_size <= block_size
+
+
 def test_profile_and_auto_on_a_model() -> None:
     torch.manual_seed(0)
     config = TransformerConfig(20, 32, 48, 1, 2, 1, 16, mask_token_id=19)

@@ -67,7 +67,7 @@ def profile(
         return call
 
     sizes = sorted({1, 2, 4, 8, 16, 32} & set(range(1, max_block_size + 1)) | {max_block_size})
-    shapes = [(b, levels) for b in sizes for levels in ([1], [1, b // 2], None) if levels is None or b > 2]
+    shapes = [(b, levels) for b in sizes for levels in ([1], [1, max(2, b // 2)], None) if levels is None or b > 2]
     on_gpu = next(iter(model.parameters())).device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     rows, seconds = latencies(step, shapes, repeats, synchronize)

@@ -133,6 +133,8 @@ def run(options: argparse.Namespace) -> int:
     block_size = options.block_size or model.config.block_size
     if block_size is None and "tidar" in modes:
         raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
+    if "tidar" in modes:
+        drafts, block_size = drafts.settled(model, prompt.tokens, block_size or 1)
     tasks = [_Task(model, prompt, mode, block_size or 1, options.max_new_tokens, sampling, drafts) for mode in modes]
     for task in tasks:
         task.warm_up()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from .common import UserError
 
 if TYPE_CHECKING:
     from ..decoding import Mode
+    from ..session import DecoderModel
+
+Levels = tuple[int, ...] | Literal["auto"]
 
 # Names on the command line, and how the package calls them.
 _STRATEGIES = {
@@ -30,14 +33,16 @@ _TITLES = {
 }
 
 
-def _levels(text: str) -> tuple[int, ...]:
-    """An argparse type: ascending numbers with commas between them, the first 1."""
+def _levels(text: str) -> Levels:
+    """An argparse type: ascending numbers with commas between them, the first 1; or auto."""
+    if text == "auto":
+        return "auto"
     try:
         levels = tuple(int(part) for part in text.split(","))
     except ValueError:
         levels = ()
     if levels[:1] != (1,) or list(levels) != sorted(set(levels)):
-        raise argparse.ArgumentTypeError(f"expected ascending numbers from 1, as in 1,2,4, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected auto, or ascending numbers from 1, as in 1,2,4, got {text!r}")
     return levels
 
 
@@ -52,8 +57,9 @@ def add_strategy_arguments(parser: argparse._ActionsContainer) -> None:
         "--levels",
         type=_levels,
         metavar="L,..",
-        help="numbers of accepted drafts that get a block, as in 1,2,4: fewer rows a step, with --strategy tidar "
-        "(default: all up to --block-size)",
+        help="numbers of accepted drafts that get a block, as in 1,2,4: fewer rows a step, with --strategy tidar; "
+        "auto: these, and the block size up to --block-size, by what drafts and rows are worth on this prompt and "
+        "machine, measured first (default: all up to --block-size)",
     )
     parser.add_argument(
         "--exact",
@@ -67,7 +73,7 @@ class Drafts:
     """How drafts are made."""
 
     strategy: str
-    levels: tuple[int, ...] | None
+    levels: Levels | None
     exact: bool
 
     @classmethod
@@ -89,11 +95,21 @@ class Drafts:
         """Whether the coupled rule gives the output of autoregressive decoding."""
         return self.strategy != "block_diffusion"
 
+    def settled(self, model: DecoderModel, prompt: list[int], block_size: int) -> tuple[Drafts, int]:
+        """Itself and the block size, with levels "auto" replaced by what a profile on this prompt chooses."""
+        if self.levels != "auto":
+            return self, block_size
+        from ..profiling import profile
+        from ..strategies import plan
+
+        chosen = plan(profile(model, [prompt], max_block_size=block_size, new_tokens=96, repeats=7))
+        return replace(self, levels=chosen.levels), chosen.block_size
+
     def decoder_options(self, mode: Mode, block_size: int) -> dict[str, Any]:
         """Arguments of `Decoder` beyond the block size."""
         if mode == "autoregressive":
             return {"exact": self.exact}
-        if self.levels is None:
+        if self.levels is None or self.levels == "auto":
             return {"strategy": self.strategy, "exact": self.exact}
         from ..strategies import tidar
 
