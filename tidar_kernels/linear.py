@@ -234,8 +234,9 @@ def _lora_cpu(
     h = x.new_zeros(x.shape[0], lora_a.shape[0])
     rows = gate.nonzero().squeeze(1)
     if len(rows):
-        down = linear(x[rows], lora_a, None) * gate[rows].unsqueeze(1).to(x.dtype)
-        h[rows] = down
+        down = linear(x.index_select(0, rows), lora_a, None)
+        down.mul_(gate.index_select(0, rows).unsqueeze(1).to(x.dtype))
+        h.index_copy_(0, rows, down)
         out.index_add_(0, rows, linear(down, lora_b, None), alpha=scale)
     return out, h
 
