@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tidar_kernels import cli, cpu, patterns, testing
+from tidar_kernels import cli, cpu, patterns, step_patterns, strategies, testing
 from tidar_kernels.cli import common, doctor, draw, generate
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_checkpoint, save_checkpoint
 from tidar_kernels.models.tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE
@@ -130,6 +130,10 @@ def test_version(run: Run) -> None:
         (["draw"], "the following arguments are required: PATTERN (see tidar-kernels draw --help)"),
         (["draw", "spiral"], "PATTERN: invalid choice: 'spiral'"),
         (["draw", "step", "--block-size", "0"], "--block-size: expected a whole number >= 1, got '0'"),
+        (
+            ["draw", "tree", "--tokens", "1"],
+            "--tokens: expected a whole number >= 2, got '1' (see tidar-kernels draw tree --help)",
+        ),
         (["draw", "step", "--seq-len", "8"], "unrecognized arguments: --seq-len 8"),
         (["generate"], "one of the arguments --prompt --prompt-file --demo is required"),
         (["generate", "--prompt", "a", "--demo"], "--demo: not allowed with argument --prompt"),
@@ -628,6 +632,11 @@ def test_supported_versions_are_those_of_the_project() -> None:
         (["prefill", "--prompt-len", "5", "--block-size", "2"], patterns.tidar_prefill(5, 2)),
         (["training", "--seq-len", "7", "--block-size", "3"], patterns.tidar_training(7, 3)),
         (["causal", "--length", "6"], patterns.causal(6)),
+        (["isd", "--stride", "3"], step_patterns.isd_step(3)),
+        (["isd", "--stride", "3", "--bidirectional"], step_patterns.isd_step(3, bidirectional=True)),
+        (["isd", "--stride", "3", "--unshifted"], step_patterns.isd_step(3, shifted=False)),
+        (["block", "--length", "5"], step_patterns.block_step(5)),
+        (["tree", "--tokens", "3"], strategies.tree(3).pattern),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -651,10 +660,12 @@ def test_draw(run: Run, arguments: list[str], pattern: patterns.Pattern) -> None
     assert [row["own"] for row in rows] == pattern.own.tolist()
     assert [row["position"] for row in rows] == pattern.positions.tolist()
     assert [row["role"] for row in rows] == [patterns.Role(role).name.lower() for role in pattern.roles.tolist()]
+    if pattern.bits is not None:
+        assert [row["bits"] for row in rows] == [row.nonzero().flatten().tolist() for row in pattern.dense()]
 
 
 def test_draw_has_defaults_for_every_pattern(run: Run) -> None:
-    assert sorted(draw.PATTERNS) == ["causal", "prefill", "step", "training"]
+    assert sorted(draw.PATTERNS) == ["block", "causal", "isd", "prefill", "step", "training", "tree"]
     for name, drawable in draw.PATTERNS.items():
         code, out, _ = run("draw", name, "--json")
         report = json.loads(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .common import OK, PROGRAM, UserError, add_json_argument, import_torch, print_json, user_errors, whole_number
@@ -21,7 +22,8 @@ examples:
   {PROGRAM} draw step --block-size 4
   {PROGRAM} draw step --block-size 8 --context-len 100 --out step.png
   {PROGRAM} draw training --seq-len 16 --block-size 4
-  {PROGRAM} draw causal --length 8 --json
+  {PROGRAM} draw isd --stride 4 --unshifted
+  {PROGRAM} draw tree --tokens 4 --json
 
 `{PROGRAM} draw PATTERN --help` lists the parameters of a pattern.
 PNG files need matplotlib.
@@ -33,11 +35,12 @@ MAX_ROWS = 2**20
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A whole number that a pattern is made from: its option, its default and what it means."""
+    """A whole number that a pattern is made from: its option, its default, what it means, and the least it can be."""
 
     option: str
     default: int
     help: str
+    least: int = 1
 
     @property
     def name(self) -> str:
@@ -49,7 +52,7 @@ class _Drawable:
     """A pattern that can be drawn.
 
     Attributes:
-        constructor: its name in `tidar_kernels.patterns`.
+        constructor: module of the package and name of what makes it, or makes the strategy whose `pattern` it is.
         rows: how many rows it has, from its parameters; known before anything is allocated.
         flags: options without a value, `{option: (keyword arguments of the constructor, help)}`.
     """
@@ -66,30 +69,54 @@ _BLOCK_SIZE = _Parameter("--block-size", 4, "B, tokens of a block")
 PATTERNS = {
     "step": _Drawable(
         "one TiDAR decode step: B drafts, and a block of B masks for every number of accepted drafts",
-        "tidar_step",
+        "patterns.tidar_step",
         (_BLOCK_SIZE,),
         lambda block_size: block_size * (block_size + 1),
         {"--causal-blocks": ({"bidirectional": False}, "mask rows see their own block only up to themselves")},
     ),
     "prefill": _Drawable(
         "prompt and first draft in one forward pass",
-        "tidar_prefill",
+        "patterns.tidar_prefill",
         (_Parameter("--prompt-len", 8, "tokens of the prompt"), _BLOCK_SIZE),
         lambda prompt_len, block_size: prompt_len + block_size,
         {},
     ),
     "training": _Drawable(
         "the doubled training sequence: clean tokens, then as many masks",
-        "tidar_training",
+        "patterns.tidar_training",
         (_Parameter("--seq-len", 16, "S, clean tokens"), _BLOCK_SIZE),
         lambda seq_len, block_size: 2 * seq_len,
         {},
     ),
     "causal": _Drawable(
         "plain causal rows",
-        "causal",
+        "patterns.causal",
         (_Parameter("--length", 8, "number of rows"),),
         lambda length: length,
+        {},
+    ),
+    "isd": _Drawable(
+        "one ISD step: N rows that are verified, and masks behind them, all causal",
+        "step_patterns.isd_step",
+        (_Parameter("--stride", 4, "N, the most tokens of a step", 2),),
+        lambda stride: 2 * stride - 1,
+        {
+            "--bidirectional": ({"bidirectional": True}, "FLARE rows: the masks see each other both ways"),
+            "--unshifted": ({"shifted": False}, "masks that predict the token at their own position: one mask more"),
+        },
+    ),
+    "block": _Drawable(
+        "a bidirectional block: a pass of block diffusion, or of self-speculation's drafts",
+        "step_patterns.block_step",
+        (_Parameter("--length", 8, "tokens of the block"),),
+        lambda length: length,
+        {},
+    ),
+    "tree": _Drawable(
+        "the pass that verifies a token tree, every node behind its own path",
+        "strategies.tree",
+        (_Parameter("--tokens", 8, "the most tokens of a step; the tree has twice as many nodes", 2),),
+        lambda tokens: 2 * tokens,
         {},
     ),
 }
@@ -100,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, drawable in PATTERNS.items():
         pattern = patterns.add_parser(
             name,
+            prog=f"{PROGRAM} draw {name}",
             usage=f"{PROGRAM} draw {name} [options]",
             help=drawable.summary,
             description=drawable.summary[0].upper() + drawable.summary[1:] + ".",
@@ -110,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for parameter in drawable.parameters:
             pattern.add_argument(
                 parameter.option,
-                type=whole_number(1),
+                type=whole_number(parameter.least),
                 default=parameter.default,
                 metavar="N",
                 help=f"{parameter.help} (default: {parameter.default})",
@@ -140,9 +168,10 @@ def run(options: argparse.Namespace) -> int:
             arguments.update(flag)
 
     import_torch()
-    from .. import patterns
-
-    pattern: Pattern = getattr(patterns, drawable.constructor)(**arguments)
+    module, name = drawable.constructor.rsplit(".", 1)
+    numbers = [arguments.pop(parameter.name) for parameter in drawable.parameters]
+    made = getattr(import_module(f"tidar_kernels.{module}"), name)(*numbers, **arguments)
+    pattern: Pattern = getattr(made, "pattern", made)
     with user_errors(ImportError, ValueError, rename={"path": "--out"}):
         text = pattern.draw(options.out, context_len=options.context_len)
     if options.json:
@@ -155,18 +184,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _described(pattern: Pattern, context_len: int) -> dict[str, Any]:
-    """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, positions relative to the context."""
+    """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, and of a tree's rows the keys whose bits
+    are set; positions relative to the context."""
+    from ..pattern import unpack_bits
     from ..patterns import Role
 
     fields = (pattern.roles, pattern.positions, pattern.lead, pattern.own)
+    rows: list[dict[str, Any]] = [
+        {"role": Role(role).name.lower(), "position": position, "lead": lead, "own": own}
+        for role, position, lead, own in zip(*(field.tolist() for field in fields), strict=True)
+    ]
+    visible = int((pattern.lead + pattern.own).diff().sum()) + pattern.q_len * context_len
+    if pattern.bits is not None:
+        bits = unpack_bits(pattern.bits, pattern.kv_len)
+        visible += int(bits.sum())
+        for row, seen in zip(rows, bits, strict=True):
+            row["bits"] = seen.nonzero().flatten().tolist()
     return {
         "pattern": pattern.name,
         "q_len": pattern.q_len,
         "kv_len": pattern.kv_len,
         "context_len": context_len,
-        "visible_pairs": int((pattern.lead + pattern.own).diff().sum()) + pattern.q_len * context_len,
-        "rows": [
-            {"role": Role(role).name.lower(), "position": position, "lead": lead, "own": own}
-            for role, position, lead, own in zip(*(field.tolist() for field in fields), strict=True)
-        ],
+        "visible_pairs": visible,
+        "rows": rows,
     }
