@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.toys import Chain, chain_law, decode_chain, distance
+from tests.toys import PROMPTS, Chain, certain, chain_law, decode_chain, distance, sharp_model, toy
 from tidar_kernels import Decoder, patterns, step_patterns
 from tidar_kernels.lora import GatedLoRA, add_gated_lora
-from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
+from tidar_kernels.models import Transformer, load_shipped
 from tidar_kernels.patterns import Pattern, Role
 from tidar_kernels.sampling import SamplingParams
 from tidar_kernels.strategies import Batch, BlockDiffusion, Outcome, SelfSpeculation, Strategy, by_name, isd, tidar
 from tidar_kernels.strategies.isd import acceptance_of, expected_tokens
-
-CONFIG = TransformerConfig(
-    vocab_size=30, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=16,
-    mask_token_id=29,
-)  # fmt: skip
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 29, 5, 3, 5, 8, 9]]  # a prompt may hold the mask token
 
 
 def strategies() -> dict[str, Strategy]:
@@ -45,13 +39,7 @@ def strategies() -> dict[str, Strategy]:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(4)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8.0)
-    return model
+    return sharp_model()
 
 
 # The rows.
@@ -158,21 +146,6 @@ def test_adapters_run_on_mask_rows_alone(model: Transformer, name: str) -> None:
     assert adapted.accepted != drafted.accepted
 
 
-def certain(vocab: int, offsets: int) -> tuple[Chain, list[int]]:
-    """A chain that knows its next token for sure, and guesses those behind it right; and its tokens behind token 0."""
-    table = torch.full((vocab, vocab), -40.0)
-    for token in range(vocab):
-        table[token, (token * 5 + 1) % vocab] = 0.0
-    rows, ahead = [], table.argmax(-1)
-    for _ in range(offsets):
-        rows.append(torch.nn.functional.one_hot(ahead, vocab) * 40.0)
-        ahead = table[ahead].argmax(-1)
-    chain = [0]
-    for _ in range(60):
-        chain.append(int(table[chain[-1]].argmax()))
-    return Chain(table, torch.stack(rows, dim=1)), chain[1:]
-
-
 @pytest.mark.parametrize(
     ("name", "accepted"),
     [
@@ -233,13 +206,6 @@ def test_block_diffusion_in_a_batch_is_what_it_is_alone(model: Transformer) -> N
 # The law.
 
 SAMPLES = 100_000
-
-
-def toy(vocab: int, offsets: int) -> Chain:
-    """A chain, and drafts that are like it but wrong: accepted often, not always."""
-    generator = torch.Generator().manual_seed(vocab)
-    table = torch.randn(vocab, vocab, generator=generator) * 1.5
-    return Chain(table, table[:, None] + torch.randn(vocab, offsets, vocab, generator=generator))
 
 
 @pytest.mark.parametrize(

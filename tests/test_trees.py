@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.paths import KERNELS
-from tests.test_strategies import CONFIG, PROMPTS, certain, toy
-from tests.toys import chain_law, decode_chain, distance
+from tests.toys import CONFIG, PROMPTS, certain, chain_law, decode_chain, distance, sharp_model, toy
 from tidar_kernels import Decoder, KVCache, eager, families, ops, patterns, testing
 from tidar_kernels.exact import exact_rows
 from tidar_kernels.layers import TiDARAttention
@@ -260,13 +259,7 @@ def test_an_accepted_path_is_as_if_decoded_alone() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(4)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8.0)
-    return model
+    return sharp_model()
 
 
 @pytest.mark.parametrize("name", TREES)

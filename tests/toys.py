@@ -1,4 +1,4 @@
-"""Toy models whose law is known: chains of order 1, and how far an empirical law is from the right one."""
+"""Toy models: random transformers, chains of order 1, whose law is known, and how far an empirical law is from it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,26 @@ import torch
 from torch import Tensor
 
 from tidar_kernels import KVCache, Pattern, eager
+from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors
 from tidar_kernels.strategies import Batch, Strategy
+
+CONFIG = TransformerConfig(
+    vocab_size=30, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=16,
+    mask_token_id=29,
+)  # fmt: skip
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 29, 5, 3, 5, 8, 9]]  # a prompt may hold the mask token
+
+
+def sharp_model() -> Transformer:
+    """A random model whose logits are far apart: its greedy tokens differ from row to row."""
+    torch.manual_seed(4)
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8.0)
+    return model
 
 
 def chain_law(table: Tensor, first: int, length: int, params: SamplingParams) -> Tensor:
@@ -91,3 +109,25 @@ def decode_chain(
             batch.draft_logits[open_, 1:] = logits[open_]
         forwards += passes
     return out[:, :length], forwards
+
+
+def certain(vocab: int, offsets: int) -> tuple[Chain, list[int]]:
+    """A chain that knows its next token for sure, and guesses those behind it right; and its tokens behind token 0."""
+    table = torch.full((vocab, vocab), -40.0)
+    for token in range(vocab):
+        table[token, (token * 5 + 1) % vocab] = 0.0
+    rows, ahead = [], table.argmax(-1)
+    for _ in range(offsets):
+        rows.append(torch.nn.functional.one_hot(ahead, vocab) * 40.0)
+        ahead = table[ahead].argmax(-1)
+    chain = [0]
+    for _ in range(60):
+        chain.append(int(table[chain[-1]].argmax()))
+    return Chain(table, torch.stack(rows, dim=1)), chain[1:]
+
+
+def toy(vocab: int, offsets: int) -> Chain:
+    """A chain, and drafts that are like it but wrong: accepted often, not always."""
+    generator = torch.Generator().manual_seed(vocab)
+    table = torch.randn(vocab, vocab, generator=generator) * 1.5
+    return Chain(table, table[:, None] + torch.randn(vocab, offsets, vocab, generator=generator))
