@@ -68,18 +68,21 @@ def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['of_floor']:.0f}" if "of_floor" in row else "–"
 
 
+BREAKDOWNS = {"Now": "breakdown", "When it was first measured": "breakdown_before"}
 BREAKDOWN = ("attention", "append", "projections", "lm_head", "verify", "rest")
 
 
 def breakdown_table() -> str:
-    """Where the time of a step goes."""
+    """Where the time of a step goes, now and at the commit where it was first measured."""
     found = []
-    for result in parts("breakdown", "cpu"):
+    for title, result in [(t, r) for t, kind in BREAKDOWNS.items() for r in parts(kind, "cpu")]:
         lines = ["| | step, ms | " + " | ".join(BREAKDOWN) + " |", "| :--- |" + " ---: |" * (len(BREAKDOWN) + 1)]
         for row in result["rows"]:
             cells = " | ".join(f"{row[f'{part}_ms']:.2f}" for part in BREAKDOWN)
             lines.append(f"| {_mode(row)} | {row['step_ms']:.2f} | {cells} |")
-        found.append("\n".join(lines) + f"\n\nMilliseconds, batch 1. {where(result)}.")
+        commit = result["rows"][0].get("commit")
+        at = f" at commit {commit}" if commit else ""
+        found.append(f"{title}:\n\n" + "\n".join(lines) + f"\n\nMilliseconds, batch 1{at}. {where(result)}.")
     return "\n\n".join(found)
 
 
