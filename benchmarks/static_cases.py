@@ -37,7 +37,7 @@ TABLE_OF = {
 }
 # The small kernels around them have one shape for all chips.
 _ROWS_KERNELS = ("combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
-_LISTS = ("row_tile_bounds", "list_row_tiles")
+_LISTS = ("row_tile_bounds", "list_row_runs")
 _VERIFY = ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras", "sample")
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
 
@@ -51,7 +51,8 @@ class Case:
         chip: as text, so that cases sort: "90", "gfx942".
         dtype: "bfloat16" or "float32".
         head_dim: 0 where there is none.
-        variant: "extras", "one split", "tree", the role of a projection, the rule of verification, or nothing.
+        variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", the
+            role of a projection, or the rule of verification.
     """
 
     kernel: str
@@ -78,10 +79,11 @@ class Case:
 def cases(chip: configs.Chip) -> list[Case]:
     """Every kernel and configuration on one chip."""
     found = []
-    for kernel, dtype, extras in itertools.product(TABLE_OF, ("bfloat16", "float32"), (False, True)):
-        table = configs.entries(TABLE_OF[kernel], chip, dtype == "float32", extras)
-        found += [Case(kernel, str(chip), dtype, head_dim, "extras" if extras else "") for head_dim in table]
-    found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree")]
+    for kernel, dtype, kind in itertools.product(TABLE_OF, ("bfloat16", "float32"), configs.KINDS):
+        if kernel == "step_attention" or kind != configs.TREE:
+            table = configs.entries(TABLE_OF[kernel], chip, dtype == "float32", kind)
+            found += [Case(kernel, str(chip), dtype, head_dim, kind) for head_dim in table]
+    found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree alone")]
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
     small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
     found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
@@ -156,12 +158,12 @@ def _operand(device: torch.device, *shape: int, dtype: torch.dtype, layout: str 
 def _step(case: Case, device: torch.device) -> list[Launch]:
     """32 query heads of 8 kv heads, three sequences, B = 8; 8192 slots make several splits, 256 make one."""
     slots = 256 if case.variant == "one split" else 8192
-    extras = case.variant == "extras"
+    extras = case.variant in (configs.EXTRAS, configs.TREE)
     pattern = patterns.tidar_step(8)
+    if case.variant in (configs.TREE, "tree alone"):
+        pattern = testing.random_tree(pattern.q_len)
     if extras:
         pattern = pattern.windowed(1024)
-    if case.variant == "tree":
-        pattern = testing.random_tree(pattern.q_len)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
     k_cache, v_cache = (operand(3, 8, slots, case.head_dim) for _ in range(2))
@@ -186,7 +188,7 @@ def _attention(case: Case, device: torch.device) -> list[Launch]:
     operand = partial(_operand, device, dtype=case.torch_dtype)
     q, grad = (operand(2, 32, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
     k, v = (operand(2, 8, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
-    softcap, sinks = (SOFTCAP, operand(32)) if case.variant == "extras" else (None, None)
+    softcap, sinks = (SOFTCAP, operand(32)) if case.variant == configs.EXTRAS else (None, None)
     forward, out, lse = attention_forward.plan_attention(
         q, k, v, lead, own, case.head_dim**-0.5, softcap, sinks, case.target
     )

@@ -33,10 +33,10 @@ HERE = Path(__file__).resolve().parent
 REPORT = HERE / "results" / "static-report.json"
 BUDGET = HERE / "static-budget.json"
 RENEW = "make report"
-SCHEMA = 1
+SCHEMA = 2
 WRITE_EVERY_S = 20.0
 # Of a launch's options, those that a table chooses.
-CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg", "SCORES_AHEAD")
 # Of an entry, what is compared with a fresh compilation.
 MEASURED = (
     "registers",
@@ -47,6 +47,7 @@ MEASURED = (
     "warps",
     "tensor_core",
     "loop",
+    "copies_ahead",
 )
 
 
@@ -133,6 +134,9 @@ def broken(rows: Iterable[dict[str, Any]], budget: dict[str, Any]) -> list[str]:
         least = excused.get("warps", budget["warps"].get(_line_of(case), {}).get(case.chip, 1))
         wrong = [f"{name}: expected <= {most}, got {row[name]}" for name, most in bounds.items() if row[name] > most]
         wrong += [f"warps: expected >= {least}, got {row['warps']}"] if row["warps"] < least else []
+        ahead = row["copies_ahead"]
+        if multiplies and ahead is not None and ahead < excused.get("copies_ahead", 1):
+            wrong.append(f"copies_ahead: expected >= 1, got {ahead}")
         if list(row["tensor_core"]) != wanted:
             wrong.append(f"tensor_core: expected {', '.join(wanted) or 'none'}, got {row['tensor_core']}")
         found += [f"{case}: {one}" for one in wrong]
@@ -142,7 +146,8 @@ def broken(rows: Iterable[dict[str, Any]], budget: dict[str, Any]) -> list[str]:
 def _changes(old: dict[str, Any] | None, row: dict[str, Any]) -> str:
     if old is None:
         return "new"
-    changed = [f"{name} {old[name]} -> {row[name]}" for name in (*MEASURED, "config") if old[name] != row[name]]
+    names = (*MEASURED, "config")
+    changed = [f"{name} {old.get(name)} -> {row[name]}" for name in names if old.get(name) != row[name]]
     return ", ".join(changed) or "as it was"
 
 
@@ -153,12 +158,10 @@ def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -
     """
     before = load(path)
     old = {case_of(row): row for row in before["rows"]}
-    kept = {} if everything or before["triton"] != triton.__version__ else fresh(before["rows"])
+    comparable = before["triton"] in ("", triton.__version__) and before["schema"] == SCHEMA  # else no mixture
+    kept = fresh(before["rows"]) if comparable and not everything else {}
     shipped = {case for chip in CHIPS for case in cases(chip)}
-    if before["triton"] in ("", triton.__version__):
-        rows = {case: row for case, row in old.items() if case in shipped}
-    else:
-        rows = {}  # of another Triton: no mixture
+    rows = {case: row for case, row in old.items() if case in shipped} if comparable else {}
     todo = [case for case in wanted if case not in kept]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} entries are fresh, {len(todo)} to compile", file=sys.stderr)
     failed, written = 0, time.monotonic()

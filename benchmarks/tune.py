@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from tidar_kernels import patterns, testing
 from tidar_kernels.kernels.config_tables import CHIPS, TileConfig
-from tidar_kernels.kernels.configs import attention_config, chip_of
+from tidar_kernels.kernels.configs import EXTRAS, PLAIN, ForwardConfig, attention_config, chip_of
 from tidar_kernels.kernels.linear_configs import ROLES, LinearConfig, linear_config
 from tidar_kernels.testing.compilation import CompileReport, compile_report
 from tidar_kernels.testing.occupancy import LIMITS
@@ -58,7 +58,7 @@ def case_for(name: str, chip: str, dtype: str, head_dim: int, extras: bool = Fal
     """The case of a kernel of `TABLE_OF` or of a projection's role, for which head dim and extras mean nothing."""
     if name in ROLES:
         return Case(kernel_of(name), chip, dtype, variant=name)
-    return Case(name, chip, dtype, head_dim, "extras" if extras else "")
+    return Case(name, chip, dtype, head_dim, EXTRAS if extras else PLAIN)
 
 
 def current(case: Case) -> Config:
@@ -67,9 +67,7 @@ def current(case: Case) -> Config:
         role = "base" if case.variant in ("wide", "narrow") else case.variant
         columns = WIDE if case.variant == "wide" else HIDDEN
         return linear_config(role, case.target, case.torch_dtype, columns)
-    return attention_config(
-        TABLE_OF[case.kernel], case.target, case.torch_dtype, case.head_dim, case.variant == "extras"
-    )
+    return attention_config(TABLE_OF[case.kernel], case.target, case.torch_dtype, case.head_dim, case.variant)
 
 
 def candidates(case: Case) -> list[Config]:
@@ -84,9 +82,17 @@ def candidates(case: Case) -> list[Config]:
             if 8 <= m * n // (32 * warps) <= 64 and stages * (m + n) * k * width <= room:
                 found.append(LinearConfig(m, n, k, warps, stages))
     else:
-        for (m, n), warps, stages in itertools.product(shapes, WARPS[1:], STAGES):
+        is_half, is_nvidia = case.dtype != "float32", isinstance(case.target, int)
+        # On NVIDIA's chips fewer than 3 stages leave no copy under way while a tile is multiplied.
+        depths = STAGES[2:] if is_half and is_nvidia else STAGES
+        for (m, n), warps, stages in itertools.product(shapes, WARPS[1:], depths):
             # Of the second product's sums, which are as wide as the head.
-            if m * n >= 64 * warps and m * max(n, case.head_dim) // (32 * warps) <= 160:
+            if m * n < 64 * warps or m * max(n, case.head_dim) // (32 * warps) > 160:
+                continue
+            if TABLE_OF[case.kernel] in ("step", "forward"):
+                orders = (False, True) if is_half else (False,)
+                found += [ForwardConfig(m, n, warps, stages, SCORES_AHEAD=ahead) for ahead in orders]
+            else:
                 found.append(TileConfig(m, n, warps, stages))
     return list(dict.fromkeys([current(case), *found]))
 
@@ -199,7 +205,11 @@ def choose(case: Case, trials: Iterable[Trial]) -> tuple[Trial, str] | None:
 
 
 def _shape(config: Config) -> str:
-    return ", ".join(map(str, astuple(config)))
+    """The arguments of a configuration, as a table writes them."""
+    every = [(one.name, getattr(config, one.name), one.default) for one in fields(config)]
+    required = [str(value) for _, value, default in every if default is MISSING]
+    chosen = [f"{name}={value}" for name, value, default in every if default is not MISSING and value != default]
+    return ", ".join(required + chosen)
 
 
 def source(chosen: Iterable[tuple[Case, Trial, str]]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tidar_kernels as tk
-from tests.paths import on_every_path
+from tests.paths import KERNELS, on_every_path
 from tidar_kernels import eager, families, patterns
 from tidar_kernels.models.transformer import Transformer, TransformerConfig
 from tidar_kernels.testing import attention as testing
@@ -29,6 +32,68 @@ def test_parity(device: str, case: testing.AttentionCase) -> None:
 )
 def test_two_runs_give_the_same_bits(device: str, case: testing.AttentionCase) -> None:
     testing.check_attention_repeats(case, device)
+
+
+@pytest.mark.parametrize("device", KERNELS)
+def test_the_order_of_the_loop_does_not_change_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores one tile ahead or not: the same products, in the same order."""
+    kernel = import_module("tidar_kernels.kernels.attention_forward")
+    case = testing.AttentionCase("order", patterns.tidar_training(150, 16), 1, 4, 2, 64, torch.float16)
+    operands = testing.attention_operands(case, device)
+    q, k, v = (guarded.tensor for guarded in (operands.q, operands.k, operands.v))
+    configured, found = kernel.attention_config, []
+    for ahead in (False, True):
+
+        def chosen(*arguments: Any, ahead: bool = ahead) -> Any:
+            return replace(configured(*arguments), SCORES_AHEAD=ahead)
+
+        monkeypatch.setattr(kernel, "attention_config", chosen)
+        found.append(tk.attention(q, k, v, case.pattern, return_lse=True))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def expanded(runs: list[list[int]]) -> list[int]:
+    """The row tiles of runs, which are maximal and ascend."""
+    assert all(first < end for first, end in runs)
+    assert all(before[1] < after[0] for before, after in pairwise(runs))
+    return [tile for first, end in runs for tile in range(first, end)]
+
+
+@pytest.mark.parametrize("device", KERNELS)
+@pytest.mark.parametrize("rows", [300, 4500])
+def test_runs_of_row_tiles(device: str, rows: int) -> None:
+    """The walk of dK and dV: every tile with a visible pair, as a whole one only where every pair is visible."""
+    kernels = import_module("tidar_kernels.kernels.attention_backward")
+    row = torch.arange(rows, dtype=torch.int32)
+    end = torch.where(row // 64 % 3 == 1, row // 3, row)
+    start = torch.maximum(end, torch.randint(0, rows, (rows,), dtype=torch.int32))
+    lead, own = torch.stack([0 * row, end], 1), torch.stack([start, (start + 40).clamp(max=rows)], 1)
+    pattern = patterns.Pattern(lead, own, row, rows)
+    q = torch.randn(1, 1, rows, 16, device=device)
+    lead, own, _ = pattern.on(q.device)
+    lse = torch.zeros(1, 1, rows, device=device)
+    planned, *_ = kernels.plan_attention_backward(
+        q, None, q, q, q, q, lse, lead, own, 1.0, None, kernels.chip_of(q.device)
+    )
+    _, _, note_bounds, list_runs, walk = planned
+    note_bounds.run()
+    list_runs.run()
+    runs, counts = (tensor.cpu() for tensor in list_runs.args[1:3])
+    block_m, block_n = walk.options["BLOCK_M"], walk.options["BLOCK_N"]
+    padded = torch.zeros(-(-rows // block_m) * block_m, -(-rows // block_n) * block_n, dtype=torch.bool)
+    padded[:rows, :rows] = pattern.dense()
+    blocks = padded.view(-1, block_m, padded.shape[1] // block_n, block_n).transpose(1, 2)
+    some, whole = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
+    seen = 0
+    for key_tile, (num_full, num_partial) in enumerate(counts.tolist()):
+        full = expanded(runs[key_tile, :num_full].tolist())
+        partial = expanded(runs[key_tile].flip(0)[:num_partial].tolist())
+        assert not set(full) & set(partial)
+        assert set(some[:, key_tile].nonzero().flatten().tolist()) <= {*full, *partial}
+        assert whole[full, key_tile].all()
+        seen += len(full)
+    assert seen > 0.9 * whole.sum()  # but for those that two intervals together cover
 
 
 MORE = {"softcap": 0.7, "sinks": torch.tensor([0.3, -0.5], dtype=torch.float64)}

@@ -52,8 +52,9 @@ def test_the_binary_says_what_ptx_says(cc: int) -> None:
     (from_sass,) = compile_step_attention(case, cc, read_binary=True)
     check(from_sass, torch.bfloat16)
     assert from_ptx == from_sass
-    assert not from_ptx.loop
+    assert (from_ptx.loop, from_ptx.copies_ahead) == ({}, None)
     assert from_sass.loop["mma"]
+    assert from_sass.copies_ahead
 
 
 @pytest.mark.parametrize(

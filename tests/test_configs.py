@@ -31,15 +31,15 @@ def test_every_chip_has_every_configuration() -> None:
     for chip in CHIPS:
         for kernel in TABLES:
             for is_float32 in (False, True):
-                for extras in (False, True):
-                    assert set(entries(kernel, chip, is_float32, extras)) >= set(HEAD_DIM_TILES)
+                for kind in configs.KINDS:
+                    assert set(entries(kernel, chip, is_float32, kind)) >= set(HEAD_DIM_TILES)
         for dtype in DTYPES:
             for role in ("base", *linear_configs.ROLES[2:]):
                 assert linear_configs.linear_config(role, chip, dtype, 4096).num_warps
 
 
 def test_no_table_has_a_place_that_nothing_reads() -> None:
-    classes = {"half", "half extras", "float32", "float32 extras"}
+    classes = {f"{dtype} {kind}".strip() for dtype in ("half", "float32") for kind in configs.KINDS}
     for table in (*TABLES.values(), linear_configs.TABLE):
         assert set(table) <= {*CHIPS, ANY}
         assert all(set(part) <= classes for part in table.values())
@@ -50,7 +50,7 @@ def test_entries_are_inherited_and_overridden(monkeypatch: pytest.MonkeyPatch) -
     table = {80: {"half": {64: plain, 128: plain}, "half extras": {128: other}}, 86: {"half": {64: own}}}
     monkeypatch.setitem(TABLES, "made up", table)
     assert entries("made up", 86, False) == {64: own, 128: plain}
-    assert entries("made up", 120, False, True) == {64: own, 128: other}
+    assert entries("made up", 120, False, configs.EXTRAS) == {64: own, 128: other}
     assert entries("made up", 80, False) == {64: plain, 128: plain}
     assert attention_config("made up", 89, torch.float16, 65) == plain
 
@@ -82,11 +82,11 @@ def test_chips_of_devices(monkeypatch: pytest.MonkeyPatch, ask_anew: None) -> No
     assert configs.chip_of(torch.device("cuda", 0)) == "gfx942"
 
 
-def test_a_step_is_configured_by_chip_dtype_head_dim_and_extras_alone() -> None:
+def test_a_step_is_configured_by_chip_dtype_head_dim_and_kind_alone() -> None:
     """What makes the bits of draft rows those of single tokens: rows, batch and lengths are not asked for."""
-    assert list(inspect.signature(step_config).parameters) == ["chip", "dtype", "head_dim", "extras"]
+    assert list(inspect.signature(step_config).parameters) == ["chip", "dtype", "head_dim", "kind"]
     assert list(inspect.signature(configs.split_size).parameters) == ["chip", "max_len"]
-    assert step_config(None, torch.float32, 64) == step_config(None, torch.bfloat16, 256, True)
+    assert step_config(None, torch.float32, 64) == step_config(None, torch.bfloat16, 256, configs.TREE)
 
 
 @pytest.mark.interpret

@@ -23,9 +23,9 @@ from benchmarks.fingerprints import fingerprint, normalised
 from benchmarks.static_cases import KERNELS, Case, cases, launch
 from benchmarks.static_report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
 from tidar_kernels import kernels
-from tidar_kernels.kernels.configs import CHIPS, TileConfig
-from tidar_kernels.testing.assembly import AMDGCN, SASS, hot_loop
-from tidar_kernels.testing.compilation import compile_report
+from tidar_kernels.kernels.configs import CHIPS, ForwardConfig
+from tidar_kernels.testing.assembly import AMDGCN, SASS, by_class, copies_ahead, exponentials_behind_wgmma, hot_loop
+from tidar_kernels.testing.compilation import compile_report, compiling_for, disassembled
 from tidar_kernels.testing.occupancy import resident_warps
 
 SHIPPED = [case for chip in CHIPS for case in cases(chip)]
@@ -38,7 +38,7 @@ SAMPLES = (
     Case("attention_dkdv", "90", "bfloat16", 128),
     Case("attention_rows", "90", "bfloat16", 128),
     Case("row_tile_bounds", "90", "bfloat16", 128),
-    Case("list_row_tiles", "90", "bfloat16", 128),
+    Case("list_row_runs", "90", "bfloat16", 128),
     Case("append_kv", "90", "bfloat16", 128),
     Case("compact_kv", "90", "bfloat16", 128),
     Case("rotary_append", "90", "bfloat16", 128),
@@ -51,7 +51,7 @@ SAMPLES = (
 
 
 # What is measured, of a kernel that takes next to nothing.
-NOTHING = dict.fromkeys(MEASURED, 0) | {"registers": 16, "warps": 64, "tensor_core": [], "loop": {}}
+NOTHING = dict.fromkeys(MEASURED, 0) | {"registers": 16, "warps": 64, "copies_ahead": 2, "tensor_core": [], "loop": {}}
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +110,35 @@ def test_a_fresh_compilation_says_the_same(case: Case, rows: list[dict[str, Any]
         assert found == kept, f"run `{RENEW}`"
 
 
-def measured(case: Case, config: TileConfig) -> dict[str, Any]:
+def measured(case: Case, config: ForwardConfig) -> dict[str, Any]:
     planned = launch(case, config)
     report = compile_report(planned, case.target, read_binary=True)
     return static_report.row_of(case, report, fingerprint(planned))
 
 
+def test_scores_ahead_hide_the_softmax_behind_wgmma() -> None:
+    """Exponentials are issued while the next tile's scores are multiplied; in the plain order not one is."""
+    found = []
+    for ahead in (False, True):
+        planned = launch(
+            Case("attention_forward", "90", "bfloat16", 128), ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=ahead)
+        )
+        with compiling_for(90):
+            binary = planned.compile().asm["cubin"]
+        found.append(exponentials_behind_wgmma(hot_loop(disassembled(binary), SASS)))
+    assert found[0] == 0
+    assert found[1] >= 16  # of 32 a thread
+
+
 def test_spills_are_caught(budget: dict[str, Any]) -> None:
     """A configuration that does not ship, because it spills."""
-    row = measured(Case("step_attention", "90", "float32", 128, "one split"), TileConfig(16, 32, 4, 2))
+    row = measured(Case("step_attention", "90", "float32", 128, "one split"), ForwardConfig(16, 32, 4, 2))
     assert {line.split(": ")[1] for line in broken([row], budget)} >= {"stack_bytes", "local_accesses", "spill_bytes"}
 
 
 def test_a_kernel_off_wgmma_is_caught(budget: dict[str, Any]) -> None:
     """32 rows are below the 64 that wgmma takes."""
-    row = measured(Case("step_attention", "90", "bfloat16", 64, "one split"), TileConfig(32, 64, 4, 2))
+    row = measured(Case("step_attention", "90", "bfloat16", 64, "one split"), ForwardConfig(32, 64, 4, 2))
     assert row["tensor_core"] == ["HMMA"]
     assert any("tensor_core: expected HGMMA, got ['HMMA']" in line for line in broken([row], budget))
 
@@ -136,6 +150,7 @@ def test_a_kernel_off_wgmma_is_caught(budget: dict[str, Any]) -> None:
         ({"registers": 256}, "registers: expected <= 255, got 256"),
         ({"spill_bytes": 4}, "spill_bytes: expected <= 0, got 4"),
         ({"warps": 0}, "warps: expected >= "),
+        ({"copies_ahead": 0}, "copies_ahead: expected >= 1, got 0"),
         ({"tensor_core": []}, "tensor_core: expected HGMMA, got []"),
     ],
 )
@@ -225,7 +240,7 @@ def test_fingerprints_follow_what_a_binary_depends_on(monkeypatch: pytest.Monkey
     assert fingerprint(plain) != fingerprint(launch(dataclasses.replace(case, head_dim=64)))
     assert fingerprint(plain) != fingerprint(dataclasses.replace(plain, options=plain.options | {"num_warps": 8}))
     step = Case("step_attention", "90", "bfloat16", 128)
-    assert fingerprint(launch(step)) != fingerprint(launch(step, TileConfig(64, 64, 8, 2)))
+    assert fingerprint(launch(step)) != fingerprint(launch(step, ForwardConfig(64, 64, 8, 2)))
 
 
 def test_fingerprints_follow_device_functions() -> None:
@@ -271,11 +286,13 @@ LISTING = """
 
 def test_the_hot_loop_of_sass() -> None:
     """The loop with tensor cores, with its conditional exits and the wait inside it, and nothing behind it."""
-    found = hot_loop(LISTING, SASS)
-    assert found == {"mma": 2, "fma": 1, "mufu": 1, "shared": 1, "global": 1, "local": 0, "other": 4}
-    without = hot_loop(LISTING.replace("HMMA", "MOV"), SASS)
+    found = by_class(hot_loop(LISTING, SASS), SASS)
+    once = dict.fromkeys(("fma", "mufu", "shared", "global"), 1)
+    assert {name: count for name, count in found.items() if count} == once | {"mma": 2, "other": 4}
+    without = by_class(hot_loop(LISTING.replace("HMMA", "MOV"), SASS), SASS)
     assert (without["mma"], without["fma"]) == (0, 1)
-    assert hot_loop("\n".join(LISTING.splitlines()[:6]), SASS) == {}
+    assert hot_loop("\n".join(LISTING.splitlines()[:6]), SASS) == []
+    assert by_class([], SASS) == {}
 
 
 def test_the_hot_loop_of_amdgcn() -> None:
@@ -291,8 +308,23 @@ def test_the_hot_loop_of_amdgcn() -> None:
 .LBB0_3:
     s_endpgm
 """
-    found = hot_loop(text, AMDGCN)
-    assert found == {"mma": 1, "fma": 0, "mufu": 1, "shared": 0, "global": 0, "local": 0, "other": 1}
+    found = by_class(hot_loop(text, AMDGCN), AMDGCN)
+    assert {name: count for name, count in found.items() if count} == {"mma": 1, "mufu": 1, "other": 1}
+
+
+def test_what_a_loop_hides_behind_its_products() -> None:
+    """The wait that lets the fewest copies stay under way counts, and exponentials between a wgmma and its wait."""
+    lines = [
+        "MUFU.EX2 R0, R1",
+        "DEPBAR.LE SB0, 0x4",
+        "HGMMA.64x64x16.F32 R8, R4",
+        "MUFU.EX2 R0, R1",
+        "@P0 MUFU.EX2 R0, R1",
+    ]
+    lines += ["WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R0, R1", "DEPBAR.LE SB0, 0x2"]
+    assert copies_ahead(lines) == 2
+    assert exponentials_behind_wgmma(lines) == 2
+    assert copies_ahead(lines[2:5]) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +121,24 @@ def test_offsets_past_2_31_elements(device: str, tmp_path: Path) -> None:
     near = (q, k, v, *new)
     reference = eager.step_attention(*(x.double() for x in near), lengths, pattern)
     testing.budget(out, reference, eager.step_attention(*near, lengths, pattern))
+
+
+@pytest.mark.parametrize("device", KERNELS)
+def test_the_order_of_the_loop_does_not_change_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores one tile ahead or not: the same products, in the same order."""
+    kernel = import_module("tidar_kernels.kernels.step_attention")
+    case = testing.StepCase("order", patterns.tidar_step(4), (131, 0, 16, 48), 4, 2, 64, torch.float16, max_len=400)
+    tensors = testing.step_operands(case, device).tensors
+    configured, found = kernel.step_config, []
+    for ahead in (False, True):
+
+        def chosen(*arguments: Any, ahead: bool = ahead) -> Any:
+            return replace(configured(*arguments), SCORES_AHEAD=ahead)
+
+        monkeypatch.setattr(kernel, "step_config", chosen)
+        found.append(ops.step_attention(*tensors, case.pattern, return_lse=True))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.cuda

@@ -17,16 +17,16 @@ from benchmarks.static_cases import Case
 from benchmarks.tune import Trial, candidates, case_for, choose, current, source, survivors, timed
 from tidar_kernels import cli
 from tidar_kernels.kernels import step_attention
-from tidar_kernels.kernels.configs import CHIPS, TileConfig, step_config
+from tidar_kernels.kernels.configs import CHIPS, ForwardConfig, TileConfig, step_config
 from tidar_kernels.kernels.linear_configs import LinearConfig
 from tidar_kernels.testing import ParityError
 
 CASE = Case("step_attention", "90", "bfloat16", 128)
 OWN, FASTER, CLOSE, WRONG = (
     current(CASE),
-    TileConfig(128, 128, 8, 2),
-    TileConfig(128, 32, 8, 3),
-    TileConfig(64, 64, 4, 2),
+    ForwardConfig(128, 128, 8, 2, SCORES_AHEAD=True),
+    ForwardConfig(128, 32, 8, 3),
+    ForwardConfig(64, 64, 4, 2),
 )
 TIMES = {OWN: 50.0, FASTER: 40.0, CLOSE: 49.5}
 
@@ -59,7 +59,7 @@ def test_what_spills_or_does_not_fit_is_no_survivor(monkeypatch: pytest.MonkeyPa
         return SimpleNamespace(**reports[work[1]]) if work[1] in reports else None
 
     monkeypatch.setattr(tune, "_compiled", compiled)
-    found = survivors(CASE, [*reports, TileConfig(16, 48, 4, 1)])
+    found = survivors(CASE, [*reports, ForwardConfig(16, 48, 4, 1)])
     assert [trial.config for trial in found] == [FASTER, OWN]
 
 
@@ -115,13 +115,13 @@ def test_a_proposal_is_source() -> None:
     )
     assert text.splitlines() == [
         '# TABLES["step"][90]["half"]',
-        "128: TileConfig(128, 128, 8, 2),  # 40.0 us",
+        "128: ForwardConfig(128, 128, 8, 2, SCORES_AHEAD=True),  # 40.0 us",
         '# TABLES["step"][90]["half extras"]',
-        "64: TileConfig(128, 128, 8, 2),  # 40.0 us",
+        "64: ForwardConfig(128, 128, 8, 2, SCORES_AHEAD=True),  # 40.0 us",
         "# linear_configs.TABLE['gfx942'][\"half\"]",
         '"wide": LinearConfig(128, 64, 64, 8, 3),  # 12.0 us',
     ]
-    assert eval(f"{{{text.splitlines()[1]}\n}}", {"TileConfig": TileConfig}) == {128: FASTER}
+    assert eval(f"{{{text.splitlines()[1]}\n}}", {"ForwardConfig": ForwardConfig}) == {128: FASTER}
 
 
 @pytest.fixture
@@ -144,7 +144,10 @@ def test_the_search(gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     chosen = ["--kernels", "step_attention", "--head-dims", "128"]
     assert cli.main(["bench", "--tune", "--out", str(tmp_path), *chosen]) == 1  # one was refuted
     out = capsys.readouterr().out
-    assert '# TABLES["step"][90]["half"]\n128: TileConfig(128, 128, 8, 2),  # 40.0 us; 50.0 with' in out
+    assert (
+        '# TABLES["step"][90]["half"]\n128: ForwardConfig(128, 128, 8, 2, SCORES_AHEAD=True),  # 40.0 us; 50.0 with'
+        in out
+    )
     part = json.loads((tmp_path / "tune-90.json").read_text())["parts"]["tune"]
     assert [row["p50_us"] for row in part["rows"]] == [50.0, 49.5, 40.0, None]
     assert [row["in_table"] for row in part["rows"]] == [True, False, False, False]

@@ -28,7 +28,7 @@ SMALL = {
     "count_accepted": "coupled",
     "attention_rows": "",
     "row_tile_bounds": "",
-    "list_row_tiles": "",
+    "list_row_runs": "",
     "gated_rows": "down",
     "gated_sum": "sum",
 }
@@ -59,7 +59,8 @@ def static_table() -> str:
     report = json.loads(path.read_text())
     large, small = _chosen(LARGE, report["rows"]), _chosen(SMALL, report["rows"])
     head = ["kernel", "chip", "tile", "warps", "stages", "registers", "spilled", "shared, kB", "resident warps"]
-    head += ["tensor cores", "of the inner loop: tensor", "FMA", "MUFU", "shared", "global", "other"]
+    head += ["tensor cores", "of the inner loop: tensor", "FMA", "MUFU", "shared", "global", "barriers", "other"]
+    head += ["copies ahead"]
     lines = []
     for kernel in LARGE:
         for chip in CHIPS:
@@ -68,11 +69,13 @@ def static_table() -> str:
                 continue
             config, loop = row["config"], row["loop"]
             tile = " x ".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in config)
+            tile += ", scores ahead" if config.get("SCORES_AHEAD") else ""
             lines.append(
                 [f"`{kernel}`", _chip(chip), tile, *(str(config[name]) for name in ("num_warps", "num_stages"))]
                 + [str(row["registers"]), _spills(row), f"{row['shared_bytes'] / 1024:.0f}"]
                 + [f"{row['warps']}/{LIMITS[chip].warps}", ", ".join(row["tensor_core"]) or "–"]
-                + [str(loop.get(name, "–")) for name in ("mma", "fma", "mufu", "shared", "global", "other")]
+                + [str(loop.get(name, "–")) for name in ("mma", "fma", "mufu", "shared", "global", "barrier", "other")]
+                + ["–" if row["copies_ahead"] is None else str(row["copies_ahead"])]
             )
     others = [
         [f"`{kernel}`", *(_brief(small.get((kernel, str(chip))), LIMITS[chip].warps) for chip in CHIPS)]
@@ -83,8 +86,10 @@ def static_table() -> str:
             table(head, lines, left=2),
             f"{DTYPE}, head dim {HEAD_DIM}; a projection to 12288 results stands for all. Instructions are of one "
             "turn of the innermost loop that multiplies; one wgmma or tcgen05 instruction does the work of dozens of "
-            "mma. Resident warps: as many as registers, shared and tensor memory let a multiprocessor (AMD: compute "
-            f"unit) hold. Triton {report['triton']}.",
+            "mma. Copies ahead: groups of copies to shared memory, one a tile of K or V, still under way where the "
+            "loop waits for those it needs; with 0 their latency is hidden behind nothing. Resident warps: as many "
+            "as registers, shared and tensor memory let a multiprocessor (AMD: compute unit) hold. "
+            f"Triton {report['triton']}.",
             "The others, as registers and resident warps:",
             table(["kernel", *map(_chip, CHIPS)], others),
         ]

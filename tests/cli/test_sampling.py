@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cli.shell import PROMPT, REPOSITORY, Run
 from tidar_kernels import cli
 from tidar_kernels.cli import common, generate
 from tidar_kernels.cli.sampling import Sampling
@@ -20,11 +21,7 @@ from tidar_kernels.decoding import Decoder
 from tidar_kernels.models import load_shipped, save_checkpoint
 from tidar_kernels.sampling import SamplingParams
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PROMPT = "def mean(values):\n"
 ARGUMENTS = ("generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--device", "cpu", "--threads", "1")
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

@@ -9,20 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cli.shell import REPOSITORY, Run
 from tidar_kernels import cli
 from tidar_kernels.cli import train
 from tidar_kernels.models import files, load_checkpoint
 from tidar_kernels.models.train import STATE, TrainConfig, Trainer, read_state, weights_sha256
 from tidar_kernels.models.train_config import read_toml
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 SETTINGS = {
     "steps": 6,
@@ -37,8 +35,6 @@ SETTINGS = {
     "num_kv_heads": 1,
     "head_dim": 8,
 }
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

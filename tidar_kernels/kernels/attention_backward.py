@@ -13,16 +13,16 @@ Every sum runs in a fixed order inside one program, so two runs give the same bi
     attention_rows        per row -lse / scale (-inf if it saw no key, so that its P is 0) and -delta
     attention_dq          a row tile walks its key tiles, exactly as the forward pass does
     row_tile_bounds       per row tile, the key tiles that it visits: `common.tile_bounds`, written down
-    list_row_tiles        that table transposed: per key tile, the row tiles that see all of it and those that see some
-    attention_dkdv        a key tile walks these lists for every head that shares its kv head
+    list_row_runs         that table transposed: per key tile, the runs of row tiles that see all of it or some of it
+    attention_dkdv        a key tile walks these runs for every head that shares its kv head
 
-The lists are made on the device in every call (two launches of microseconds, no host read), so they can be captured
-in a CUDA graph and are never stale. They take 4 bytes a pair of tiles: 2 MB for 32k tokens doubled.
+Runs and not lists of row tiles: within one the next tile's address is known without a load, which is what lets its
+copies be under way while this tile is multiplied. They are found on the device in every call (two launches of
+microseconds, no host read), so they can be captured in a CUDA graph and are never stale. They take at most 8 bytes a
+pair of tiles: 4 MB for 32k tokens doubled.
 """
 
 from __future__ import annotations
-
-from dataclasses import asdict
 
 import torch
 import triton
@@ -38,7 +38,7 @@ from .common import (
     slope_of_scores,
     tile_bounds,
 )
-from .configs import Chip, attention_config, chip_of
+from .configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
@@ -146,36 +146,56 @@ def row_tile_bounds_kernel(
 
 
 @triton.jit
-def list_row_tiles_kernel(bounds, tiles, counts, num_row_tiles, num_whole, BLOCK_T: tl.constexpr):
-    """One key tile: the row tiles that see all of it, ascending from the left of `tiles[key tile]`, the others that see
-    some of it from the right; `counts[key tile]` holds how many of each. Only the `num_whole` first row tiles have all
-    their rows; a last one with fewer is never on the left, where loads have no mask."""
+def _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole):
+    """Which of the row tiles `tile` see all keys of a key tile, and which some: `(full, partial)`.
+
+    Only the `num_whole` first row tiles have all their rows. One with fewer never counts as full, where loads have no
+    mask.
+    """
+    inside = (tile >= 0) & (tile < num_row_tiles)
+    at = bounds + tile
+    full, visits = inside & ~inside, inside & ~inside
+    for _ in tl.static_range(2):
+        first = tl.load(at, mask=inside, other=0)
+        full_start = tl.load(at + num_row_tiles, mask=inside, other=0)
+        full_end = tl.load(at + 2 * num_row_tiles, mask=inside, other=0)
+        last = tl.load(at + 3 * num_row_tiles, mask=inside, other=0)
+        visits |= (first <= key_tile) & (key_tile < last)
+        full |= (full_start <= key_tile) & (key_tile < full_end)
+        at += 4 * num_row_tiles
+    full &= tile < num_whole
+    return full, visits & ~full
+
+
+@triton.jit
+def _note_runs(at, step, opened, closed, tile, seen, before, after):
+    """Write the ends of the runs in `seen`, `(first, last + 1)` at every `step`; `(opened, closed)` after them."""
+    opens, closes = (seen & ~before).to(tl.int32), (seen & ~after).to(tl.int32)
+    tl.store(at + step * (opened + tl.cumsum(opens, 0) - 1), tile, mask=opens != 0)
+    tl.store(at + step * (closed + tl.cumsum(closes, 0) - 1) + 1, tile + 1, mask=closes != 0)
+    return opened + tl.sum(opens, 0), closed + tl.sum(closes, 0)
+
+
+@triton.jit
+def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, BLOCK_T: tl.constexpr):
+    """One key tile: `runs[key tile]`, int32 `[num_row_tiles, 2]`, holds runs of row tiles `[first, end)`, ascending:
+    from the left those that see all of the key tile, from the right those that see some; `counts[key tile]` how many of
+    each."""
     key_tile = tl.program_id(0)
-    left = tiles + key_tile.to(tl.int64) * num_row_tiles
-    num_full = 0
-    num_partial = 0
+    left = runs + key_tile.to(tl.int64) * 2 * num_row_tiles
+    right = left + 2 * num_row_tiles - 2
+    full_opened, full_closed, partial_opened, partial_closed = 0, 0, 0, 0
     for start in range(0, num_row_tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
-        at = bounds + tile
-        visits = tile < 0
-        full = tile < 0
-        for _ in tl.static_range(2):
-            first = tl.load(at, mask=tile < num_row_tiles, other=0)
-            full_start = tl.load(at + num_row_tiles, mask=tile < num_row_tiles, other=0)
-            full_end = tl.load(at + 2 * num_row_tiles, mask=tile < num_row_tiles, other=0)
-            last = tl.load(at + 3 * num_row_tiles, mask=tile < num_row_tiles, other=0)
-            visits |= (first <= key_tile) & (key_tile < last)
-            full |= (full_start <= key_tile) & (key_tile < full_end)
-            at += 4 * num_row_tiles
-        full &= tile < num_whole
-        partial = visits & ~full
-        tl.store(left + num_full + tl.cumsum(full.to(tl.int32), 0) - 1, tile, mask=full)
-        right = left + num_row_tiles - num_partial
-        tl.store(right - tl.cumsum(partial.to(tl.int32), 0), tile, mask=partial)
-        num_full += tl.sum(full.to(tl.int32), 0)
-        num_partial += tl.sum(partial.to(tl.int32), 0)
-    tl.store(counts + 2 * key_tile, num_full)
-    tl.store(counts + 2 * key_tile + 1, num_partial)
+        full, partial = _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole)
+        full_before, partial_before = _row_tiles_seeing(key_tile, tile - 1, bounds, num_row_tiles, num_whole)
+        full_after, partial_after = _row_tiles_seeing(key_tile, tile + 1, bounds, num_row_tiles, num_whole)
+        full_opened, full_closed = _note_runs(left, 2, full_opened, full_closed, tile, full, full_before, full_after)
+        partial_opened, partial_closed = _note_runs(
+            right, -2, partial_opened, partial_closed, tile, partial, partial_before, partial_after
+        )
+    tl.store(counts + 2 * key_tile, full_closed)
+    tl.store(counts + 2 * key_tile + 1, partial_closed)
 
 
 @triton.jit
@@ -205,7 +225,7 @@ def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scal
 
 @triton.jit
 def attention_dkdv_kernel(
-    q, k, v, grad_out, lead, own, neg_lse, neg_delta, tiles, counts, dk, dv,
+    q, k, v, grad_out, lead, own, neg_lse, neg_delta, runs, counts, dk, dv,
     q_len, kv_len, num_row_tiles, num_kv_heads, group, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -220,8 +240,8 @@ def attention_dkdv_kernel(
     v_tile = load_tile(at, in_keys, HEAD_DIM, UPCAST)
     num_full = tl.load(counts + 2 * tl.program_id(0))
     num_partial = tl.load(counts + 2 * tl.program_id(0) + 1)
-    full = tiles + tl.program_id(0).to(tl.int64) * num_row_tiles
-    partial = full + num_row_tiles - num_partial
+    full = runs + tl.program_id(0).to(tl.int64) * 2 * num_row_tiles
+    partial = full + 2 * num_row_tiles - 2
     in_tile = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     # Offsets within a tile fit 32 bits (`_short_strides`): 64 would spill 48 bytes at head dim 128 on cc 90.
@@ -237,31 +257,31 @@ def attention_dkdv_kernel(
         q_head = q.ptr + b * q.stride[0] + head * q.stride[1]
         do_head = grad_out.ptr + b * grad_out.stride[0] + head * grad_out.stride[1]
         at_row = (b * num_kv_heads * group + head) * q_len
-        for i in tl.range(0, num_full):
-            tile = tl.load(full + i)
-            row = tile * BLOCK_M + in_tile
-            q_tile = load_tile(q_head + tile * q_step + in_q, None, HEAD_DIM, UPCAST)
-            do_tile = load_tile(do_head + tile * do_step + in_do, None, HEAD_DIM, UPCAST)
-            row_lse = tl.load(neg_lse + at_row + row)
-            row_delta = tl.load(neg_delta + at_row + row)
-            dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, None
-            )
-        for i in tl.range(0, num_partial):
-            tile = tl.load(partial + i)
-            row = tile * BLOCK_M + in_tile
-            live = row < q_len
-            q_tile = load_tile(q_head + tile * q_step + in_q, live, HEAD_DIM, UPCAST)
-            do_tile = load_tile(do_head + tile * do_step + in_do, live, HEAD_DIM, UPCAST)
-            row_lse = tl.load(neg_lse + at_row + row, mask=live, other=float("-inf"))
-            row_delta = tl.load(neg_delta + at_row + row, mask=live, other=0.0)
-            lo, hi = load_interval(lead, row, live)
-            visible = (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
-            lo, hi = load_interval(own, row, live)
-            visible |= (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
-            dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, visible
-            )
+        for i in range(0, num_full):
+            for tile in tl.range(tl.load(full + 2 * i), tl.load(full + 2 * i + 1)):
+                row = tile * BLOCK_M + in_tile
+                q_tile = load_tile(q_head + tile * q_step + in_q, None, HEAD_DIM, UPCAST)
+                do_tile = load_tile(do_head + tile * do_step + in_do, None, HEAD_DIM, UPCAST)
+                row_lse = tl.load(neg_lse + at_row + row)
+                row_delta = tl.load(neg_delta + at_row + row)
+                dk_acc, dv_acc = _dkdv_tile(
+                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, None
+                )
+        for i in range(0, num_partial):
+            for tile in tl.range(tl.load(partial - 2 * i), tl.load(partial - 2 * i + 1)):
+                row = tile * BLOCK_M + in_tile
+                live = row < q_len
+                q_tile = load_tile(q_head + tile * q_step + in_q, live, HEAD_DIM, UPCAST)
+                do_tile = load_tile(do_head + tile * do_step + in_do, live, HEAD_DIM, UPCAST)
+                row_lse = tl.load(neg_lse + at_row + row, mask=live, other=float("-inf"))
+                row_delta = tl.load(neg_delta + at_row + row, mask=live, other=0.0)
+                lo, hi = load_interval(lead, row, live)
+                visible = (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
+                lo, hi = load_interval(own, row, live)
+                visible |= (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
+                dk_acc, dv_acc = _dkdv_tile(
+                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, visible
+                )
 
     if inner is not None:
         scale *= inner
@@ -315,18 +335,19 @@ def plan_attention_backward(
         ),
         {**shapes, "BLOCK_M": 32, "num_warps": 4},
     )
-    config = attention_config("dq", chip, q.dtype, head_dim, softcap is not None)
+    kind = PLAIN if softcap is None else EXTRAS
+    config = attention_config("dq", chip, q.dtype, head_dim, kind)
     for_dq = Launch(
         attention_dq_kernel,
         (triton.cdiv(q_len, config.BLOCK_M), batch * num_heads),
         (*operands, strided(dq), q_len, kv_len, num_heads, group, unit, inner),
-        {**shapes, **asdict(config)},
+        {**shapes, **options(config)},
     )
-    config = attention_config("dkdv", chip, q.dtype, head_dim, softcap is not None)
+    config = attention_config("dkdv", chip, q.dtype, head_dim, kind)
     blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
     row_tiles, key_tiles = triton.cdiv(q_len, config.BLOCK_M), triton.cdiv(kv_len, config.BLOCK_N)
     bounds = torch.empty((2, 4, row_tiles), dtype=torch.int32, device=q.device)
-    tiles = torch.empty((key_tiles, row_tiles), dtype=torch.int32, device=q.device)
+    runs = torch.empty((key_tiles, row_tiles, 2), dtype=torch.int32, device=q.device)
     counts = torch.empty((key_tiles, 2), dtype=torch.int32, device=q.device)
     note_bounds = Launch(
         row_tile_bounds_kernel,
@@ -334,22 +355,22 @@ def plan_attention_backward(
         (lead, own, bounds, q_len, kv_len, row_tiles),
         {**blocks, "num_warps": 1},
     )
-    list_tiles = Launch(
-        list_row_tiles_kernel,
+    list_runs = Launch(
+        list_row_runs_kernel,
         (key_tiles,),
-        (bounds, tiles, counts, row_tiles, q_len // config.BLOCK_M),
+        (bounds, runs, counts, row_tiles, q_len // config.BLOCK_M),
         {"BLOCK_T": 128, "num_warps": 4},
     )
     for_dkdv = Launch(
         attention_dkdv_kernel,
         (key_tiles, batch * num_kv_heads),
         (
-            *(*operands, tiles, counts, strided(dk), strided(dv)),
+            *(*operands, runs, counts, strided(dk), strided(dv)),
             *(q_len, kv_len, row_tiles, num_kv_heads, group, unit, inner),
         ),
-        {**shapes, **asdict(config)},
+        {**shapes, **options(config)},
     )
-    return [prepare, for_dq, note_bounds, list_tiles, for_dkdv], dq, dk, dv
+    return [prepare, for_dq, note_bounds, list_runs, for_dkdv], dq, dk, dv
 
 
 def attention_backward(

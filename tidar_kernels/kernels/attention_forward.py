@@ -14,7 +14,6 @@ that no row sees are never loaded. Later rows see more, so they start first and 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import torch
 import triton
@@ -22,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    attend_whole_tiles,
     load_interval,
     load_tile,
+    raw_scores,
     row_pointers,
     score_units,
     softmax_finish,
@@ -31,7 +32,7 @@ from .common import (
     softmax_update,
     tile_bounds,
 )
-from .configs import Chip, attention_config, chip_of
+from .configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
 from .launch import INTERPRET, Launch, block_dim, strided
 
 
@@ -39,6 +40,7 @@ from .launch import INTERPRET, Launch, block_dim, strided
 def attention_forward_kernel(
     q, k, v, lead, own, sinks, out, lse, q_len, kv_len, num_heads, group, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one head. `scale` includes log2(e); lse `[batch, heads, q_len]` is stored in natural log.
 
@@ -50,11 +52,8 @@ def attention_forward_kernel(
     live = row < q_len
     q_tile = load_tile(row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D), live, HEAD_DIM, UPCAST)
     key = tl.arange(0, BLOCK_N)
-    at_k = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
-    at_v = row_pointers(v, b * v.stride[0] + head // group * v.stride[1], key, BLOCK_D)
-
-    k_step = tl.cast(k.stride[2], tl.int64) * BLOCK_N
-    v_step = tl.cast(v.stride[2], tl.int64) * BLOCK_N
+    k_base = b * k.stride[0] + head // group * k.stride[1]
+    v_base = b * v.stride[0] + head // group * v.stride[1]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, l = softmax_start(sinks, head + tl.zeros([BLOCK_M], tl.int64), live, BLOCK_M)
@@ -62,18 +61,18 @@ def attention_forward_kernel(
     for intervals in tl.static_range(2):
         lo, hi = load_interval(lead if intervals == 0 else own, row, live)
         first, full, full_end, last = tile_bounds(lo, hi, live, kv_len, BLOCK_N)
-        for tile in tl.range(full, full_end):
-            k_tile = load_tile(at_k + tile * k_step, None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(at_v + tile * v_step, None, HEAD_DIM, UPCAST)
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, None)
+        acc, m, l = attend_whole_tiles(
+            acc, m, l, q_tile, k, k_base, v, v_base, full * BLOCK_N, full_end * BLOCK_N, scale, inner,
+            HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
+        )  # fmt: skip
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            k_tile = load_tile(at_k + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(at_v + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, lse2 * 0.6931471805599453, mask=live)
@@ -94,7 +93,8 @@ def plan_attention(
     if q.dtype == torch.float64:
         raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
     batch, num_heads, q_len, head_dim = q.shape
-    config = attention_config("forward", chip, q.dtype, head_dim, softcap is not None or sinks is not None)
+    kind = PLAIN if softcap is None and sinks is None else EXTRAS
+    config = attention_config("forward", chip, q.dtype, head_dim, kind)
     unit, inner = score_units(scale, softcap)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -109,7 +109,7 @@ def plan_attention(
             "HEAD_DIM": head_dim,
             "BLOCK_D": block_dim(head_dim),
             "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
-            **asdict(config),
+            **options(config),
         },
     )
     return launch, out, lse

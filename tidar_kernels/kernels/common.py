@@ -85,14 +85,22 @@ def softmax_start(sinks, head, counts, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(acc, m, l, q, k, v, scale, inner, visible):
-    """One tile of online softmax: `(acc, m, l)` after keys k, values v (base 2; m in units of `scale * score`).
+def raw_scores(q, k):
+    """q.k of a tile of rows and a tile of keys, in float32: not TF32, whatever the dtype."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
+def softmax_update(acc, m, l, scores, v, scale, inner, visible):
+    """One tile of online softmax: `(acc, m, l)` after keys of these raw `scores` and of values v.
+
+    Exponents are of base 2; m is in units of `scale * score`.
 
     Three choices make a tile that a row does not see an exact no-op, and a tile that it sees wholly the same bits with
     and without a mask: the mask goes onto the raw scores, so that scaling and subtracting are one explicit fma either
     way; a row that has seen nothing pivots at 0; and a tile without a visible key leaves the maximum, so alpha is 1.
     """
-    scores = modify_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), inner, q.dtype == tl.float32)
+    scores = modify_scores(scores, inner, v.dtype == tl.float32)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1) * scale)
@@ -102,6 +110,40 @@ def softmax_update(acc, m, l, q, k, v, scale, inner, visible):
     l = tl.fma(l, alpha, tl.sum(p, 1))
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, m_new, l
+
+
+@triton.jit
+def attend_whole_tiles(
+    acc, m, l, q, k, k_base, v, v_base, start, stop, scale, inner,
+    HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, SCORES_AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [start, stop), whole tiles that every row sees: the loop that takes the time.
+
+    With SCORES_AHEAD the scores of a tile are multiplied while the softmax of the tile before it runs. Tensor cores
+    that work on their own (wgmma, tcgen05) are then never idle for a softmax; the products and their order are the
+    same, so the bits are too. It takes registers for a second tile of scores.
+    """
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    key = tl.arange(0, BLOCK_N)
+    at_k, at_v = row_pointers(k, k_base, key, BLOCK_D), row_pointers(v, v_base, key, BLOCK_D)
+    k_step, v_step = tl.cast(k.stride[2], tl.int64), tl.cast(v.stride[2], tl.int64)
+    if SCORES_AHEAD:
+        if start < stop:
+            scores = raw_scores(q, load_tile(at_k + start * k_step, None, HEAD_DIM, UPCAST))
+            for n0 in tl.range(start + BLOCK_N, stop, BLOCK_N):
+                k_tile = load_tile(at_k + n0 * k_step, None, HEAD_DIM, UPCAST)
+                v_tile = load_tile(at_v + (n0 - BLOCK_N) * v_step, None, HEAD_DIM, UPCAST)
+                ahead = raw_scores(q, k_tile)
+                acc, m, l = softmax_update(acc, m, l, scores, v_tile, scale, inner, None)
+                scores = ahead
+            v_tile = load_tile(at_v + (stop - BLOCK_N) * v_step, None, HEAD_DIM, UPCAST)
+            acc, m, l = softmax_update(acc, m, l, scores, v_tile, scale, inner, None)
+    else:
+        for n0 in tl.range(start, stop, BLOCK_N):
+            k_tile = load_tile(at_k + n0 * k_step, None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(at_v + n0 * v_step, None, HEAD_DIM, UPCAST)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile), v_tile, scale, inner, None)
+    return acc, m, l
 
 
 @triton.jit

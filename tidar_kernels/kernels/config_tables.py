@@ -2,14 +2,20 @@
 
 `TABLES[kernel][chip][class][head dim]`. Chips are compute capabilities (10 * major + minor) and AMD's architecture
 names. Classes are "half" (float16, bfloat16) and "float32"; "half extras" and "float32 extras" hold what differs with a
-cap, sinks or a window, which need more registers. A chip that is not in a table, or an entry that is not in a chip's
-part, is its parent's (`PARENTS`); all chips share ANY. Head dims between the powers of two run the next one's entry
-unless they have their own.
+cap, sinks or a window, which need more registers, and "half tree" and "float32 tree" what differs from those with the
+paths of a token tree besides. A chip that is not in a table, or an entry that is not in a chip's part, is its parent's
+(`PARENTS`); all chips share ANY. Head dims between the powers of two run the next one's entry unless they have their
+own.
 
 "step", "forward" and "dq": BLOCK_M rows of a program, BLOCK_N keys a step; "dkdv": BLOCK_N keys of a program, BLOCK_M
-rows a step. Without a reason beside it an entry is the largest tile that compiles without a spill and fits the chip's
-shared memory, shapes of wgmma (cc 90) and tcgen05 (cc 100), of at least 64 rows, first. `benchmarks/static_report.py`
-shows what the compiler made of each.
+rows a step. `benchmarks/static_report.py` shows what the compiler made of each. No time on a GPU has chosen one yet:
+what spills or does not fit the chip's shared memory is out, and of the rest an entry without a reason beside it
+
+    has copies of a whole turn of its loop under way while the turn before is multiplied: from 3 stages on;
+    reads K/V for 128 rows at a time where it can (cc 80: 64), as L2 has no bandwidth for fewer;
+    up to head dim 64 leaves room for a second block on a multiprocessor, whose products fill its softmax's time;
+    from head dim 128 on, where one block fills the registers, multiplies SCORES_AHEAD on cc 90 and 100;
+    on cc 80 to 89 and 120 has warps that share no row where it can, so that none waits for another's maximum.
 """
 
 from __future__ import annotations
@@ -19,18 +25,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TileConfig:
-    """BLOCK_M packed query rows by BLOCK_N keys, and Triton's `num_warps` and `num_stages`."""
+    """BLOCK_M packed query rows by BLOCK_N keys, and Triton's `num_warps`, `num_stages` and `maxnreg`.
+
+    `maxnreg` is what a thread may have of registers: left alone, NVIDIA's compiler spills a few scalars where that fits
+    more programs on a multiprocessor.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class ForwardConfig(TileConfig):
+    """Of "step" and "forward", also the order of their loop over whole tiles (`common.attend_whole_tiles`)."""
+
+    SCORES_AHEAD: bool = False
 
 
 Chip = int | str
 Table = dict[Chip, dict[str, dict[int, TileConfig]]]
 
 ANY = "any"
+# What a launch does besides: each kind takes the entries of those before it where it has none of its own.
+KINDS = PLAIN, EXTRAS, TREE = "", "extras", "tree"
 # 86, 89 and 120, the consumer chips, have the tensor cores of cc 80 and 99 of its 163 kB of shared memory a block.
 # gfx950 has 160 kB of LDS a block against 64.
 PARENTS: dict[Chip, Chip] = {
@@ -50,60 +70,68 @@ CHIPS = tuple(PARENTS)
 _STEP: Table = {
     80: {
         "half": {
-            16: TileConfig(64, 64, 4, 3),
-            32: TileConfig(64, 64, 4, 3),
-            64: TileConfig(64, 64, 4, 3),
-            128: TileConfig(64, 64, 8, 2),  # 4 warps fill all 255 registers, 8 take 212
-            256: TileConfig(64, 32, 8, 2),
+            16: ForwardConfig(64, 64, 4, 3),
+            32: ForwardConfig(64, 64, 4, 3),
+            64: ForwardConfig(128, 32, 4, 3),
+            128: ForwardConfig(64, 32, 4, 3),  # 128 rows spill 8 bytes
+            256: ForwardConfig(64, 32, 8, 3),
         },
         "half extras": {
-            16: TileConfig(64, 32, 4, 3),  # 64 keys spill 8 bytes
-            256: TileConfig(64, 16, 8, 2),  # 32 keys spill 12 bytes
+            16: ForwardConfig(64, 32, 4, 3),  # 64 keys spill 8 bytes
+            32: ForwardConfig(64, 32, 4, 3),  # 64 keys spill 16 bytes
+            256: ForwardConfig(64, 16, 8, 3),  # 32 keys spill 12 bytes
         },
     },
+    86: {"half": {128: ForwardConfig(128, 32, 8, 3), 256: ForwardConfig(64, 16, 8, 3)}},
     90: {
         "half": {
-            16: TileConfig(128, 64, 8, 3),
-            32: TileConfig(128, 64, 8, 3),
-            64: TileConfig(128, 64, 8, 3),
-            128: TileConfig(128, 64, 8, 2),
-            256: TileConfig(64, 32, 8, 2),
+            16: ForwardConfig(128, 64, 4, 4),
+            32: ForwardConfig(128, 64, 4, 4),
+            64: ForwardConfig(128, 64, 4, 4),
+            128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
+            256: ForwardConfig(64, 32, 8, 3),
         },
-        "half extras": {256: TileConfig(64, 16, 8, 2)},  # 32 keys spill 48 bytes
+        "half extras": {256: ForwardConfig(64, 16, 8, 3)},  # 32 keys spill 48 bytes
+        "half tree": {128: ForwardConfig(128, 64, 8, 4)},  # with scores ahead Triton 3.6 spills 36 bytes
     },
     100: {
         "half": {
-            16: TileConfig(128, 64, 8, 3),
-            32: TileConfig(128, 64, 8, 3),
-            64: TileConfig(128, 64, 8, 3),
-            128: TileConfig(128, 64, 8, 2),
-            256: TileConfig(64, 32, 8, 2),
+            16: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            32: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            64: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
+            256: ForwardConfig(64, 32, 8, 3, SCORES_AHEAD=True),
         },
+        "half extras": {64: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True)},  # 4 warps spill 32 bytes
         "float32 extras": {
-            128: TileConfig(32, 16, 8, 1),  # the plain tile uses 8 bytes of stack
-            256: TileConfig(16, 16, 16, 1),  # the plain tile uses 8 bytes of stack
+            128: ForwardConfig(32, 16, 8, 1),  # the plain tile uses 8 bytes of stack
+            256: ForwardConfig(16, 16, 16, 1),  # the plain tile uses 8 bytes of stack
         },
     },
-    120: {"float32 extras": {256: TileConfig(16, 16, 16, 1)}},  # 8 warps use 8 bytes of stack
+    120: {
+        "half extras": {16: ForwardConfig(64, 64, 4, 3)},  # 32 keys use 8 bytes of stack
+        "half tree": {256: ForwardConfig(32, 16, 8, 3)},  # 64 rows use 32 bytes of stack
+        "float32 extras": {256: ForwardConfig(16, 16, 16, 1)},  # 8 warps use 8 bytes of stack
+    },
     "gfx942": {
         "half": {
-            16: TileConfig(128, 64, 4, 2),
-            32: TileConfig(128, 64, 4, 2),
-            64: TileConfig(128, 64, 4, 2),
-            128: TileConfig(128, 64, 4, 2),
-            256: TileConfig(64, 32, 4, 2),  # 64 keys take 72 kB of LDS, 128 rows spill
+            16: ForwardConfig(128, 64, 4, 2),
+            32: ForwardConfig(128, 64, 4, 2),
+            64: ForwardConfig(128, 64, 4, 2),
+            128: ForwardConfig(128, 64, 4, 2),
+            256: ForwardConfig(64, 32, 4, 2),  # 64 keys take 72 kB of LDS, 128 rows spill
         },
-        "half extras": {128: TileConfig(64, 64, 4, 2)},  # 128 rows spill
+        "half extras": {128: ForwardConfig(64, 64, 4, 2)},  # 128 rows spill
     },
     # float32 multiplies exactly (no TF32), on the plain FMA units of every chip: one table of small tiles. From head
     # dim 128 a second stage, or 32 rows, spills hundreds of bytes.
     ANY: {
         "float32": {
-            16: TileConfig(32, 32, 4, 2),
-            32: TileConfig(32, 32, 4, 2),
-            64: TileConfig(32, 32, 8, 2),
-            128: TileConfig(16, 32, 8, 1),
-            256: TileConfig(16, 16, 8, 1),
+            16: ForwardConfig(32, 32, 4, 2),
+            32: ForwardConfig(32, 32, 4, 2),
+            64: ForwardConfig(32, 32, 8, 2),
+            128: ForwardConfig(16, 32, 8, 1),
+            256: ForwardConfig(16, 16, 8, 1),
         },
     },
 }
@@ -111,59 +139,58 @@ _STEP: Table = {
 _FORWARD: Table = {
     80: {
         "half": {
-            16: TileConfig(128, 64, 4, 3),
-            32: TileConfig(128, 64, 4, 3),
-            64: TileConfig(128, 64, 8, 3),
-            128: TileConfig(128, 32, 8, 3),  # 64 keys spill 8 to 40 bytes
-            256: TileConfig(64, 64, 8, 2),
+            16: ForwardConfig(128, 64, 4, 3),
+            32: ForwardConfig(128, 64, 4, 3),
+            64: ForwardConfig(64, 64, 4, 3),
+            128: ForwardConfig(128, 32, 8, 3),  # 64 keys spill 8 to 40 bytes
+            256: ForwardConfig(64, 32, 8, 3),
         },
         "half extras": {
-            16: TileConfig(128, 64, 8, 3),  # 4 warps spill 36 bytes
-            32: TileConfig(128, 64, 8, 3),  # 4 warps spill 8 bytes
+            16: ForwardConfig(128, 64, 8, 3),  # 4 warps spill 36 bytes
+            32: ForwardConfig(128, 32, 8, 3),  # 64 keys spill 20 bytes
+            64: ForwardConfig(128, 32, 8, 3),  # 64 keys of 64 rows spill 20 bytes
         },
     },
-    86: {"half": {256: TileConfig(64, 32, 8, 2)}},  # 64 keys take 104 kB of shared memory
+    86: {"half": {256: ForwardConfig(64, 16, 8, 3)}},
     90: {
         "half": {
-            16: TileConfig(128, 128, 8, 3),
-            32: TileConfig(128, 128, 8, 3),
-            64: TileConfig(128, 128, 8, 3),
-            128: TileConfig(128, 64, 8, 3),  # 128 keys spill 48 bytes
-            256: TileConfig(128, 32, 8, 2),
+            16: ForwardConfig(128, 64, 4, 4),
+            32: ForwardConfig(128, 64, 4, 4),
+            64: ForwardConfig(128, 64, 4, 4),
+            128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),  # 128 keys spill
+            256: ForwardConfig(128, 32, 8, 3),
         },
     },
     100: {
         "half": {
-            16: TileConfig(128, 128, 8, 3),
-            32: TileConfig(128, 128, 8, 3),
-            64: TileConfig(128, 128, 8, 3),
-            128: TileConfig(128, 64, 8, 3),
-            256: TileConfig(64, 64, 8, 2),
+            16: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            32: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            64: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
+            128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
+            256: ForwardConfig(128, 32, 8, 3),
         },
+        "half extras": {256: ForwardConfig(64, 32, 8, 3)},  # 128 rows use 16 bytes of stack
     },
-    120: {"half": {32: TileConfig(128, 64, 8, 3)}},  # 4 warps use 24 bytes of stack
+    120: {"half": {32: ForwardConfig(128, 64, 8, 3)}},  # 4 warps use 24 bytes of stack
     "gfx942": {
         "half": {
-            16: TileConfig(128, 64, 4, 2),
-            32: TileConfig(128, 64, 4, 2),
-            64: TileConfig(128, 64, 4, 2),
-            128: TileConfig(128, 64, 4, 2),  # 8 warps have 256 registers a lane, and spill 32 bytes
-            256: TileConfig(128, 32, 4, 2),  # 64 keys take 72 kB of LDS
+            16: ForwardConfig(128, 64, 4, 2),
+            32: ForwardConfig(128, 64, 4, 2),
+            64: ForwardConfig(128, 64, 4, 2),
+            128: ForwardConfig(128, 64, 4, 2),  # 8 warps have 256 registers a lane, and spill 32 bytes
+            256: ForwardConfig(128, 32, 4, 2),  # 64 keys take 72 kB of LDS
         },
-        "float32 extras": {256: TileConfig(16, 16, 8, 1)},  # 16 warps have 128 registers a lane, and spill 260 bytes
+        "float32 extras": {256: ForwardConfig(16, 16, 8, 1)},  # 16 warps have 128 registers a lane, and spill 260 bytes
     },
     ANY: {
         "float32": {
-            16: TileConfig(32, 32, 4, 2),
-            32: TileConfig(32, 32, 4, 2),
-            64: TileConfig(16, 32, 4, 2),
-            128: TileConfig(16, 32, 8, 1),
-            256: TileConfig(16, 16, 8, 1),
+            16: ForwardConfig(32, 32, 4, 2, maxnreg=128),
+            32: ForwardConfig(32, 32, 4, 2),
+            64: ForwardConfig(16, 32, 8, 2, maxnreg=128),
+            128: ForwardConfig(16, 32, 8, 1, maxnreg=128),
+            256: ForwardConfig(16, 16, 8, 1),
         },
-        "float32 extras": {
-            64: TileConfig(16, 32, 8, 2),  # 4 warps spill 8 bytes
-            256: TileConfig(16, 16, 16, 1),  # 8 warps spill 8 bytes
-        },
+        "float32 extras": {256: ForwardConfig(16, 16, 16, 1, maxnreg=128)},  # 8 warps spill 8 bytes
     },
 }
 
@@ -173,28 +200,35 @@ _DQ: Table = {
             16: TileConfig(128, 64, 8, 3),
             32: TileConfig(128, 64, 8, 3),
             64: TileConfig(128, 64, 8, 3),
-            128: TileConfig(64, 64, 8, 2),
-            256: TileConfig(64, 32, 8, 2),
+            128: TileConfig(64, 64, 8, 3),
+            256: TileConfig(64, 32, 8, 3),
         },
-        "half extras": {64: TileConfig(128, 32, 8, 3)},  # 64 keys spill 8 bytes
+        "half extras": {
+            64: TileConfig(128, 32, 8, 3),  # 64 keys spill 8 bytes
+            256: TileConfig(64, 16, 8, 3),  # 32 keys spill 24 bytes
+        },
     },
-    86: {"half": {256: TileConfig(64, 16, 8, 2)}},  # 32 keys take 100 kB of shared memory
+    86: {"half": {128: TileConfig(128, 16, 8, 3), 256: TileConfig(64, 16, 8, 3)}},
     90: {
         "half": {
             16: TileConfig(128, 64, 8, 3),
             32: TileConfig(128, 64, 8, 3),
-            64: TileConfig(128, 64, 8, 3),
+            64: TileConfig(128, 32, 8, 4),
             128: TileConfig(128, 64, 8, 3),
-            256: TileConfig(64, 16, 8, 2),
+            256: TileConfig(128, 16, 8, 3),
         },
     },
     100: {
         "half": {
             16: TileConfig(128, 64, 8, 3),
             32: TileConfig(128, 64, 8, 3),
-            64: TileConfig(128, 64, 8, 3),
-            128: TileConfig(128, 64, 8, 2),
-            256: TileConfig(64, 32, 8, 2),
+            64: TileConfig(128, 64, 4, 3),
+            128: TileConfig(128, 64, 8, 3),
+            256: TileConfig(128, 16, 8, 3),
+        },
+        "half extras": {
+            64: TileConfig(128, 64, 8, 3),  # 4 warps spill 1452 bytes
+            128: TileConfig(128, 32, 8, 3),  # 64 keys use 8 bytes of stack
         },
     },
     "gfx942": {
@@ -223,47 +257,39 @@ _DQ: Table = {
 _DKDV: Table = {
     80: {
         "half": {
-            16: TileConfig(64, 128, 8, 2),
-            32: TileConfig(64, 128, 8, 2),
+            16: TileConfig(64, 128, 8, 3),
+            32: TileConfig(64, 128, 8, 3),
             64: TileConfig(64, 128, 8, 3),
-            128: TileConfig(64, 64, 8, 2),
-            256: TileConfig(16, 64, 8, 2),
+            128: TileConfig(64, 64, 8, 3),
+            256: TileConfig(16, 64, 8, 3),
         },
         "half extras": {
-            64: TileConfig(32, 128, 8, 2),  # 64 rows spill 44 bytes
-            256: TileConfig(16, 32, 8, 2),  # 64 keys spill 40 bytes
+            64: TileConfig(32, 128, 8, 3),  # 64 rows spill 44 bytes
+            256: TileConfig(16, 32, 8, 3),  # 64 keys spill 40 bytes
         },
         "float32": {128: TileConfig(16, 64, 8, 1)},  # 32 keys spill 24 bytes
     },
-    120: {
-        "half": {256: TileConfig(16, 32, 8, 2)},  # 64 keys use 16 bytes of stack
-        "float32 extras": {256: TileConfig(16, 16, 16, 1)},  # 8 warps use 32 bytes of stack
-    },
+    86: {"half": {128: TileConfig(32, 64, 8, 3)}},
     90: {
         "half": {
-            16: TileConfig(64, 128, 8, 2),
-            32: TileConfig(64, 128, 8, 2),
-            64: TileConfig(64, 128, 8, 2),
-            80: TileConfig(32, 128, 8, 2),  # padded to 128 columns: 64 rows spill 32 bytes
-            96: TileConfig(32, 128, 8, 2),
-            128: TileConfig(64, 128, 8, 2),
-            256: TileConfig(16, 64, 8, 2),
-        },
-        "half extras": {
-            80: TileConfig(32, 64, 8, 2),  # 128 keys spill 8 bytes
-            96: TileConfig(32, 64, 8, 2),
-            128: TileConfig(32, 128, 8, 2),  # 64 rows spill 340 bytes
+            16: TileConfig(64, 128, 8, 3),
+            32: TileConfig(64, 128, 8, 3),
+            64: TileConfig(64, 128, 8, 3),
+            128: TileConfig(32, 128, 8, 4),  # 64 rows spill 40 bytes
+            256: TileConfig(16, 64, 8, 3),
         },
     },
     100: {
         "half": {
-            16: TileConfig(64, 128, 8, 2),
-            32: TileConfig(64, 128, 8, 2),
-            64: TileConfig(32, 128, 8, 2),  # 64 rows spill 64 bytes
-            128: TileConfig(32, 64, 8, 2),  # 64 rows spill 72 bytes, 128 keys 150
+            16: TileConfig(64, 128, 8, 3),
+            32: TileConfig(64, 128, 8, 3),
+            64: TileConfig(64, 128, 8, 3),
+            128: TileConfig(32, 64, 8, 3),  # 64 rows spill 72 bytes, 128 keys 150
             256: TileConfig(32, 32, 8, 1),  # below the 64 rows of tcgen05: HMMA; what tcgen05 takes spills 170 bytes
         },
+        "half extras": {64: TileConfig(32, 128, 8, 3)},  # 64 rows spill 116 bytes
     },
+    120: {"half": {256: TileConfig(16, 32, 8, 3)}},  # 64 keys use 16 bytes of stack
     "gfx942": {
         "half": {
             16: TileConfig(64, 128, 4, 2),
@@ -279,7 +305,8 @@ _DKDV: Table = {
             128: TileConfig(16, 64, 4, 2),  # 32 rows spill
         },
         "float32": {
-            64: TileConfig(32, 32, 4, 1),  # 8 warps have 256 registers a lane, and spill 12 bytes
+            32: TileConfig(32, 32, 4, 2),  # 8 warps have 256 registers a lane, and spill 176 bytes
+            64: TileConfig(32, 32, 4, 1),  # 8 warps spill 12 bytes
             256: TileConfig(16, 16, 4, 1),  # 8 warps spill 308 bytes
         },
         "float32 extras": {16: TileConfig(32, 32, 4, 2)},  # 8 warps spill 236 bytes
@@ -287,10 +314,10 @@ _DKDV: Table = {
     ANY: {
         "float32": {
             16: TileConfig(32, 32, 4, 2),
-            32: TileConfig(32, 32, 4, 2),
+            32: TileConfig(32, 32, 8, 2, maxnreg=128),
             64: TileConfig(32, 32, 8, 1),
             128: TileConfig(16, 32, 8, 1),
-            256: TileConfig(16, 16, 8, 1),
+            256: TileConfig(16, 16, 16, 1, maxnreg=128),
         },
         "float32 extras": {16: TileConfig(32, 32, 8, 2)},  # 4 warps spill 8 bytes
     },

@@ -1,40 +1,52 @@
 """Which launch configuration runs where: chips, and the rule by which `config_tables.TABLES` is read.
 
 The step kernel's configuration depends on the chip, the dtype, the head dim and what the model does to its logits (a
-cap, sinks, a window), and on nothing else: not on the number of rows, the batch or the length. Draft rows and
-single-token decoding therefore run the very same instructions, which is half of what makes their bits equal. The other
-half is the split size, a function of the cache's capacity alone. So nothing is tuned while it runs: `tidar-kernels
-bench --tune` proposes tables, and a table is what ships.
+cap, sinks, a window, the paths of a tree), and on nothing else: not on the number of rows, the batch or the length.
+Draft rows and single-token decoding therefore run the very same instructions, which is half of what makes their bits
+equal. The other half is the split size, a function of the cache's capacity alone. So nothing is tuned while it runs:
+`tidar-kernels bench --tune` proposes tables, and a table is what ships.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from .config_tables import ANY, CHIPS, PARENTS, TABLES, Chip, TileConfig
+from .config_tables import ANY, CHIPS, EXTRAS, KINDS, PARENTS, PLAIN, TABLES, TREE, Chip, ForwardConfig, TileConfig
 from .launch import INTERPRET, block_dim
 
 __all__ = [
     "CHIPS",
+    "EXTRAS",
     "HEAD_DIM_TILES",
+    "KINDS",
+    "PLAIN",
+    "TREE",
     "Chip",
+    "ForwardConfig",
     "TileConfig",
     "ancestry",
     "attention_config",
     "chip_of",
     "entries",
     "nearest_chip",
+    "options",
     "split_size",
     "step_config",
 ]
 
 HEAD_DIM_TILES = (16, 32, 64, 128, 256)
 # The interpreter pays per operation, not per element; small tiles put tile and split edges within reach of tests.
-_INTERPRET = {"step": TileConfig(32, 16, 1, 1)}
-_INTERPRET |= dict.fromkeys(("forward", "dq", "dkdv"), TileConfig(32, 32, 1, 1))
+_INTERPRET: dict[str, TileConfig] = {
+    "step": ForwardConfig(32, 16, 1, 1, SCORES_AHEAD=True),
+    "forward": ForwardConfig(32, 32, 1, 1, SCORES_AHEAD=True),
+    "dq": TileConfig(32, 32, 1, 1),
+    "dkdv": TileConfig(32, 32, 1, 1),
+}
 
 
 @functools.cache
@@ -76,29 +88,34 @@ def ancestry(chip: Chip) -> list[Chip]:
 
 
 @functools.cache
-def entries(kernel: str, chip: Chip, is_float32: bool, extras: bool = False) -> dict[int, TileConfig]:
-    """All entries of a kernel that `chip` has or inherits, by head dim. Those for extras precede the plain ones."""
+def entries(kernel: str, chip: Chip, is_float32: bool, kind: str = PLAIN) -> dict[int, TileConfig]:
+    """All entries of a kernel that `chip` has or inherits, by head dim. Those of a later kind precede the earlier's."""
     found: dict[int, TileConfig] = {}
-    plain = "float32" if is_float32 else "half"
-    for name in [plain, f"{plain} extras"] if extras else [plain]:
+    for one_kind in KINDS[: KINDS.index(kind) + 1]:
+        name = f"{'float32' if is_float32 else 'half'} {one_kind}".strip()
         for one in reversed(ancestry(chip)):
             found |= TABLES[kernel].get(one, {}).get(name, {})
     return found
 
 
-def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, extras: bool = False) -> TileConfig:
-    """Tiles of the step kernel; `extras`: with a cap, sinks or a window."""
-    return attention_config("step", chip, dtype, head_dim, extras)
+def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN) -> TileConfig:
+    """Tiles of the step kernel; `kind` is one of `KINDS`."""
+    return attention_config("step", chip, dtype, head_dim, kind)
 
 
 def attention_config(
-    kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, extras: bool = False
+    kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN
 ) -> TileConfig:
-    """Tiles of "step", "forward", "dq" or "dkdv"; `extras`: with a cap, sinks or a window."""
+    """Tiles of "step", "forward", "dq" or "dkdv"; `kind` is one of `KINDS`."""
     if chip is None:
         return _INTERPRET[kernel]
-    table = entries(kernel, chip, dtype == torch.float32, extras)
+    table = entries(kernel, chip, dtype == torch.float32, kind)
     return table.get(head_dim) or table[block_dim(head_dim)]
+
+
+def options(config: TileConfig) -> dict[str, Any]:
+    """What a launch with `config` passes to Triton."""
+    return {name: value for name, value in asdict(config).items() if value is not None}
 
 
 def split_size(chip: Chip | None, max_len: int) -> int:

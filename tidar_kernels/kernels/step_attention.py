@@ -33,16 +33,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    attend_whole_tiles,
     load_interval,
     load_tile,
+    raw_scores,
     row_pointers,
     score_units,
     softmax_finish,
     softmax_start,
     softmax_update,
 )
-from .configs import Chip, chip_of, split_size, step_config
+from .configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
 from .launch import INTERPRET, Launch, block_dim, strided
+
+# Of the second kernel, at a time: results of 8 splits, of so many rows that a thread loads 16 values.
+COMBINED_SPLITS, COMBINED_VALUES = 8, 256
 
 
 @triton.jit
@@ -105,6 +110,7 @@ def step_attention_kernel(
     q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
+    SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
 
@@ -156,12 +162,12 @@ def step_attention_kernel(
             k_tile = load_tile(row_pointers(k_cache, k_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
             v_tile = load_tile(row_pointers(v_cache, v_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
             seen = n[None, :] >= first_slot[:, None]
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, seen)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
         start = tl.maximum(start, whole_start)
-    for n0 in tl.range(start, whole_end, BLOCK_N):
-        k_tile = load_tile(row_pointers(k_cache, k_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
-        v_tile = load_tile(row_pointers(v_cache, v_cache_base, n0 + key, BLOCK_D), None, HEAD_DIM, UPCAST)
-        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, None)
+    acc, m, l = attend_whole_tiles(
+        acc, m, l, q_tile, k_cache, k_cache_base, v_cache, v_cache_base, start, whole_end, scale, inner,
+        HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
+    )  # fmt: skip
 
     # 2. the tiles where the context ends and the drafts begin
     for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(stop, end), BLOCK_N, num_stages=1):
@@ -175,7 +181,7 @@ def step_attention_kernel(
         seen = cached[None, :] | in_lead
         if reach is not None:
             seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
-        acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, seen)
+        acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
 
     # 3. the rows' own blocks and bits, in tiles aligned to in-flight indices so that a row's mates do not change it
     if split == 0:
@@ -191,7 +197,7 @@ def step_attention_kernel(
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if bits is not None:
                 visible = _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N)
-            acc, m, l = softmax_update(acc, m, l, q_tile, k_tile, v_tile, scale, inner, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
@@ -206,18 +212,6 @@ def step_attention_kernel(
     tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (dim[None, :] < HEAD_DIM))
 
 
-@triton.jit
-def _nth_split(i, skipped, first, end):
-    """`(split, which rows read it)`: behind a window split 0, then those after the `skipped` ones behind it."""
-    if first is None:
-        split = i
-        read = split < end
-    else:
-        split = tl.where(i == 0, 0, i + skipped)
-        read = (split < end) & ((split == 0) | (split >= first))
-    return split, read
-
-
 @triton.jit(
     do_not_specialize=["num_heads", "q_len", "max_context"],
     do_not_specialize_on_alignment=["lengths", "lead", "reach"],
@@ -225,51 +219,52 @@ def _nth_split(i, skipped, first, end):
 def combine_splits_kernel(
     part, part_lse, lengths, lead, reach, out, lse,
     num_heads, q_len, max_context,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, splits in ascending order.
+    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, BLOCK_S splits at a time, ascending.
 
     A row reads split 0 and exactly the splits that its own keys lie in: what other rows of the launch needed does not
-    enter.
+    enter. Splits that it does not read are exact no-ops, as in `common.softmax_update`, and each has its place among
+    BLOCK_S whatever comes before. All loads of a turn are independent: one trip to memory for BLOCK_S splits.
     """
     b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < q_len
     lead_lo, lead_hi = load_interval(lead, row, live)
     context = _context_len(lengths, b, max_context)
-    end = tl.cdiv(context + lead_hi, SPLIT)
-    end = tl.where(live, tl.maximum(end, 1), 0)
-    count = tl.max(end, 0)
-    first = None
-    skipped = None
-    if reach is not None:
+    end = tl.where(live, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
+    turns = tl.cdiv(tl.max(end, 0), BLOCK_S)
+    skipped = 0
+    if reach is not None:  # behind a window, turn 0 for split 0, and then those from the first that some row sees
         _, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
         first = first_key // SPLIT
-        skipped = tl.min(tl.where(live, first, count), 0) - 1
-        skipped = tl.maximum(tl.minimum(skipped, count - 1), 0)
-        count -= skipped
+        skipped = tl.maximum(tl.min(tl.where(live, first // BLOCK_S, turns), 0) - 1, 0)
+        skipped = tl.minimum(skipped, turns - 1)
 
     dim = tl.arange(0, BLOCK_D)
     in_head = dim[None, :] < HEAD_DIM
     at_row = tl.program_id(0).to(tl.int64) * q_len + row
     rows_per_split = tl.num_programs(0).to(tl.int64) * q_len
-
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for i in range(0, count):
-        s, read = _nth_split(i, skipped, first, end)
-        top = tl.maximum(top, tl.load(part_lse + s * rows_per_split + at_row, mask=read, other=float("-inf")))
-    pivot = tl.where(top == float("-inf"), 0.0, top)
-
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    for i in range(0, count):
-        s, read = _nth_split(i, skipped, first, end)
-        at = s * rows_per_split + at_row
-        weight = tl.exp2(tl.load(part_lse + at, mask=read, other=float("-inf")) - pivot)
-        at = at[:, None] * HEAD_DIM + dim[None, :]
-        acc = tl.fma(tl.load(part + at, mask=(weight > 0.0)[:, None] & in_head, other=0.0), weight[:, None], acc)
-        total += weight
-    result, lse2 = softmax_finish(acc, pivot, total)
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)
+    for turn in range(0, turns - skipped):
+        split = tl.where(turn == 0, 0, turn + skipped) * BLOCK_S + tl.arange(0, BLOCK_S)
+        read = split[:, None] < end[None, :]
+        if reach is not None:
+            read = read & ((split[:, None] == 0) | (split[:, None] >= first[None, :]))
+        at = split[:, None] * rows_per_split + at_row[None, :]
+        split_lse = tl.load(part_lse + at, mask=read, other=float("-inf"))
+        at = at[:, :, None] * HEAD_DIM + dim[None, None, :]
+        split_out = tl.load(part + at, mask=read[:, :, None] & in_head[None, :, :], other=0.0)
+        m_new = tl.maximum(m, tl.max(split_lse, 0))
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(split_lse - pivot[None, :])
+        alpha = tl.exp2(m - pivot)
+        l = tl.fma(l, alpha, tl.sum(weight, 0))
+        acc = tl.fma(acc, alpha[:, None], tl.sum(split_out * weight[:, :, None], 0))
+        m = m_new
+    result, lse2 = softmax_finish(acc, m, l)
     tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
     at = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
     at = at + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
@@ -303,8 +298,9 @@ def plan_step_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
-    extras = any(extra is not None for extra in (reach, softcap, sinks, bits))
-    config, split = step_config(chip, q.dtype, head_dim, extras), split_size(chip, max_len)
+    extras = any(extra is not None for extra in (reach, softcap, sinks))
+    kind = TREE if bits is not None else EXTRAS if extras else PLAIN
+    config, split = step_config(chip, q.dtype, head_dim, kind), split_size(chip, max_len)
     unit, inner = score_units(scale, softcap)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
     # Without any key there is still one split: it writes the zeros.
@@ -328,23 +324,27 @@ def plan_step_attention(
         ),
         {
             **shapes,
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
+            **options(config),
             "PARTIAL": num_splits > 1,
             "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
             # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
             "ONE_LOAD": not isinstance(chip, str),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
         },
     )
     if num_splits == 1:
         return [attend], out, lse
+    rows = COMBINED_VALUES // block_dim(head_dim)
     combine = Launch(
         combine_splits_kernel,
-        (batch * num_heads, triton.cdiv(q_len, 16)),
+        (batch * num_heads, triton.cdiv(q_len, rows)),
         (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
-        {**shapes, "BLOCK_R": 16, "num_warps": 4},
+        {
+            **shapes,
+            "BLOCK_R": rows,
+            # In the interpreter 2, which puts the turns behind a window within reach of tests.
+            "BLOCK_S": 2 if chip is None else COMBINED_SPLITS,
+            "num_warps": 4,
+        },
     )
     return [attend, combine], out, lse
 

@@ -10,7 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["AMDGCN", "SASS", "Dialect", "hot_loop", "instructions"]
+__all__ = [
+    "AMDGCN",
+    "SASS",
+    "Dialect",
+    "by_class",
+    "copies_ahead",
+    "exponentials_behind_wgmma",
+    "hot_loop",
+    "instructions",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ SASS = Dialect(
         "shared": re.compile(r"(?:@\S+\s+)?(?:LDSM?|STSM?)\b"),
         "global": re.compile(r"(?:@\S+\s+)?(?:LDG|LDGSTS|UTMALDG|STG|UBLKCP)\b"),
         "local": re.compile(r"(?:@\S+\s+)?(?:LDL|STL)\b"),
+        "barrier": re.compile(r"(?:@\S+\s+)?BAR\b"),
     },
 )
 AMDGCN = Dialect(
@@ -54,9 +64,11 @@ AMDGCN = Dialect(
         "shared": re.compile(r"ds_(?:read|write|load|store)"),
         "global": re.compile(r"(?:global|buffer|flat)_(?:load|store)"),
         "local": re.compile(r"scratch_(?:load|store)"),
+        "barrier": re.compile(r"s_barrier"),
     },
 )
 _LABEL = re.compile(r"(\.\w+):")
+_COPY_WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")
 _INSTRUCTION = re.compile(r"(?:@\S+\s+)?[A-Za-z][\w.]*(?:\s|$)")
 
 
@@ -132,8 +144,8 @@ def _loops(blocks: Sequence[_Block]) -> list[frozenset[int]]:
     return [frozenset(body) for body in bodies.values()]
 
 
-def hot_loop(text: str, dialect: Dialect) -> dict[str, int]:
-    """Instructions of the loop that does the multiplying, by class; empty if no loop multiplies.
+def hot_loop(text: str, dialect: Dialect) -> list[str]:
+    """The instructions of the loop that does the multiplying; empty if no loop multiplies.
 
     That is a loop with tensor-core instructions, or where no loop has them one with plain multiplications, inside which
     there is no other such loop. Of several, as the loops over unmasked and masked tiles, it is the one with most of
@@ -142,15 +154,43 @@ def hot_loop(text: str, dialect: Dialect) -> dict[str, int]:
     blocks = _blocks(text, dialect)
     counted = []
     for body in _loops(blocks):
-        count = Counter(_class(line, dialect) for index in body for line in blocks[index].lines)
-        counted.append((body, count))
+        lines = [line for index in sorted(body) for line in blocks[index].lines]
+        counted.append((body, lines, Counter(_class(line, dialect) for line in lines)))
     for kind in ("mma", "fma"):
-        multiplying = [(body, count) for body, count in counted if count[kind]]
-        innermost = [count for body, count in multiplying if not any(other < body for other, _ in multiplying)]
+        multiplying = [(body, lines, count) for body, lines, count in counted if count[kind]]
+        innermost = [one for one in multiplying if not any(body < one[0] for body, _, _ in multiplying)]
         if innermost:
-            best = min(innermost, key=lambda count: (-count[kind], count.total()))
-            return {name: best[name] for name in (*dialect.classes, "other")}
-    return {}
+            return min(innermost, key=lambda one: (-one[2][kind], len(one[1])))[1]
+    return []
+
+
+def by_class(lines: Sequence[str], dialect: Dialect) -> dict[str, int]:
+    """How many instructions of each class; empty for no lines."""
+    count = Counter(_class(line, dialect) for line in lines)
+    return {name: count[name] for name in (*dialect.classes, "other")} if lines else {}
+
+
+def copies_ahead(lines: Sequence[str]) -> int | None:
+    """Of SASS: groups of asynchronous copies to shared memory that are still under way where a loop waits for its own.
+
+    0 means that each turn waits for all it has asked for: nothing of the copies' latency is hidden behind the turn.
+    None if the loop waits for none.
+    """
+    waits = [int(found[1], 16) for line in lines if (found := _COPY_WAIT.match(line))]
+    return min(waits, default=None)
+
+
+def exponentials_behind_wgmma(lines: Sequence[str]) -> int:
+    """Of SASS: exponentials issued while a wgmma is under way, that is before the loop waits for it."""
+    under_way, found = False, 0
+    for line in lines:
+        if SASS.classes["mma"].match(line):
+            under_way = True
+        elif line.startswith("WARPGROUP.DEPBAR"):
+            under_way = False
+        elif under_way and SASS.classes["mufu"].match(line):
+            found += 1
+    return found
 
 
 def _class(line: str, dialect: Dialect) -> str:

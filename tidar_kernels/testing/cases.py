@@ -230,6 +230,8 @@ _HAND_MADE_STEPS = (
     replace(_STEP, name="softcap_50", softcap=50.0, scale=4.0),
     replace(_STEP, name="softcap_50_fp16", softcap=50.0, scale=4.0, dtype=torch.float16),
     replace(_STEP, name="bfloat16_all", dtype=torch.bfloat16, softcap=2.0, sinks=True, window=30),
+    # Splits are merged some at a time; the window leaves several times as many behind.
+    replace(_STEP, name="window_far", lengths=(530, 290, 130, 40), window=20),
     replace(_STEP, name="head_dim_256_all", head_dim=256, softcap=2.0, sinks=True, window=30, dtype=torch.float16),
 )
 STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS, *_feature_cases())
@@ -253,6 +255,7 @@ STEP_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_LARGE, name="softcap_fp32", num_heads=8, dtype=torch.float32, lengths=(511,), softcap=50.0, scale=1.0),
     replace(_LARGE, name="sinks", lengths=(2000, 449), sinks=True),
     replace(_LARGE, name="window", lengths=(8192, 4095, 1100, 513, 0), window=1024),
+    replace(_LARGE, name="window_far", lengths=(20_000, 9_000), max_len=20_300, window=128),
     replace(_LARGE, name="window_d64", head_dim=64, lengths=(8192, 100), window=128, sinks=True),
     replace(_LARGE, name="gemma", num_heads=8, num_kv_heads=4, head_dim=256, lengths=(6000, 4095), softcap=50.0),
     replace(_LARGE, name="gemma_window", head_dim=256, lengths=(6000, 4095), softcap=50.0, window=4096),
@@ -283,6 +286,7 @@ BITS_CASES: tuple[StepCase, ...] = (
     # Behind a window the first key of a row lies on, before and behind edges of tiles and splits: P + m + 1 - window.
     replace(_BITS, name="B2_window_1", window=1, lengths=(0, 15, 16, 63, 64, 130)),
     replace(_BITS, name="B2_window_16", window=16, lengths=(0, 14, 15, 30, 31, 78, 79, 143), sinks=True),
+    replace(_BITS, name="B2_window_far", window=20, lengths=(530, 290, 40)),
     replace(_BITS, name="B8_window_5", pattern=patterns.tidar_step(8), window=5, lengths=(3, 12, 58, 125), num_heads=1),
     replace(_BITS, name="B8_window_70", pattern=patterns.tidar_step(8), window=70, lengths=(66, 134), sinks=True),
     replace(

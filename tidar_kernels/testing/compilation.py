@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .assembly import AMDGCN, SASS, hot_loop, instructions
+from .assembly import AMDGCN, SASS, by_class, copies_ahead, hot_loop, instructions
 from .cases import AppendCase, StepCase
 from .harness import LAYOUTS
 from .occupancy import resident_warps
@@ -29,7 +29,14 @@ from .occupancy import resident_warps
 if TYPE_CHECKING:
     from ..kernels.launch import Launch
 
-__all__ = ["CompileReport", "compile_append_kv", "compile_report", "compile_step_attention", "compiling_for"]
+__all__ = [
+    "CompileReport",
+    "compile_append_kv",
+    "compile_report",
+    "compile_step_attention",
+    "compiling_for",
+    "disassembled",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class CompileReport:
             UTCHMMA (tcgen05, cc 100), MFMA (AMD); of PTX, whose instructions become these, unless the binary was read.
         loop: instructions by class of the loop that does the multiplying (`assembly.hot_loop`); empty unless the
             binary was read.
+        copies_ahead: `assembly.copies_ahead` of that loop; None on AMD, and unless the binary was read.
         options: the launch's constexpr arguments, warps and stages.
     """
 
@@ -63,6 +71,7 @@ class CompileReport:
     warps: int
     tensor_core: tuple[str, ...]
     loop: dict[str, int] = field(repr=False, compare=False)
+    copies_ahead: int | None = field(compare=False)
     options: dict[str, Any] = field(repr=False)
 
 
@@ -141,9 +150,10 @@ def _read_cubin(compiled: Any, chip: int, read_binary: bool) -> dict[str, Any]:
         if found is None:
             raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
         stack_bytes, spill_bytes, local_accesses = int(found[2]), 0, 0
-        tensor_core, loop = {name for pattern, name in _IN_PTX if re.search(pattern, ptx)}, {}
+        tensor_core: set[str] = {name for pattern, name in _IN_PTX if re.search(pattern, ptx)}
+        loop: list[str] = []
         if stack_bytes or read_binary:
-            sass = _run("nvdisasm", "-c", str(cubin))
+            sass = disassembled(compiled.asm["cubin"])
             local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
             tensor_core, loop = set(re.findall(r"\b([A-Z]+MMA)\b", sass)), hot_loop(sass, SASS)
         if stack_bytes:
@@ -159,7 +169,8 @@ def _read_cubin(compiled: Any, chip: int, read_binary: bool) -> dict[str, Any]:
         "local_accesses": local_accesses,
         "spill_bytes": spill_bytes,
         "tensor_core": tuple(sorted(tensor_core)),
-        "loop": loop,
+        "loop": by_class(loop, SASS),
+        "copies_ahead": copies_ahead(loop),
     }
 
 
@@ -179,8 +190,17 @@ def _read_amdgcn(compiled: Any) -> dict[str, Any]:
         "local_accesses": sum(AMDGCN.classes["local"].match(line) is not None for line in lines),
         "spill_bytes": 4 * value(".vgpr_spill_count") if stack_bytes else 0,  # else to accumulation registers
         "tensor_core": ("MFMA",) if any(AMDGCN.classes["mma"].match(line) for line in lines) else (),
-        "loop": hot_loop(text, AMDGCN),
+        "loop": by_class(hot_loop(text, AMDGCN), AMDGCN),
+        "copies_ahead": None,
     }
+
+
+def disassembled(cubin: bytes) -> str:
+    """The SASS of an NVIDIA binary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return _run("nvdisasm", "-c", str(path))
 
 
 def _shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
