@@ -27,7 +27,9 @@ _DRAFT, _ACCEPT, _RESIDUAL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 COUPLED, REJECTION, POINT_MASS = 0, 1, 2
 _REJECTION, _POINT_MASS = tl.constexpr(REJECTION), tl.constexpr(POINT_MASS)
 # One shape for every vocabulary. The interpreter pays by the operation, not by the element.
-BLOCK_V, NUM_WARPS = (2**16 if INTERPRET else 2048), 4
+BLOCK_V, NUM_WARPS = (2**16 if INTERPRET else 2048), 8
+# Tiles of logits that are copied ahead: a loop without products is pipelined where it says so, and there alone.
+STAGES = tl.constexpr(8)
 
 
 @triton.jit
@@ -69,10 +71,16 @@ def _scores(row, token, vocab_size, scores, HAS_MIX: tl.constexpr, HAS_SEEN: tl.
 
 @triton.jit
 def _take(best, best_token, value, token):
-    """Running argmax over tiles; of equal values the lowest token."""
-    top = tl.max(value, 0)
-    at = tl.min(tl.where(value == top, token, 2147483647), 0)
-    return tl.maximum(best, top), tl.where(top > best, at, best_token)
+    """Running argmax over tiles, lane by lane: lanes meet once, in `_winner`. Of equal values the lowest token."""
+    better = value > best
+    return tl.where(better, value, best), tl.where(better, token, best_token)
+
+
+@triton.jit
+def _winner(best, best_token):
+    """`(max, argmax)` over the lanes; -inf and -1 if none took anything."""
+    top = tl.max(best, 0)
+    return top, tl.min(tl.where(best == top, best_token, 2147483647), 0)
 
 
 @triton.jit
@@ -91,12 +99,12 @@ def _bisect(
     lo, hi = floor.to(tl.int64), _order(top).to(tl.int64)
     while lo < hi:
         middle = lo + (hi - lo + 1) // 2
-        measure = 0.0
-        for start in range(0, vocab_size, BLOCK_V):
+        measure = tl.zeros([BLOCK_V], tl.float32)
+        for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
             x = _scores(row, start + tl.arange(0, BLOCK_V), vocab_size, scores, HAS_MIX, HAS_SEEN)
             weight = tl.full([BLOCK_V], 1.0, tl.float32) if COUNT else tl.exp(x - top)
-            measure += tl.sum(tl.where(_order(x) >= middle, weight, 0.0), 0)
-        enough = measure >= target
+            measure += tl.where(_order(x) >= middle, weight, 0.0)
+        enough = tl.sum(measure, 0) >= target
         lo, hi = tl.where(enough, middle, lo), tl.where(enough, hi, middle - 1)
     return lo.to(tl.int32)
 
@@ -104,24 +112,26 @@ def _bisect(
 @triton.jit
 def _mass(row, vocab_size, scores, floor, top, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
     """Sum of exp(x - top) over the kept tokens."""
-    total = 0.0
-    for start in range(0, vocab_size, BLOCK_V):
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         x = _scores(row, start + tl.arange(0, BLOCK_V), vocab_size, scores, HAS_MIX, HAS_SEEN)
-        total += tl.sum(tl.where(_order(x) >= floor, tl.exp(x - top), 0.0), 0)
-    return total
+        total += tl.where(_order(x) >= floor, tl.exp(x - top), 0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
 def _top(row, vocab_size, scores, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
     """`(max, argmax, whether a logit is NaN or +inf)`."""
-    best, at, bad = float("-inf"), -1, 0
-    for start in range(0, vocab_size, BLOCK_V):
+    best, at = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
+    bad = tl.zeros([BLOCK_V], tl.int32)
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_V)
         x = _scores(row, token, vocab_size, scores, HAS_MIX, HAS_SEEN)
         broken = (x != x) | (x == float("inf"))
-        bad = tl.maximum(bad, tl.max(broken.to(tl.int32), 0))
+        bad |= broken.to(tl.int32)
         best, at = _take(best, at, tl.where(broken, float("-inf"), x), token)
-    return best, at, bad
+    top, token = _winner(best, at)
+    return top, token, tl.max(bad, 0)
 
 
 @triton.jit
@@ -142,7 +152,8 @@ def _threshold(
     return floor
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab_size", "stream"])
+# `vocab_size` is specialised: that it is a multiple of 16 is what lets a masked load take 16 bytes at a time.
+@triton.jit(do_not_specialize=["num_rows", "stream"])
 def verify_rows_kernel(
     logits, mix, draft_logits, drafts, seen, knobs, seeds, positions, tokens, verdicts,
     num_rows, vocab_size, beta, stream,
@@ -174,13 +185,14 @@ def verify_rows_kernel(
     accept = token == draft
     if (is_greedy == 0) & (bad == 0):
         floor = _threshold(row, vocab_size, scores, top, top_k, top_p, min_p, BLOCK_V, HAS_MIX, HAS_SEEN)
-        best, token = float("-inf"), -1
+        best, best_token = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
         if RULE == 0:
-            for start in range(0, vocab_size, BLOCK_V):
+            for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
                 at = start + tl.arange(0, BLOCK_V)
                 x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
                 value = tl.where(_order(x) >= floor, x + _gumbel(seed, at, position, stream), float("-inf"))
-                best, token = _take(best, token, value, at)
+                best, best_token = _take(best, best_token, value, at)
+            _, token = _winner(best, best_token)
             accept = token == draft
         else:
             p_total = _mass(row, vocab_size, scores, floor, top, BLOCK_V, HAS_MIX, HAS_SEEN)
@@ -197,8 +209,9 @@ def verify_rows_kernel(
                         q_row, vocab_size, q_scores, q_top, top_k, top_p, min_p, BLOCK_V, False, HAS_SEEN
                     )
                     q_total = _mass(q_row, vocab_size, q_scores, q_floor, q_top, BLOCK_V, False, HAS_SEEN)
-            p_draft, q_draft, second, second_token = 0.0, 0.0, float("-inf"), -1
-            for start in range(0, vocab_size, BLOCK_V):
+            second, second_token = best, best_token
+            p_draft, q_draft = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
+            for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
                 at = start + tl.arange(0, BLOCK_V)
                 x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
                 p = tl.where(_order(x) >= floor, tl.exp(x - top), 0.0) / p_total
@@ -211,16 +224,18 @@ def verify_rows_kernel(
                 noise = _gumbel(seed, at, position, _RESIDUAL)
                 rest = p - q
                 value = tl.where(rest > 0, tl.log(tl.where(rest > 0, rest, 1.0)) + noise, float("-inf"))
-                best, token = _take(best, token, value, at)
+                best, best_token = _take(best, best_token, value, at)
                 value = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)) + noise, float("-inf"))
                 second, second_token = _take(second, second_token, value, at)
-                p_draft += tl.sum(tl.where(at == draft, p, 0.0), 0)
-                q_draft += tl.sum(tl.where(at == draft, q, 0.0), 0)
+                p_draft += tl.where(at == draft, p, 0.0)
+                q_draft += tl.where(at == draft, q, 0.0)
+            _, token = _winner(best, best_token)
+            _, second_token = _winner(second, second_token)
             # Nothing is left of p only where p = q up to rounding: then either serves.
             token = tl.where(token < 0, second_token, token)
             bits = tl.max(_noise_bits(seed, tl.zeros([1], tl.int32), position, _ACCEPT) >> 8, 0)
             u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 5.960464477539063e-08
-            accept = u * q_draft < p_draft
+            accept = u * tl.sum(q_draft, 0) < tl.sum(p_draft, 0)
     tl.store(tokens + tl.program_id(0), tl.where(bad, -1, token).to(tl.int64))
     verdict = tl.where(bad, -1, tl.where(accept & has_draft, 1, 0))
     tl.store(verdicts + tl.program_id(0), verdict.to(tl.int32))
