@@ -120,7 +120,7 @@ def attend_whole_tiles(
     """Online softmax over the keys [start, stop), whole tiles that every row sees: the loop that takes the time.
 
     With SCORES_AHEAD the scores of a tile are multiplied while the softmax of the tile before it runs. Tensor cores
-    that work on their own (wgmma, tcgen05) are then never idle for a softmax; the products and their order are the
+    that work on their own (wgmma, tcgen05) then have work during a softmax; the products and their order are the
     same, so the bits are too. It takes registers for a second tile of scores.
     """
     BLOCK_D: tl.constexpr = acc.shape[1]
