@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tidar_kernels as tk
+from tests.toys import sharp_model
 from tidar_kernels.decoding import Decoder
 from tidar_kernels.models import Transformer, TransformerConfig
 
@@ -56,13 +57,7 @@ class Copier(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8.0)  # far from uniform: varied output, and near ties are out of the question
-    return model
+    return sharp_model(CONFIG, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.toys import sharp_model
 from tidar_kernels import Decoder, patterns
 from tidar_kernels.exact import exact_rows
 from tidar_kernels.lora import GatedLoRA, add_gated_lora
@@ -30,13 +31,7 @@ DEVICES = [
 
 
 def make(device: str) -> Transformer:
-    torch.manual_seed(4)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(6.0)
-    return model.to(device)
+    return sharp_model(CONFIG, by=6.0).to(device)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.toys import sharp_model
 from tidar_kernels.decoding import Decoder
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_shipped
 from tidar_kernels.sampling import RULES, SamplingParams
@@ -42,12 +43,7 @@ PARAMS = [
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8.0)  # far from uniform: varied output, and near ties are out of the question
+    model = sharp_model(CONFIG, seed=1)
     embed = model.embed_tokens
     embed.register_forward_hook(lambda _, args, out: out.masked_fill((args[0] == POISON)[..., None], math.nan))
     # Nobody drafts or generates it.

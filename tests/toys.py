@@ -19,14 +19,14 @@ CONFIG = TransformerConfig(
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 29, 5, 3, 5, 8, 9]]  # a prompt may hold the mask token
 
 
-def sharp_model() -> Transformer:
-    """A random model whose logits are far apart: its greedy tokens differ from row to row."""
-    torch.manual_seed(4)
-    model = Transformer(CONFIG)
+def sharp_model(config: TransformerConfig = CONFIG, seed: int = 4, by: float = 8.0) -> Transformer:
+    """A random model whose logits are far apart: greedy tokens differ from row to row, and rounding decides none."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(8.0)
+                parameter.mul_(by)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.cli.shell import Run, save_model
 from tidar_kernels import cli, testing
+from tidar_kernels.cli import generate
 from tidar_kernels.models import ByteTokenizer, load_checkpoint
 
 
@@ -37,3 +38,17 @@ def healthy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing fails and the self-check takes no time."""
     monkeypatch.setattr("tidar_kernels.models.load_shipped", lambda: (load_checkpoint(checkpoint), ByteTokenizer()))
     monkeypatch.setattr(testing, "SUITES", [s for s in testing.SUITES if s.operator in ("append_kv", "step_attention")])
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autoregressive decoding gets its eighth token wrong."""
+    finished = generate._Task.run
+
+    def wrong(task: generate._Task, *watchers: Any) -> generate._Pass:
+        done = finished(task, *watchers)
+        if done.mode == "autoregressive":
+            done.result.tokens[0][7] ^= 1
+        return done
+
+    monkeypatch.setattr(generate._Task, "run", wrong)

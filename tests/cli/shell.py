@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tidar_kernels.models import Transformer, TransformerConfig, save_checkpoint
+from tests.toys import sharp_model
+from tidar_kernels.models import TransformerConfig, save_checkpoint
 from tidar_kernels.models.tokenizer import MASK_ID, VOCAB_SIZE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def refused(result: tuple[int, str, str]) -> str:
 
 
 def save_model(path: Path, **changes: Any) -> Path:
-    """A random byte-level model. Large weights keep its logits apart, so that rounding decides no argmax."""
+    """A random byte-level model, sharp enough that rounding decides no argmax."""
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -44,13 +44,7 @@ def save_model(path: Path, **changes: Any) -> Path:
         "block_size": 4,
         "mask_token_id": MASK_ID,
     }
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(**shape | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    save_checkpoint(model, path)
+    save_checkpoint(sharp_model(TransformerConfig(**shape | changes), seed=0), path)
     return path
 
 
