@@ -48,10 +48,11 @@ demo: $(STAMP)  ## decode a held-out prompt with the shipped model, by TiDAR and
 
 test: lint unit  ## lint, types, and every test that needs no GPU
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy, and the floor plan
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # Triton decides when a kernel is decorated whether it is interpreted: hence two processes, one after the other.
 # Threads that spin while they wait slow each other down wherever cores are shared.

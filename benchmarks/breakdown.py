@@ -20,11 +20,12 @@ from unittest import mock
 
 import torch
 
-from tidar_kernels import Decoder, ops, session
+from tidar_kernels import Decoder, ops
 from tidar_kernels.cache import KVCache
+from tidar_kernels.decoding import session
+from tidar_kernels.decoding.strategies import base
 from tidar_kernels.models import shipped
 from tidar_kernels.models.transformer import Transformer
-from tidar_kernels.strategies import base
 
 from . import record
 from .decode import prompts

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tidar_kernels as tk
-from tidar_kernels import eager_linear, linear
-from tidar_kernels.rotary import RotaryEmbedding, apply_rotary, rotary_append
+from tidar_kernels import ops as linear
+from tidar_kernels.nn.rotary import RotaryEmbedding, apply_rotary
+from tidar_kernels.ops import rotary_append
+from tidar_kernels.ops.linear import reference as eager_linear
+from tidar_kernels.ops.verify import sampling_tensors
 from tidar_kernels.testing import relative_error
 
 from . import peers, workloads
@@ -255,7 +258,7 @@ class Verify(Operands):
         self.logits = self.random(case.batch, case.block_size, case.vocab_size) * 3
         self.positions = torch.ones(case.batch, dtype=torch.int64, device=self.device)
         asked = [tk.SamplingParams(case.temperature, seed=b) for b in range(case.batch)]
-        self.params = tk.sampling.sampling_tensors(asked, self.device)
+        self.params = sampling_tensors(asked, self.device)
         picks = tk.sample(self.logits, self.positions, self.params, backend="eager")
         self.drafts = torch.cat([picks[:, :1], picks[:, :-1]], dim=1)
         # Sequence b rejects its draft number b, the first one, which none can, excepted.

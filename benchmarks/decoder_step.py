@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from tidar_kernels import strategies
+from tidar_kernels.decoding import strategies
+from tidar_kernels.decoding.session import Session, Step
 from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.patterns import Pattern
-from tidar_kernels.session import Session, Step
 
 from . import rates, record, row, timing
 

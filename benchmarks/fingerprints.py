@@ -20,7 +20,7 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
-from tidar_kernels.kernels.launch import Launch
+from tidar_kernels.ops._triton.launch import Launch
 
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from tidar_kernels import patterns, testing
-from tidar_kernels.kernels import attention_backward, attention_forward, configs, linear, step_attention, verify
-from tidar_kernels.kernels.append_kv import plan_append_kv
-from tidar_kernels.kernels.compact_kv import plan_compact_kv
-from tidar_kernels.kernels.launch import Launch
-from tidar_kernels.kernels.linear_configs import ROLES, LinearConfig
-from tidar_kernels.kernels.rotary_append import plan_rotary_append
+from tidar_kernels.ops._triton import configs
+from tidar_kernels.ops._triton.launch import Launch
+from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig
+from tidar_kernels.ops.attention import triton_backward as attention_backward
+from tidar_kernels.ops.attention import triton_forward as attention_forward
+from tidar_kernels.ops.kv.operands import Turned
+from tidar_kernels.ops.kv.triton import plan_append_kv, plan_compact_kv, plan_rotary_append
+from tidar_kernels.ops.linear import triton as linear
+from tidar_kernels.ops.linear.operands import Adapter, Projection
+from tidar_kernels.ops.operands import Cached, Keys, Results, Rows, Scores
+from tidar_kernels.ops.step_attention import triton as step_attention
+from tidar_kernels.ops.verify import Knob
+from tidar_kernels.ops.verify import triton as verify
+from tidar_kernels.ops.verify.operands import Drafted, Requests, Target
 
 ROWS, HIDDEN, WIDE, RANK = 72, 1536, 12288, 64  # of projections: B = 8 of a step, and shapes of Qwen models
 VOCABULARY = 151_936
@@ -168,12 +176,9 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
     q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
     k_cache, v_cache = (operand(3, 8, slots, case.head_dim) for _ in range(2))
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
-    lead, own, _ = pattern.on(device)
-    softcap, sinks = (SOFTCAP, operand(32)) if extras else (None, None)
-    return step_attention.plan_step_attention(
-        *(q, k, v, k_cache, v_cache, lengths, lead, own, case.head_dim**-0.5, slots),
-        *(pattern.reach_on(device), softcap, sinks, case.target, pattern.bits_on(device)),
-    )[0]
+    scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
+    rows, cached = Rows(q, *pattern.rows_on(device)), Cached(k_cache, v_cache, lengths, slots)
+    return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
 
 
 @functools.cache
@@ -184,17 +189,14 @@ def _training_pattern() -> patterns.Pattern:
 def _attention(case: Case, device: torch.device) -> list[Launch]:
     """A forward and a backward pass over S = 4096 tokens, batch 2, 32 query heads of 8 kv heads."""
     pattern = _training_pattern()
-    lead, own, _ = pattern.on(device)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     q, grad = (operand(2, 32, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
     k, v = (operand(2, 8, pattern.q_len, case.head_dim, layout="bnhd") for _ in range(2))
-    softcap, sinks = (SOFTCAP, operand(32)) if case.variant == configs.EXTRAS else (None, None)
-    forward, out, lse = attention_forward.plan_attention(
-        q, k, v, lead, own, case.head_dim**-0.5, softcap, sinks, case.target
-    )
-    backward, *_ = attention_backward.plan_attention_backward(
-        grad, None, q, k, v, out, lse, lead, own, case.head_dim**-0.5, softcap, case.target
-    )
+    scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if case.variant == configs.EXTRAS else ()))
+    rows, keys = Rows(q, *pattern.rows_on(device)[:2]), Keys(k, v)
+    forward, out, lse = attention_forward.plan_attention(rows, keys, scores, case.target)
+    results = Results(out, lse, grad)
+    backward, *_ = attention_backward.plan_attention_backward(rows, keys, scores, results, case.target)
     return [forward, *backward]
 
 
@@ -207,19 +209,19 @@ def _caches(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def _append(case: Case, device: torch.device) -> list[Launch]:
     new, cache, lengths = _caches(case, device)
-    return [plan_append_kv(cache, cache, new, new, lengths)]
+    return [plan_append_kv(Cached(cache, cache, lengths), Keys(new, new))]
 
 
 def _compact(case: Case, device: torch.device) -> list[Launch]:
     _, cache, lengths = _caches(case, device)
-    return [plan_compact_kv(cache, cache, lengths, _operand(device, 2, 16, dtype=torch.int32))]
+    return [plan_compact_kv(Cached(cache, cache, lengths), _operand(device, 2, 16, dtype=torch.int32))]
 
 
 def _rotary(case: Case, device: torch.device) -> list[Launch]:
     new, cache, lengths = _caches(case, device)
     q = _operand(device, 2, 32, ROWS, case.head_dim, dtype=case.torch_dtype)
     table = _operand(device, 2, ROWS, case.head_dim, dtype=case.torch_dtype)
-    return [plan_rotary_append(q, new, new, table, table, cache, cache, lengths, 8)[0]]
+    return [plan_rotary_append(Turned(q, table, table), Keys(new, new), Cached(cache, cache, lengths), 8)[0]]
 
 
 def _verify(case: Case, device: torch.device) -> list[Launch]:
@@ -227,19 +229,13 @@ def _verify(case: Case, device: torch.device) -> list[Launch]:
     rule, _, extras = case.variant.partition(" ")
     logits = _operand(device, 2, 8, VOCABULARY, dtype=case.torch_dtype)
     integers = _operand(device, 2, dtype=torch.int64)
-    planned, _ = verify.plan_verify(
-        logits,
-        None if rule == "sample" else _operand(device, 2, 8, dtype=torch.int64),
-        integers,
-        _operand(device, 2, 5, dtype=torch.float32),
-        integers,
-        _operand(device, 2, VOCABULARY, dtype=torch.bool) if extras else None,
-        logits if rule == "rejection" else None,
-        logits if extras else None,
-        0.5,
-        _RULES.get(rule, verify.COUPLED),
-        0,
-    )
+    drafted = None
+    if rule != "sample":
+        drafts = _operand(device, 2, 8, dtype=torch.int64)
+        drafted = Drafted(drafts, logits if rule == "rejection" else None, _RULES.get(rule, verify.COUPLED))
+    seen = _operand(device, 2, VOCABULARY, dtype=torch.bool) if extras else None
+    requests = Requests(integers, _operand(device, 2, len(Knob), dtype=torch.float32), integers, seen)
+    planned, _ = verify.plan_verify(Target(logits, logits if extras else None, 0.5), drafted, requests, 0)
     return planned
 
 
@@ -249,9 +245,9 @@ def _linear(case: Case, device: torch.device) -> list[Launch]:
     gate, x = _operand(device, ROWS, dtype=torch.float32), operand(ROWS, HIDDEN)
     if role in ("wide", "narrow"):
         width, rank = (WIDE, RANK) if role == "wide" else (HIDDEN, 8)
-        adapter = (gate, operand(ROWS, rank), operand(width, rank), 0.5)
-        bias = operand(HIDDEN) if role == "narrow" else None
-        return [linear.plan_linear(x, operand(width, HIDDEN), bias, chip, adapter)[0]]
+        adapter = Adapter(operand(rank, HIDDEN), operand(width, rank), gate, 0.5)
+        projection = Projection(x, operand(width, HIDDEN), operand(HIDDEN) if role == "narrow" else None)
+        return [linear.plan_linear(projection, chip, adapter, operand(ROWS, rank))[0]]
     if role == "down":
         return [linear.plan_gated_rows(role, x, operand(RANK, HIDDEN), gate, 1.0, chip)[0]]
     if role == "train_down":

@@ -22,7 +22,7 @@ from typing import Any
 
 import triton
 
-from tidar_kernels.kernels.configs import CHIPS
+from tidar_kernels.ops._triton.configs import CHIPS
 from tidar_kernels.testing.compilation import CompileReport, compile_report
 from tidar_kernels.testing.occupancy import LIMITS
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from tidar_kernels import Decoder
+from tidar_kernels.decoding.profile import profile
+from tidar_kernels.decoding.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar, tree
+from tidar_kernels.decoding.strategies.isd import acceptance_of
+from tidar_kernels.decoding.strategies.isd import expected_tokens as expected_of_isd
+from tidar_kernels.decoding.strategies.levels import expected_tokens, plan
 from tidar_kernels.models import data, shipped
-from tidar_kernels.profiling import profile
-from tidar_kernels.strategies import BlockDiffusion, Profile, SelfSpeculation, Strategy, isd, tidar, tree
-from tidar_kernels.strategies.isd import acceptance_of
-from tidar_kernels.strategies.isd import expected_tokens as expected_of_isd
-from tidar_kernels.strategies.levels import expected_tokens, plan
 
 from . import record
 from .decode import PROMPT_BYTES, prompts

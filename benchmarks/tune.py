@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from tidar_kernels import patterns, testing
-from tidar_kernels.kernels.config_tables import CHIPS, TileConfig
-from tidar_kernels.kernels.configs import EXTRAS, PLAIN, ForwardConfig, attention_config, chip_of
-from tidar_kernels.kernels.linear_configs import ROLES, LinearConfig, linear_config
+from tidar_kernels.ops._triton.configs import EXTRAS, PLAIN, ForwardConfig, attention_config, chip_of
+from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig, linear_config
+from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 from tidar_kernels.testing.compilation import CompileReport, compile_report
 from tidar_kernels.testing.occupancy import LIMITS
 

@@ -10,9 +10,9 @@ import torch
 
 from tidar_kernels import Decoder
 from tidar_kernels.cli import main
-from tidar_kernels.lora import add_gated_lora, load_peft_adapter, save_adapter
 from tidar_kernels.models import Transformer, TransformerConfig, adapter, load_shipped, load_shipped_adapter
 from tidar_kernels.models.data import Corpus, folder_files
+from tidar_kernels.nn.adapters import add_gated_lora, load_peft_adapter, save_adapter
 from tidar_kernels.patterns import Role
 
 CONFIG = TransformerConfig(260, 32, 48, 2, 2, 1, 16, mask_token_id=258, block_size=4)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tidar_kernels as tk
 from tests.paths import KERNELS, on_every_path
-from tidar_kernels import eager, families, patterns
+from tidar_kernels import eager, patterns
 from tidar_kernels.models.transformer import Transformer, TransformerConfig
+from tidar_kernels.ops.operands import Keys, Results, Rows, Scores
 from tidar_kernels.testing import attention as testing
 
 REPEATED = ("batch", "lse_grad", "irregular_fp16", "packed", "shared_heads")
@@ -37,7 +38,7 @@ def test_two_runs_give_the_same_bits(device: str, case: testing.AttentionCase) -
 @pytest.mark.parametrize("device", KERNELS)
 def test_the_order_of_the_loop_does_not_change_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores one tile ahead or not: the same products, in the same order."""
-    kernel = import_module("tidar_kernels.kernels.attention_forward")
+    kernel = import_module("tidar_kernels.ops.attention.triton_forward")
     case = testing.AttentionCase("order", patterns.tidar_training(150, 16), 1, 4, 2, 64, torch.float16)
     operands = testing.attention_operands(case, device)
     q, k, v = (guarded.tensor for guarded in (operands.q, operands.k, operands.v))
@@ -64,17 +65,17 @@ def expanded(runs: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("rows", [300, 4500])
 def test_runs_of_row_tiles(device: str, rows: int) -> None:
     """The walk of dK and dV: every tile with a visible pair, as a whole one only where every pair is visible."""
-    kernels = import_module("tidar_kernels.kernels.attention_backward")
+    kernels = import_module("tidar_kernels.ops.attention.triton_backward")
     row = torch.arange(rows, dtype=torch.int32)
     end = torch.where(row // 64 % 3 == 1, row // 3, row)
     start = torch.maximum(end, torch.randint(0, rows, (rows,), dtype=torch.int32))
     lead, own = torch.stack([0 * row, end], 1), torch.stack([start, (start + 40).clamp(max=rows)], 1)
     pattern = patterns.Pattern(lead, own, row, rows)
     q = torch.randn(1, 1, rows, 16, device=device)
-    lead, own, _ = pattern.on(q.device)
-    lse = torch.zeros(1, 1, rows, device=device)
+    on_device = pattern.rows_on(q.device)[:2]
+    results = Results(q, torch.zeros(1, 1, rows, device=device), q)
     planned, *_ = kernels.plan_attention_backward(
-        q, None, q, q, q, q, lse, lead, own, 1.0, None, kernels.chip_of(q.device)
+        Rows(q, *on_device), Keys(q, q), Scores(1.0), results, kernels.chip_of(q.device)
     )
     _, _, note_bounds, list_runs, walk = planned
     note_bounds.run()
@@ -106,7 +107,7 @@ def operands(pattern: patterns.Pattern, dtype: torch.dtype = torch.float64) -> l
 
 
 @pytest.mark.parametrize("attend", [eager.attention, tk.attention], ids=["eager", "operator"])
-@pytest.mark.parametrize("pattern", [patterns.tidar_training(6, 4), families.idlm_training(5, 2)], ids=lambda p: p.name)
+@pytest.mark.parametrize("pattern", [patterns.tidar_training(6, 4), patterns.idlm_training(5, 2)], ids=lambda p: p.name)
 def test_gradcheck(attend: Any, pattern: patterns.Pattern) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, 0.6, return_lse=True), operands(pattern))
 

@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    breakdown,
-    compare,
-    implementations,
-    memory,
-    plots,
-    record,
-    strategies,
-    timing,
-    training,
-)
+from benchmarks import breakdown, compare, implementations, memory, plots, record, strategies, timing, training
 from tests.benching import TINY, by_name, leaking, once, sections_of
 from tidar_kernels import Decoder, cli, patterns
-from tidar_kernels.lora import add_gated_lora
+from tidar_kernels.decoding.strategies import Profile
 from tidar_kernels.models import Transformer, TransformerConfig
-from tidar_kernels.strategies import Profile
+from tidar_kernels.nn.adapters import add_gated_lora
 
 WITHOUT_FLEX = tuple(name for name in training.ON_CPU if name != "flex_attention")
 

@@ -14,14 +14,10 @@ from tidar_kernels.testing import LAYOUTS
 
 pytest.importorskip("triton")
 
-from tidar_kernels.kernels.attention_backward import plan_attention_backward
-from tidar_kernels.kernels.attention_forward import plan_attention
-from tidar_kernels.testing.compilation import (
-    CompileReport,
-    compile_append_kv,
-    compile_report,
-    compile_step_attention,
-)
+from tidar_kernels.ops.attention.triton_backward import plan_attention_backward
+from tidar_kernels.ops.attention.triton_forward import plan_attention
+from tidar_kernels.ops.operands import Keys, Results, Rows, Scores
+from tidar_kernels.testing.compilation import CompileReport, compile_append_kv, compile_report, compile_step_attention
 from tidar_kernels.testing.occupancy import LIMITS
 
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
@@ -105,10 +101,10 @@ def training(
         return torch.empty_strided(shape, LAYOUTS[layout](*shape), dtype=torch.float16, device="meta")
 
     q, k = operand(heads[0], pattern.q_len), operand(heads[1], pattern.kv_len)
-    lead, own, _ = pattern.on("meta")
-    forward, out, lse = plan_attention(q, k, k, lead, own, 0.125, None, None, cc)
-    grads = (q, lse if lse_grad else None)
-    backward, *_ = plan_attention_backward(*grads, q, k, k, out, lse, lead, own, 0.125, None, cc)
+    rows, keys, scores = Rows(q, *pattern.rows_on("meta")[:2]), Keys(k, k), Scores(0.125)
+    forward, out, lse = plan_attention(rows, keys, scores, cc)
+    results = Results(out, lse, q, lse if lse_grad else None)
+    backward, *_ = plan_attention_backward(rows, keys, scores, results, cc)
     launches = [launch for launch in (forward, *backward) if launch.kernel.__name__ in MULTIPLYING]
     assert len(launches) == 3
     return [compile_report(launch, cc) for launch in launches]

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tidar_kernels as tk
-from tidar_kernels import cpu_attention, cpu_parts, eager, families, patterns
+from tidar_kernels import eager, patterns
+from tidar_kernels.ops import _cpu as cpu_parts
+from tidar_kernels.ops.attention import cpu as cpu_attention
 from tidar_kernels.patterns import Pattern
 from tidar_kernels.testing import irregular_pattern
 from tidar_kernels.testing.attention import AttentionCase, check_attention
@@ -61,9 +63,9 @@ CUTS: dict[str, Callable[[], Pattern]] = {
     "tidar, B does not divide S": lambda: patterns.tidar_training(57, 7),
     "tidar, blocks of MAX_BEHIND": lambda: patterns.tidar_training(60, 8),
     "tidar, blocks beyond": lambda: patterns.tidar_training(70, 13),
-    "block diffusion": lambda: families.block_diffusion_training(52, 6),
+    "block diffusion": lambda: patterns.block_diffusion_training(52, 6),
     "documents, long and short": lambda: patterns.tidar_training(77, 4, [30, 2, 5, 40], [0, 1, 0, 10]),
-    "a prompt before every staircase": lambda: families.jacobi_forcing_training(15, 30),
+    "a prompt before every staircase": lambda: patterns.jacobi_forcing_training(15, 30),
     "prefill": lambda: patterns.tidar_prefill(50, 3),
     "causal": lambda: patterns.causal(24),
     "no staircase": lambda: patterns.causal(23),
@@ -94,7 +96,7 @@ def test_parity_with_a_cap_and_sinks(name: str, small: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "pattern", [patterns.tidar_training(300, 16), families.block_diffusion_training(300, 32)], ids=lambda p: p.name
+    "pattern", [patterns.tidar_training(300, 16), patterns.block_diffusion_training(300, 32)], ids=lambda p: p.name
 )
 def test_parity_at_full_size(pattern: Pattern, dtype: torch.dtype) -> None:
     check_attention(AttentionCase(pattern.name, pattern, 1, 2, 1, 16, dtype), "cpu")
@@ -186,7 +188,7 @@ class LargestTensor(TorchDispatchMode):
         lambda s: patterns.tidar_training(s, 16),
         lambda s: patterns.tidar_training(s, 300),
         lambda s: patterns.tidar_training(s, 8, [100] * (s // 100)),
-        lambda s: families.packed([patterns.tidar_training(s // 2, 8)] * 2),
+        lambda s: patterns.packed([patterns.tidar_training(s // 2, 8)] * 2),
     ],
     ids=["tidar", "long_blocks", "documents", "packed"],
 )

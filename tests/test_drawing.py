@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tidar_kernels import drawing
-from tidar_kernels.drawing import as_text, save_png
-from tidar_kernels.pattern import unpack_bits
-from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training, tree
+from tidar_kernels.patterns import Pattern, Role, causal, drawing, tidar_prefill, tidar_step, tidar_training, tree
+from tidar_kernels.patterns.drawing import as_text, save_png
+from tidar_kernels.patterns.rows import unpack_bits
 from tidar_kernels.testing import irregular_pattern, random_tree
 
 STEP = """\

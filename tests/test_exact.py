@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.toys import sharp_model
 from tidar_kernels import Decoder, patterns
-from tidar_kernels.exact import exact_rows
-from tidar_kernels.lora import GatedLoRA, add_gated_lora
+from tidar_kernels.decoding.exact import exact_rows
+from tidar_kernels.decoding.strategies import SelfSpeculation, Strategy, isd, tidar
 from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
-from tidar_kernels.strategies import SelfSpeculation, Strategy, isd, tidar
+from tidar_kernels.nn.adapters import GatedLoRA, add_gated_lora
 
 # Products of smaller ones round alike for any number of rows, and would prove nothing.
 CONFIG = TransformerConfig(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tidar_kernels import families, patterns
+from tidar_kernels import patterns
 from tidar_kernels.patterns import Pattern, Role
 
 FIELDS = ("lead", "own", "positions", "roles", "predicts")
@@ -29,7 +29,7 @@ def test_idlm(n: int, block: int) -> None:
             return k_block < q_block
         return not k_noisy and q >= k
 
-    pattern = families.idlm_training(n, block)
+    pattern = patterns.idlm_training(n, block)
     check(pattern, visible, 2 * n, 2 * n)
     assert pattern.positions.tolist() == [*range(n), *range(n)]
     assert pattern.roles.tolist() == [Role.MASK] * n + [Role.CLEAN] * n
@@ -44,7 +44,7 @@ def test_block_diffusion(n: int, block: int) -> None:
             return q_block == k_block if k < n else k_block < q_block
         return k >= n and k_block <= q_block
 
-    pattern = families.block_diffusion_training(n, block)
+    pattern = patterns.block_diffusion_training(n, block)
     check(pattern, visible, 2 * n, 2 * n)
     assert pattern.positions.tolist() == [*range(n), *range(n)]
     assert pattern.predicts.tolist() == [*range(n)] + [-1] * n
@@ -58,7 +58,7 @@ def test_set_block_is_tidar_with_the_halves_swapped(n: int, block: int) -> None:
             return q_block == k_block if k < n else k_block < q_block
         return n <= k <= q
 
-    pattern = families.set_block_training(n, block)
+    pattern = patterns.set_block_training(n, block)
     check(pattern, visible, 2 * n, 2 * n)
     tidar = patterns.tidar_training(n, block)
     assert torch.equal(pattern.dense(), tidar.dense().roll((n, n), (0, 1)))
@@ -73,7 +73,7 @@ def test_dflash(n: int, anchors: list[int], block: int) -> None:
     def visible(q: int, k: int) -> bool:
         return k < anchors[q // block] if k < n else (k - n) // block == q // block
 
-    pattern = families.dflash_training(n, anchors, block)
+    pattern = patterns.dflash_training(n, anchors, block)
     check(pattern, visible, len(anchors) * block, n + len(anchors) * block)
     positions = [anchor + m for anchor in anchors for m in range(block)]
     assert pattern.positions.tolist() == positions
@@ -97,7 +97,7 @@ def test_jacobi_forcing(n: int, blocks: int, block: int) -> None:
             return q_copy != "prompt" or k_at <= q_at
         return q_copy == k_copy and (k_block < q_block or (k_block == q_block and k_at <= q_at))
 
-    pattern = families.jacobi_forcing_training(n, s)
+    pattern = patterns.jacobi_forcing_training(n, s)
     check(pattern, visible, n + 2 * s, n + 2 * s)
     assert pattern.positions.tolist() == [*range(n + s), *range(n, n + s)]
     assert pattern.roles.tolist() == [Role.CLEAN] * n + [Role.MASK] * s + [Role.CLEAN] * s
@@ -106,8 +106,8 @@ def test_jacobi_forcing(n: int, blocks: int, block: int) -> None:
 
 
 def test_packed_patterns_are_block_diagonal() -> None:
-    parts = [patterns.tidar_training(5, 2), patterns.causal(3), families.dflash_training(4, [2], 3)]
-    whole = families.packed(parts)
+    parts = [patterns.tidar_training(5, 2), patterns.causal(3), patterns.dflash_training(4, [2], 3)]
+    whole = patterns.packed(parts)
     assert torch.equal(whole.dense(), torch.block_diag(*(part.dense() for part in parts)).bool())
     for name in ("positions", "roles"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
@@ -116,13 +116,13 @@ def test_packed_patterns_are_block_diagonal() -> None:
 
 
 BAD = [
-    (lambda: families.idlm_training(0, 1), ValueError, r"^seq_len: expected >= 1, got 0$"),
-    (lambda: families.block_diffusion_training(4, 0), ValueError, r"^block_size: expected >= 1, got 0$"),
-    (lambda: families.set_block_training(4.0, 1), TypeError, r"^seq_len: expected an int, got float$"),
-    (lambda: families.dflash_training(4, [5], 1), ValueError, r"^anchors: expected <= context_len = 4, got 5$"),
-    (lambda: families.jacobi_forcing_training(-1, 2), ValueError, r"^prompt_len: expected >= 0, got -1$"),
-    (lambda: families.packed([]), ValueError, r"^patterns: expected at least one, got none$"),
-    (lambda: families.packed([3]), TypeError, r"^patterns: expected tidar_kernels.Pattern, got int at 0$"),
+    (lambda: patterns.idlm_training(0, 1), ValueError, r"^seq_len: expected >= 1, got 0$"),
+    (lambda: patterns.block_diffusion_training(4, 0), ValueError, r"^block_size: expected >= 1, got 0$"),
+    (lambda: patterns.set_block_training(4.0, 1), TypeError, r"^seq_len: expected an int, got float$"),
+    (lambda: patterns.dflash_training(4, [5], 1), ValueError, r"^anchors: expected <= context_len = 4, got 5$"),
+    (lambda: patterns.jacobi_forcing_training(-1, 2), ValueError, r"^prompt_len: expected >= 0, got -1$"),
+    (lambda: patterns.packed([]), ValueError, r"^patterns: expected at least one, got none$"),
+    (lambda: patterns.packed([3]), TypeError, r"^patterns: expected tidar_kernels.Pattern, got int at 0$"),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tidar_kernels as tk
-from tidar_kernels.layers import RMSNorm, RotaryEmbedding, apply_rotary
+from tidar_kernels.nn.attention import RMSNorm, RotaryEmbedding, apply_rotary
 
 
 def rotate_by_complex_numbers(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.toys import Chain, decode_chain
-from tidar_kernels import Decoder, strategies
+from tidar_kernels import Decoder
+from tidar_kernels.decoding import strategies
+from tidar_kernels.decoding.profile import profile
+from tidar_kernels.decoding.strategies import Batch, Outcome, Profile, levels, tidar
 from tidar_kernels.models import Transformer, TransformerConfig
-from tidar_kernels.profiling import profile
-from tidar_kernels.sampling import SamplingParams
-from tidar_kernels.strategies import Batch, Outcome, Profile, levels, tidar
+from tidar_kernels.ops.verify import SamplingParams
 
 ROWS = (1, 8, 16, 64, 128)
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.paths import DEVICES, HERE, on_every_path
-from tidar_kernels import eager_linear, testing
-from tidar_kernels.linear import gated_lora, row_invariant_linear
+from tidar_kernels import testing
+from tidar_kernels.ops import gated_lora, row_invariant_linear
+from tidar_kernels.ops.linear import reference as eager_linear
 from tidar_kernels.testing import bits, poisoned_allocations
 from tidar_kernels.testing.projections import matrix, random_gate
 

@@ -15,8 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tidar_kernels.linear import row_invariant_linear
-from tidar_kernels.lora import CONFIG, WEIGHTS, GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
+from tidar_kernels.nn.adapters import (
+    CONFIG,
+    WEIGHTS,
+    GatedLoRA,
+    add_gated_lora,
+    load_peft_adapter,
+    lora_gate,
+    save_adapter,
+)
+from tidar_kernels.ops import row_invariant_linear
 from tidar_kernels.testing import budget
 
 PATHS = [pytest.param("cpu"), pytest.param("interpreter", marks=pytest.mark.interpret)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tidar_kernels as tk
-from tidar_kernels.loss import label_counts, tidar_loss
+from tidar_kernels.nn.loss import label_counts, tidar_loss
 
 VOCAB, HIDDEN = 23, 12
 

@@ -62,7 +62,7 @@ def test_opcheck_step_attention_with_more() -> None:
     case = testing.StepCase("opcheck", STEP, (3, 14), 4, 2, 16, max_len=MAX_LEN, window=4, sinks=True)
     operands, pattern = testing.step_operands(case), STEP.windowed(4)
     lead, own, _ = pattern.on("cpu")
-    more = (pattern.reach_on("cpu"), 2.0, operands.options["sinks"])
+    more = (pattern.rows_on("cpu")[2], 2.0, operands.options["sinks"])
     step = torch.ops.tidar_kernels.step_attention.default
     torch.library.opcheck(step, (*operands.tensors, lead, own, 0.25, MAX_LEN, *more))
 

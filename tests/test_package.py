@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,29 +21,6 @@ import tidar_kernels
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "tidar_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-# From the ground up; a module imports from its own floor and from those below. "__init__" is the package's front door.
-FLOORS = (
-    {"_checks", "drawing", "families", "noise", "pattern", "patterns", "step_patterns"},
-    {"eager", "eager_linear"},
-    {"kernels"},
-    {"cpu", "cpu_attention", "cpu_parts", "ops", "registration"},
-    {"linear", "rotary"},
-    {"cpu_exact", "exact"},
-    {"cache"},
-    {"loss", "sampling"},
-    {"layers", "lora"},
-    {"patching"},
-    {"strategies"},
-    {"session"},
-    {"decoding"},
-    {"profiling"},
-    {"models"},
-    {"integrations"},
-    {"testing"},
-    {"__init__"},
-    {"__main__", "cli"},
-)
 
 # Modules whose import the blocker turns into an ImportError, as on a machine without them.
 BLOCKER = """
@@ -90,14 +66,18 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_only_kernels_need_triton() -> None:
-    """Every module but those in `kernels` and `integrations` imports where there is no Triton, no matplotlib."""
+    """Every module but those of kernels and `integrations.transformers` imports without Triton and matplotlib."""
     names = [
         name
         for name in module_names()
-        if name.split(".")[1:2] not in (["kernels"], ["integrations"]) and not name.endswith("__main__")
+        if not (is_of_kernels(name) or "integrations.transformers" in name or name.endswith("__main__"))
     ]
     assert "tidar_kernels.ops" in names
     run_python(f"import importlib\nfor name in {names!r}: importlib.import_module(name)", "triton", "matplotlib")
+
+
+def is_of_kernels(name: str) -> bool:
+    return "._triton" in name or name.split(".")[-1].startswith("triton")
 
 
 def module_names() -> list[str]:
@@ -106,69 +86,11 @@ def module_names() -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in module_names() if not name.endswith("__main__")])
 def test_public_names_exist(name: str) -> None:
-    if name.startswith("tidar_kernels.kernels"):
+    if is_of_kernels(name):
         pytest.importorskip("triton")
     module = importlib.import_module(name)
     missing = [public for public in getattr(module, "__all__", []) if not hasattr(module, public)]
     assert not missing
-
-
-def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """`(line, dotted name)` of all that a file imports from the package, at the top or inside functions."""
-    package = path.relative_to(REPOSITORY).parent.parts
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [f"{base}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.split(".")[0] == "tidar_kernels":
-                yield node.lineno, name
-
-
-def room(dotted: str) -> str:
-    """The top-level module or subpackage that a dotted name lies in; `__init__` if it is a name of the package."""
-    first = [*dotted.split("."), ""][1]
-    return first if first and ((PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()) else "__init__"
-
-
-def floor(name: str) -> int:
-    for height, rooms in enumerate(FLOORS):
-        if name in rooms:
-            return height
-    raise AssertionError(f"{name}: expected a place in FLOORS, got none")
-
-
-def upward_imports(path: Path, source: str) -> list[str]:
-    own = room(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
-    return [
-        f"{path.name}:{line}: {own} imports {name} from above"
-        for line, name in imported(path, ast.parse(source))
-        if floor(room(name)) > floor(own)
-    ]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_imports_upward(path: Path) -> None:
-    assert upward_imports(path, path.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("file", "statement"),
-    [
-        ("eager.py", "from . import ops"),
-        ("eager.py", "from .ops import attention"),
-        ("eager.py", "def f():\n    import tidar_kernels.cache"),
-        ("models/transformer.py", "from ..cli import main"),
-        ("models/transformer.py", "from tidar_kernels import Pattern"),
-        ("kernels/common.py", "from .. import cache"),
-    ],
-)
-def test_upward_imports_are_found(file: str, statement: str) -> None:
-    assert len(upward_imports(PACKAGE / file, statement)) == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tidar_kernels as tk
-from tidar_kernels.patching import PatchedAttention
+from tidar_kernels.integrations.patch import PatchedAttention
 from tidar_kernels.patterns import Pattern
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, DIM, THETA = 23, 24, 4, 2, 6, 500.0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tidar_kernels import families
+from tidar_kernels import patterns
 from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training
 
 BLOCK_SIZES = range(1, 33)
@@ -349,13 +349,13 @@ EVERY_KIND = [
     tidar_step(5, bidirectional=False),
     tidar_training(13, 4),
     tidar_training(20, 3, [7, 4, 9], [3, 4, 0]),
-    families.idlm_training(9, 4),
-    families.block_diffusion_training(9, 4),
-    families.set_block_training(9, 4),
-    families.dflash_training(9, [0, 3, 9], 4),
-    families.jacobi_forcing_training(4, 7),
+    patterns.idlm_training(9, 4),
+    patterns.block_diffusion_training(9, 4),
+    patterns.set_block_training(9, 4),
+    patterns.dflash_training(9, [0, 3, 9], 4),
+    patterns.jacobi_forcing_training(4, 7),
 ]
-EVERY_KIND.append(families.packed(EVERY_KIND))
+EVERY_KIND.append(patterns.packed(EVERY_KIND))
 
 
 def within(pattern: Pattern, window: int, context_len: int) -> torch.Tensor:
@@ -386,11 +386,11 @@ def test_a_window_is_made_once() -> None:
     assert pattern.windowed(6) is windowed
     assert windowed.name == "tidar_step(block_size=4).windowed(6)"
     assert not windowed.lead.is_inference()
-    assert pattern.reach_on("cpu") is pattern.reach is None
+    assert pattern.rows_on("cpu")[2] is pattern.reach is None
     assert windowed.reach is not None
-    assert torch.equal(windowed.reach_on("cpu"), windowed.reach)
+    assert torch.equal(windowed.rows_on("cpu")[2], windowed.reach)
     assert windowed.reach.tolist() == [max(0, 5 - at) for at in pattern.positions.tolist()]
-    assert [x.device.type for x in (*windowed.on("meta"), windowed.reach_on("meta"))] == ["meta"] * 4
+    assert [x.device.type for x in (*windowed.on("meta"), windowed.rows_on("meta")[2])] == ["meta"] * 4
 
 
 def test_causal_rows_share_one_window() -> None:
@@ -409,13 +409,13 @@ def test_causal_rows_share_one_window() -> None:
 
 def test_packed_sequences_keep_their_reach() -> None:
     parts = [causal(2), causal(3).windowed(2)]
-    packed = families.packed(parts)
+    packed = patterns.packed(parts)
     assert packed.reach is not None
     assert packed.reach.tolist() == [2**31 - 1, 2**31 - 1, 1, 0, 0]
     own = [part.dense(3)[:, :3] for part in parts]
     assert torch.equal(packed.dense(3)[:, :3], torch.cat(own))
     unknown = Pattern(int32([0, 2]), int32([0, 0]), torch.tensor([1], dtype=torch.int32), 2)
-    assert families.packed([unknown, causal(2)]).key_positions is None
+    assert patterns.packed([unknown, causal(2)]).key_positions is None
 
 
 @pytest.mark.parametrize(

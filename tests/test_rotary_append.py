@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.paths import DEVICES, on_every_path
 from tidar_kernels import ops, testing
-from tidar_kernels.rotary import RotaryEmbedding, rotary_append
+from tidar_kernels.nn.rotary import RotaryEmbedding
+from tidar_kernels.ops import rotary_append
 
 
 @pytest.mark.parametrize(("device", "case"), on_every_path("rotary_append"))
@@ -71,7 +72,9 @@ def test_bad_input_writes_nothing(change: dict[str, Any], error: type[Exception]
 
 def test_compiles_where_the_head_dim_is_no_power_of_two() -> None:
     pytest.importorskip("triton")
-    from tidar_kernels.kernels.rotary_append import plan_rotary_append
+    from tidar_kernels.ops.kv.operands import Turned
+    from tidar_kernels.ops.kv.triton import plan_rotary_append
+    from tidar_kernels.ops.operands import Cached, Keys
     from tidar_kernels.testing.compilation import compile_report
 
     assert not ops.interpreting()
@@ -81,6 +84,8 @@ def test_compiles_where_the_head_dim_is_no_power_of_two() -> None:
 
     k, cache, table = meta(2, 8, 72, 80), meta(2, 8, 4096, 80), meta(2, 72, 80)
     lengths = meta(2, dtype=torch.int32)
-    launch, *_ = plan_rotary_append(meta(2, 32, 72, 80), k, k, table, table, cache, cache, lengths, 8)
+    launch, *_ = plan_rotary_append(
+        Turned(meta(2, 32, 72, 80), table, table), Keys(k, k), Cached(cache, cache, lengths), 8
+    )
     report = compile_report(launch, 90)
     assert (report.stack_bytes, report.local_accesses, report.spill_bytes) == (0, 0, 0)

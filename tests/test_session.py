@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.toys import sharp_model
-from tidar_kernels.decoding import Decoder
+from tidar_kernels.decoding.decoder import Decoder
+from tidar_kernels.decoding.session import Session, Step
+from tidar_kernels.decoding.strategies import tidar
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_shipped
-from tidar_kernels.sampling import RULES, SamplingParams
-from tidar_kernels.session import Session, Step
-from tidar_kernels.strategies import tidar
+from tidar_kernels.ops.verify import RULES, SamplingParams
 
 CONFIG = TransformerConfig(
     vocab_size=40,

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any
 
 import pytest
@@ -22,8 +22,8 @@ from benchmarks import static_report
 from benchmarks.fingerprints import fingerprint, normalised
 from benchmarks.static_cases import KERNELS, Case, cases, launch
 from benchmarks.static_report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
-from tidar_kernels import kernels
-from tidar_kernels.kernels.configs import CHIPS, ForwardConfig
+from tidar_kernels import ops
+from tidar_kernels.ops._triton.configs import CHIPS, ForwardConfig
 from tidar_kernels.testing.assembly import AMDGCN, SASS, by_class, copies_ahead, exponentials_behind_wgmma, hot_loop
 from tidar_kernels.testing.compilation import compile_report, compiling_for, disassembled
 from tidar_kernels.testing.occupancy import resident_warps
@@ -89,8 +89,9 @@ def test_the_budget_has_no_exception_without_need(rows: list[dict[str, Any]], bu
 
 
 def test_no_kernel_is_left_out() -> None:
-    """Whatever is launched from `kernels/` is a function there whose name ends in `_kernel`."""
-    modules = [import_module(f"tidar_kernels.kernels.{info.name}") for info in iter_modules(kernels.__path__)]
+    """Whatever is launched is a function of `tidar_kernels.ops` whose name ends in `_kernel`."""
+    names = [info.name for info in walk_packages(ops.__path__, "tidar_kernels.ops.")]
+    modules = [import_module(name) for name in names if name.split(".")[-1].startswith("triton")]
     found = {name for module in modules for name, value in vars(module).items() if isinstance(value, KernelInterface)}
     assert {name.removesuffix("_kernel") for name in found if name.endswith("_kernel")} == set(KERNELS)
 

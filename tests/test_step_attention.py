@@ -126,7 +126,7 @@ def test_offsets_past_2_31_elements(device: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", KERNELS)
 def test_the_order_of_the_loop_does_not_change_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores one tile ahead or not: the same products, in the same order."""
-    kernel = import_module("tidar_kernels.kernels.step_attention")
+    kernel = import_module("tidar_kernels.ops.step_attention.triton")
     case = testing.StepCase("order", patterns.tidar_step(4), (131, 0, 16, 48), 4, 2, 64, torch.float16, max_len=400)
     tensors = testing.step_operands(case, device).tensors
     configured, found = kernel.step_config, []

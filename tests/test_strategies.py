@@ -11,13 +11,22 @@ import pytest
 import torch
 
 from tests.toys import PROMPTS, Chain, certain, chain_law, decode_chain, distance, sharp_model, toy
-from tidar_kernels import Decoder, patterns, step_patterns
-from tidar_kernels.lora import GatedLoRA, add_gated_lora
+from tidar_kernels import Decoder, patterns
+from tidar_kernels.decoding.strategies import (
+    Batch,
+    BlockDiffusion,
+    Outcome,
+    SelfSpeculation,
+    Strategy,
+    by_name,
+    isd,
+    tidar,
+)
+from tidar_kernels.decoding.strategies.isd import acceptance_of, expected_tokens
 from tidar_kernels.models import Transformer, load_shipped
+from tidar_kernels.nn.adapters import GatedLoRA, add_gated_lora
+from tidar_kernels.ops.verify import SamplingParams
 from tidar_kernels.patterns import Pattern, Role
-from tidar_kernels.sampling import SamplingParams
-from tidar_kernels.strategies import Batch, BlockDiffusion, Outcome, SelfSpeculation, Strategy, by_name, isd, tidar
-from tidar_kernels.strategies.isd import acceptance_of, expected_tokens
 
 
 def strategies() -> dict[str, Strategy]:
@@ -57,7 +66,7 @@ def check(pattern: Pattern, visible: Any, positions: list[int], masks: int) -> N
 def test_isd_is_strictly_causal(stride: int) -> None:
     """I-DLM: 2N - 1 rows at consecutive positions; masks see earlier masks."""
     rows = 2 * stride - 1
-    pattern = step_patterns.isd_step(stride)
+    pattern = patterns.isd_step(stride)
     check(pattern, lambda q, k: k <= q, list(range(rows)), stride - 1)
     assert pattern.causal_len == stride  # no K/V of a mask row may enter the cache, causal as it is
 
@@ -66,13 +75,13 @@ def test_isd_is_strictly_causal(stride: int) -> None:
 @pytest.mark.parametrize("shifted", [True, False])
 def test_flare_masks_see_all_before_and_each_other(stride: int, shifted: bool) -> None:
     rows = 2 * stride - shifted
-    pattern = step_patterns.isd_step(stride, bidirectional=True, shifted=shifted)
+    pattern = patterns.isd_step(stride, bidirectional=True, shifted=shifted)
     check(pattern, lambda q, k: k <= q or (q >= stride and k >= stride), list(range(rows)), rows - stride)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_a_block_sees_itself_and_is_never_committed(length: int) -> None:
-    pattern = step_patterns.block_step(length)
+    pattern = patterns.block_step(length)
     check(pattern, lambda q, k: True, list(range(length)), length)
     assert pattern.causal_len == 0
 

@@ -26,7 +26,7 @@ from benchmarks.compatibility import (
 )
 from tidar_kernels import Decoder, KVCache, patterns
 from tidar_kernels.integrations.transformers import TiDARCache, TransformersModel, tidar_generation
-from tidar_kernels.lora import GatedLoRA, add_gated_lora
+from tidar_kernels.nn.adapters import GatedLoRA, add_gated_lora
 from tidar_kernels.testing import relative_error
 
 BY_NAME = {model.name: model for model in MODELS}

@@ -11,15 +11,16 @@ import torch
 
 from tests.paths import KERNELS
 from tests.toys import CONFIG, PROMPTS, certain, chain_law, decode_chain, distance, sharp_model, toy
-from tidar_kernels import Decoder, KVCache, eager, families, ops, patterns, testing
-from tidar_kernels.exact import exact_rows
-from tidar_kernels.layers import TiDARAttention
+from tidar_kernels import Decoder, KVCache, eager, ops, patterns, testing
+from tidar_kernels.decoding.exact import exact_rows
+from tidar_kernels.decoding.session import Step
+from tidar_kernels.decoding.strategies import Batch, Outcome, SelfSpeculation, Tree, tree
 from tidar_kernels.models import Transformer
-from tidar_kernels.pattern import Pattern, Role, pack_bits, unpack_bits
-from tidar_kernels.rotary import RotaryEmbedding
-from tidar_kernels.sampling import SamplingParams
-from tidar_kernels.session import Step
-from tidar_kernels.strategies import Batch, Outcome, SelfSpeculation, Tree, tree
+from tidar_kernels.nn.attention import TiDARAttention
+from tidar_kernels.nn.rotary import RotaryEmbedding
+from tidar_kernels.ops.verify import SamplingParams
+from tidar_kernels.patterns.pattern import Pattern
+from tidar_kernels.patterns.rows import Role, pack_bits, unpack_bits
 
 TREES = {
     "default": tree(5),
@@ -56,8 +57,8 @@ def test_nodes_see_their_ancestors_and_themselves(nodes: int) -> None:
     assert pattern.causal_len == pattern.lead_end == 0
     assert pattern.bits is not None
     assert pattern.bits.shape == (nodes, (nodes + 31) // 32)
-    assert pattern.bits_on("cpu") is pattern.bits_on("cpu")
-    assert patterns.causal(3).bits_on("cpu") is None
+    assert pattern.rows_on("cpu")[3] is pattern.rows_on("cpu")[3]
+    assert patterns.causal(3).rows_on("cpu")[3] is None
 
 
 def test_a_chain_is_causal_and_several_roots_do_not_meet() -> None:
@@ -149,7 +150,7 @@ def test_bad_bits() -> None:
 def test_packed_sequences_keep_their_trees() -> None:
     one, other = patterns.tree([-1, 0, 0]), patterns.causal(2)
     expected = torch.block_diag(other.dense().int(), one.dense().int(), one.dense().int()).bool()
-    assert torch.equal(families.packed([other, one, one]).dense(), expected)
+    assert torch.equal(patterns.packed([other, one, one]).dense(), expected)
 
 
 # The operators. Parity is in the tables of `tidar_kernels.testing`, which tests/test_step_attention.py runs.
@@ -204,7 +205,7 @@ def test_bits_may_differ_where_intervals_do_not() -> None:
 def test_the_operator_as_torch_library_sees_it() -> None:
     pattern = patterns.tree([-1, 0, 0, 1])
     lead, own, _ = pattern.on("cpu")
-    arguments = (*step_operands(pattern), lead, own, 0.25, 30, None, None, None, pattern.bits_on("cpu"))
+    arguments = (*step_operands(pattern), lead, own, 0.25, 30, None, None, None, pattern.rows_on("cpu")[3])
     torch.library.opcheck(torch.ops.tidar_kernels.step_attention.default, arguments)
 
 

@@ -16,9 +16,9 @@ from benchmarks import record, tune
 from benchmarks.static_cases import Case
 from benchmarks.tune import Trial, candidates, case_for, choose, current, source, survivors, timed
 from tidar_kernels import cli
-from tidar_kernels.kernels import step_attention
-from tidar_kernels.kernels.configs import CHIPS, ForwardConfig, TileConfig, step_config
-from tidar_kernels.kernels.linear_configs import LinearConfig
+from tidar_kernels.ops._triton.configs import CHIPS, ForwardConfig, TileConfig, step_config
+from tidar_kernels.ops._triton.linear_tables import LinearConfig
+from tidar_kernels.ops.step_attention import triton as step_attention
 from tidar_kernels.testing import ParityError
 
 CASE = Case("step_attention", "90", "bfloat16", 128)

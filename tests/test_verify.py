@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tests.paths import DEVICES, KERNELS, on_every_path
 from tests.toys import chain_law, distance
-from tidar_kernels import eager, noise, ops, sampling, testing
-from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors, verify
+from tidar_kernels import eager, ops, testing
+from tidar_kernels.ops.verify import RULES, SamplingParams, noise, sample, sampling_tensors, verify
+from tidar_kernels.ops.verify.api import verify_operator
 
 GREEDY = SamplingParams()
 
@@ -209,7 +210,7 @@ def toy(vocab: int, block: int) -> tuple[Tensor, Tensor]:
     ("vocab", "block", "shaping"),
     [*((v, b, shaping) for v, b in ((5, 2), (3, 4)) for shaping in SHAPINGS), (3, 1, "plain"), (8, 3, "top_p")],
 )
-@pytest.mark.parametrize("rule", sampling.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_law_of_the_first_four_tokens(rule: str, vocab: int, block: int, shaping: str) -> None:
     table, drafts = toy(vocab, block)
     params = [SamplingParams(**SHAPINGS[shaping], seed=seed) for seed in range(SAMPLES)]
@@ -226,14 +227,14 @@ def test_a_replacement_drawn_from_p_is_seen(rule: str, monkeypatch: pytest.Monke
     """The public bug: after a rejection the token comes from p instead of norm(max(p - q, 0)). The test must be red."""
     table, drafts = toy(5, 3)
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(SAMPLES)]
-    right = eager.verify
+    right = verify_operator.cpu
 
-    def wrong(logits: Tensor, drafts: Tensor, positions: Tensor, knobs: Tensor, seeds: Tensor, **options: Any) -> Any:
-        accepted, following, bad = right(logits, drafts, positions, knobs, seeds, **options)
-        of_p = eager.sample(logits, positions, knobs, seeds, stream=noise.Stream.RESIDUAL)
+    def wrong(target: Any, drafted: Any, requests: Any) -> Any:
+        accepted, following, bad = right(target, drafted, requests)
+        of_p = eager.sample(target.logits, *requests[:3], stream=noise.Stream.RESIDUAL)
         return accepted, of_p.gather(1, accepted[:, None] - 1)[:, 0], bad
 
-    monkeypatch.setattr(eager, "verify", wrong)
+    monkeypatch.setattr(verify_operator, "cpu", wrong)
     found, limit = distance(in_chunks(table, drafts, 3, 4, params, rule), chain_law(table, 0, 4, params[0]))
     assert found > 2 * limit
 
@@ -247,7 +248,7 @@ def test_kernel_parity(device: str, case: testing.VerifyCase) -> None:
 
 
 @pytest.mark.parametrize("device", KERNELS)
-@pytest.mark.parametrize("rule", sampling.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
     """A small vocabulary and drafts that are often wrong: acceptances and replacements of every kind."""
     generator = torch.Generator().manual_seed(0)
@@ -278,7 +279,7 @@ def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", sampling.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_batch_mates_change_nothing(rule: Any, device: str) -> None:
     at = operands(40, 4, torch.float32, 5, device)
     params = [SamplingParams(0.9, seed=1), SamplingParams(1.1, top_k=7, seed=2)]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tidar_kernels import KVCache, Pattern, eager
+from tidar_kernels.decoding.strategies import Batch, Strategy
 from tidar_kernels.models import Transformer, TransformerConfig
-from tidar_kernels.sampling import SamplingParams, sample, sampling_tensors
-from tidar_kernels.strategies import Batch, Strategy
+from tidar_kernels.ops.verify import SamplingParams, sample, sampling_tensors
 
 CONFIG = TransformerConfig(
     vocab_size=30, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=16,

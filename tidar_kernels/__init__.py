@@ -9,20 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 if TYPE_CHECKING:
-    from . import eager, patterns, strategies
+    from . import eager, patterns
     from .cache import KVCache
-    from .decoding import Decoder, GenerationResult
-    from .layers import TiDARAttention
-    from .linear import gated_lora, row_invariant_linear
-    from .lora import GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
-    from .loss import TiDARLoss, tidar_loss
-    from .ops import append_kv, attention, compact_kv, step_attention
-    from .patching import patch, use_pattern
+    from .decoding import Decoder, GenerationResult, Session, strategies
+    from .integrations.patch import patch, use_pattern
+    from .nn.adapters import GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
+    from .nn.attention import TiDARAttention
+    from .nn.loss import TiDARLoss, tidar_loss
+    from .ops import append_kv, attention, compact_kv, gated_lora, rotary_append, row_invariant_linear, step_attention
+    from .ops.verify import SamplingParams, sample, verify
     from .patterns import Pattern
-    from .rotary import rotary_append
-    from .sampling import SamplingParams, sample, verify
-    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -59,23 +58,34 @@ __all__ = [
 
 _MODULES = {
     "cache": ("KVCache",),
-    "decoding": ("Decoder", "GenerationResult"),
-    "layers": ("TiDARAttention",),
-    "linear": ("gated_lora", "row_invariant_linear"),
-    "lora": ("GatedLoRA", "add_gated_lora", "load_peft_adapter", "lora_gate", "save_adapter"),
-    "loss": ("TiDARLoss", "tidar_loss"),
-    "ops": ("append_kv", "attention", "compact_kv", "step_attention"),
-    "patching": ("patch", "use_pattern"),
+    "decoding.decoder": ("Decoder", "GenerationResult"),
+    "decoding.session": ("Session",),
+    "integrations.patch": ("patch", "use_pattern"),
+    "nn.adapters": ("GatedLoRA", "add_gated_lora", "load_peft_adapter", "lora_gate", "save_adapter"),
+    "nn.attention": ("TiDARAttention",),
+    "nn.loss": ("TiDARLoss", "tidar_loss"),
+    "ops": (
+        "append_kv",
+        "attention",
+        "compact_kv",
+        "gated_lora",
+        "rotary_append",
+        "row_invariant_linear",
+        "step_attention",
+    ),
+    "ops.verify": ("SamplingParams", "sample", "verify"),
     "patterns": ("Pattern",),
-    "rotary": ("rotary_append",),
-    "sampling": ("SamplingParams", "sample", "verify"),
-    "session": ("Session",),
 }
+_ROOMS = {"eager": ".eager", "patterns": ".patterns", "strategies": ".decoding.strategies"}
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("eager", "patterns", "strategies"):
+    if name in _ROOMS:
+        return import_module(_ROOMS[name], __name__)
+    if name in _moved.MOVED:
         return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _checks, ops
-from .rotary import rotary_append
+from . import ops
+from .ops import checks, rotary_append
 
 __all__ = ["KVCache"]
 
@@ -158,7 +158,7 @@ class KVCache:
             TypeError, ValueError: as `tidar_kernels.compact_kv`, or n slots would pass `max_len`; nothing is written
                 then.
         """
-        _checks.tensor("path", path, 2)
+        checks.tensor("path", path, 2)
         self.check_room(path.shape[1])
         # The layers as further sequences: one launch moves them all.
         k, v = (x.view(-1, *x.shape[2:]) for x in (self.k, self.v))

@@ -8,9 +8,20 @@ from functools import partial
 import torch
 
 from sections import Picture, Section
-from tidar_kernels import drawing, families, strategies
-from tidar_kernels.patterns import Pattern, Role, causal, tidar_prefill, tidar_step, tidar_training, tree
-from tidar_kernels.step_patterns import block_step, isd_step
+from tidar_kernels import patterns
+from tidar_kernels.decoding import strategies
+from tidar_kernels.patterns import (
+    Pattern,
+    Role,
+    block_step,
+    causal,
+    drawing,
+    isd_step,
+    tidar_prefill,
+    tidar_step,
+    tidar_training,
+    tree,
+)
 
 
 def block_diffusion(block_size: int) -> Pattern:
@@ -98,16 +109,16 @@ PICTURES: dict[str, Picture] = {
     "images/tidar_step_16.png": _picture(tidar_step(16), 4096),
     "images/tidar_training.png": _picture(tidar_training(16, 4), 0),
     "images/tidar_training_documents.png": _picture(tidar_training(16, 4, [7, 9], [0, 3]), 0),
-    "images/idlm_training.png": _picture(families.idlm_training(12, 4), 0),
-    "images/block_diffusion_training.png": _picture(families.block_diffusion_training(12, 4), 0),
-    "images/set_block_training.png": _picture(families.set_block_training(12, 4), 0),
-    "images/dflash_training.png": _picture(families.dflash_training(12, [3, 7, 12], 4), 0),
-    "images/jacobi_forcing_training.png": _picture(families.jacobi_forcing_training(4, 8), 0),
+    "images/idlm_training.png": _picture(patterns.idlm_training(12, 4), 0),
+    "images/block_diffusion_training.png": _picture(patterns.block_diffusion_training(12, 4), 0),
+    "images/set_block_training.png": _picture(patterns.set_block_training(12, 4), 0),
+    "images/dflash_training.png": _picture(patterns.dflash_training(12, [3, 7, 12], 4), 0),
+    "images/jacobi_forcing_training.png": _picture(patterns.jacobi_forcing_training(4, 8), 0),
     "images/tidar_step_levels.png": _picture(tidar_step(6, levels=[1, 3]), 6),
     "images/isd_step.png": _picture(isd_step(4), 6),
     "images/flare_step.png": _picture(isd_step(4, bidirectional=True), 6),
     "images/block_step.png": _picture(block_step(6), 6),
     "images/tree.png": _picture(tree([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7]), 6),
     "images/tree_step.png": _picture(strategies.tree(8).pattern, 6),
-    "images/packed.png": _picture(families.packed([tidar_training(s, 4) for s in (8, 5, 3)]), 0),
+    "images/packed.png": _picture(patterns.packed([tidar_training(s, 4) for s in (8, 5, 3)]), 0),
 }

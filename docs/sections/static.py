@@ -7,7 +7,7 @@ from typing import Any
 
 from sections import Section
 from sections.measured import RESULTS, table
-from tidar_kernels.kernels.config_tables import CHIPS
+from tidar_kernels.ops._triton.tables import CHIPS
 from tidar_kernels.testing.occupancy import LIMITS
 
 HEAD_DIM, DTYPE = 128, "bfloat16"

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tests.cli.shell import REPOSITORY, Run
-from tidar_kernels import cpu, testing
+from tidar_kernels import testing
 from tidar_kernels.cli import common, doctor
+from tidar_kernels.ops.kv.api import append_operator
+from tidar_kernels.ops.step_attention import operator as step_operator
 
 REPORT = {
     "ok": bool,
@@ -61,20 +63,18 @@ def test_doctor_text(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_doctor_names_the_path_that_runs(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it says PyTorch, the operators do call the module of the CPU paths."""
+    """Where it says PyTorch, the operators do call their CPU paths."""
     called = set()
 
-    def recording(name: str) -> Callable[..., Any]:
-        real = getattr(cpu, name)
-
-        def call(*arguments: Any) -> Any:
+    def recording(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*bundles: Any, **operands: Any) -> Any:
             called.add(name)
-            return real(*arguments)
+            return real(*bundles, **operands)
 
         return call
 
-    for name in ("step_attention", "append_kv"):
-        monkeypatch.setattr(cpu, name, recording(name))
+    monkeypatch.setattr(step_operator, "cpu", recording("step_attention", step_operator.cpu))
+    monkeypatch.setattr(append_operator, "reference", recording("append_kv", append_operator.reference))
     testing.run_parity("cpu")
     assert called == {"step_attention", "append_kv"}
     assert all(path.startswith("PyTorch") for path in doctor.operator_paths(torch.device("cpu")).values())
@@ -82,7 +82,7 @@ def test_doctor_names_the_path_that_runs(healthy: None, monkeypatch: pytest.Monk
 
 @pytest.mark.interpret
 def test_doctor_in_the_interpreter(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tidar_kernels.kernels import configs
+    from tidar_kernels.ops._triton import configs
 
     monkeypatch.setattr(testing, "run_parity", lambda *arguments, **options: [])
     report = json.loads(run("doctor", "--device", "cpu", "--json")[1])
@@ -96,7 +96,7 @@ def test_doctor_in_the_interpreter(run: Run, healthy: None, monkeypatch: pytest.
 
 def test_doctor_on_a_gpu(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of a GPU, as far as that can be told without one."""
-    configs = pytest.importorskip("tidar_kernels.kernels.configs")
+    configs = pytest.importorskip("tidar_kernels.ops._triton.configs")
     gpu = SimpleNamespace(name="Some GPU", major=7, minor=5, multi_processor_count=40, total_memory=16 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -134,8 +134,8 @@ def test_doctor_parity_runs_every_case(run: Run, healthy: None, monkeypatch: pyt
 
 
 def test_doctor_finds_a_wrong_operator(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cpu.step_attention
-    monkeypatch.setattr(cpu, "step_attention", lambda *operands: (right(*operands)[0] * 1.01, right(*operands)[1]))
+    right = step_operator.cpu
+    monkeypatch.setattr(step_operator, "cpu", lambda *bundles: (right(*bundles)[0] * 1.01, right(*bundles)[1]))
     code, out, err = run("doctor", "--device", "cpu")
     assert (code, err) == (1, "")
     assert re.search(
@@ -145,10 +145,10 @@ def test_doctor_finds_a_wrong_operator(run: Run, healthy: None, monkeypatch: pyt
 
 
 def test_doctor_names_what_crashes(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*operands: Any) -> None:
+    def broken(**operands: Any) -> None:
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr(cpu, "append_kv", broken)
+    monkeypatch.setattr(append_operator, "reference", broken)
     report = json.loads(run("doctor", "--device", "cpu", "--json")[1])
     assert not report["ok"]
     assert [check for check in report["checks"] if not check["ok"]] == [

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.shell import Run, refused
-from tidar_kernels import patterns, step_patterns, strategies
+from tidar_kernels import patterns
 from tidar_kernels.cli import draw
+from tidar_kernels.decoding import strategies
 
 
 @pytest.mark.parametrize(
@@ -20,10 +21,10 @@ from tidar_kernels.cli import draw
         (["prefill", "--prompt-len", "5", "--block-size", "2"], patterns.tidar_prefill(5, 2)),
         (["training", "--seq-len", "7", "--block-size", "3"], patterns.tidar_training(7, 3)),
         (["causal", "--length", "6"], patterns.causal(6)),
-        (["isd", "--stride", "3"], step_patterns.isd_step(3)),
-        (["isd", "--stride", "3", "--bidirectional"], step_patterns.isd_step(3, bidirectional=True)),
-        (["isd", "--stride", "3", "--unshifted"], step_patterns.isd_step(3, shifted=False)),
-        (["block", "--length", "5"], step_patterns.block_step(5)),
+        (["isd", "--stride", "3"], patterns.isd_step(3)),
+        (["isd", "--stride", "3", "--bidirectional"], patterns.isd_step(3, bidirectional=True)),
+        (["isd", "--stride", "3", "--unshifted"], patterns.isd_step(3, shifted=False)),
+        (["block", "--length", "5"], patterns.block_step(5)),
         (["tree", "--tokens", "3"], strategies.tree(3).pattern),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",

@@ -17,9 +17,9 @@ from tests.cli.shell import PROMPT, REPOSITORY, Run
 from tidar_kernels import cli
 from tidar_kernels.cli import common, generate
 from tidar_kernels.cli.sampling import Sampling
-from tidar_kernels.decoding import Decoder
+from tidar_kernels.decoding.decoder import Decoder
 from tidar_kernels.models import load_shipped, save_checkpoint
-from tidar_kernels.sampling import SamplingParams
+from tidar_kernels.ops.verify import SamplingParams
 
 ARGUMENTS = ("generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--device", "cpu", "--threads", "1")
 

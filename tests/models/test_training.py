@@ -10,9 +10,7 @@ import torch
 
 from tests.models.runs import TINY, changed, states_equal
 from tidar_kernels.models import load_checkpoint, publish
-from tidar_kernels.models.data import (
-    Corpus,
-)
+from tidar_kernels.models.data import Corpus
 from tidar_kernels.models.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
 from tidar_kernels.models.tokenizer import MASK_ID
 from tidar_kernels.models.train import TrainConfig, Trainer, model_config, read_state, training_loss, weights_sha256

@@ -162,7 +162,7 @@ def launch_configurations(device: torch.device) -> list[dict[str, Any]]:
     if path_of(device) == "cpu":
         return []
     try:
-        from ..kernels.configs import HEAD_DIM_TILES, chip_of, step_config
+        from ..ops._triton.configs import HEAD_DIM_TILES, chip_of, step_config
     except ImportError:  # no Triton: a check says so
         return []
     chip = chip_of(device)

@@ -97,7 +97,7 @@ PATTERNS = {
     ),
     "isd": _Drawable(
         "one ISD step: N rows that are verified, and masks behind them, all causal",
-        "step_patterns.isd_step",
+        "patterns.isd_step",
         (_Parameter("--stride", 4, "N, the most tokens of a step", 2),),
         lambda stride: 2 * stride - 1,
         {
@@ -107,14 +107,14 @@ PATTERNS = {
     ),
     "block": _Drawable(
         "a bidirectional block: a pass of block diffusion, or of self-speculation's drafts",
-        "step_patterns.block_step",
+        "patterns.block_step",
         (_Parameter("--length", 8, "tokens of the block"),),
         lambda length: length,
         {},
     ),
     "tree": _Drawable(
         "the pass that verifies a token tree, every node behind its own path",
-        "strategies.tree",
+        "decoding.strategies.tree",
         (_Parameter("--tokens", 8, "the most tokens of a step; the tree has twice as many nodes", 2),),
         lambda tokens: 2 * tokens,
         {},
@@ -186,8 +186,8 @@ def run(options: argparse.Namespace) -> int:
 def _described(pattern: Pattern, context_len: int) -> dict[str, Any]:
     """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, and of a tree's rows the keys whose bits
     are set; positions relative to the context."""
-    from ..pattern import unpack_bits
     from ..patterns import Role
+    from ..patterns.rows import unpack_bits
 
     fields = (pattern.roles, pattern.positions, pattern.lead, pattern.own)
     rows: list[dict[str, Any]] = [

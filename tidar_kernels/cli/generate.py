@@ -30,7 +30,7 @@ from .sampling import Sampling, add_sampling_arguments
 from .strategy import Drafts, add_strategy_arguments
 
 if TYPE_CHECKING:
-    from ..decoding import Decoder, GenerationResult, Mode
+    from ..decoding.decoder import Decoder, GenerationResult, Mode
     from ..models import Transformer
 
 SUMMARY = "decode a prompt, several tokens a forward pass"
@@ -224,8 +224,8 @@ def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
 
 
 def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
-    from ..lora import load_peft_adapter
     from ..models import load_shipped_adapter
+    from ..nn.adapters import load_peft_adapter
 
     with user_errors(OSError, ValueError, rename={"path": "--adapter"}):
         if options.adapter == "shipped":
@@ -287,7 +287,7 @@ class _Task:
         sampling: Sampling,
         drafts: Drafts,
     ) -> None:
-        from ..decoding import Decoder
+        from ..decoding.decoder import Decoder
         from ..models.tokenizer import EOS_ID, MASK_ID
 
         mask = MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id

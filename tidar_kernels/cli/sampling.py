@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .common import number
 
 if TYPE_CHECKING:
-    from ..sampling import Rule
+    from ..ops.verify import Rule
 
 _RULES: dict[str, Rule] = {"coupled": "coupled", "rejection": "rejection", "point-mass": "point_mass"}
 _share = number(float, lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]")

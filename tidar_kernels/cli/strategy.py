@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from .common import UserError
 
 if TYPE_CHECKING:
-    from ..decoding import Mode
-    from ..session import DecoderModel
+    from ..decoding.decoder import Mode
+    from ..decoding.session import DecoderModel
 
 Levels = tuple[int, ...] | Literal["auto"]
 
@@ -99,8 +99,8 @@ class Drafts:
         """Itself and the block size, with levels "auto" replaced by what a profile on this prompt chooses."""
         if self.levels != "auto":
             return self, block_size
-        from ..profiling import profile
-        from ..strategies import plan
+        from ..decoding.profile import profile
+        from ..decoding.strategies import plan
 
         chosen = plan(profile(model, [prompt], max_block_size=block_size, new_tokens=96, repeats=7))
         return replace(self, levels=chosen.levels), chosen.block_size
@@ -111,7 +111,7 @@ class Drafts:
             return {"exact": self.exact}
         if self.levels is None or self.levels == "auto":
             return {"strategy": self.strategy, "exact": self.exact}
-        from ..strategies import tidar
+        from ..decoding.strategies import tidar
 
         return {"strategy": tidar(block_size, levels=self.levels), "exact": self.exact}
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import families, patterns
-from ..lora import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
+from .. import patterns
+from ..nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
 from ..patterns import Pattern, Role
 from .data import Corpus
 from .shipped import load_shipped
@@ -71,7 +71,7 @@ def training_pattern(kind: str, seq_len: int, block_size: int) -> Pattern:
         ValueError: `kind` is neither "isd" nor "tidar".
     """
     if kind == "isd":
-        pattern = families.idlm_training(seq_len, block_size)
+        pattern = patterns.idlm_training(seq_len, block_size)
     elif kind == "tidar":
         pattern = patterns.tidar_training(seq_len, block_size)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding import Decoder
+from ..decoding.decoder import Decoder
 from ..patterns import tidar_training
 from .transformer import Transformer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..lora import load_peft_adapter
+from ..nn.adapters import load_peft_adapter
 from .checkpoint import load_checkpoint
 from .tokenizer import ByteTokenizer
 from .transformer import Transformer

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss import TiDARLoss, tidar_loss
+from ..nn.loss import TiDARLoss, tidar_loss
 from ..patterns import tidar_training
 from .checkpoint import save_checkpoint
 from .data import Corpus

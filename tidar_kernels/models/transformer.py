@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..layers import RMSNorm, RotaryEmbedding, TiDARAttention
+from ..nn.attention import RMSNorm, RotaryEmbedding, TiDARAttention
 from ..patterns import Pattern
 
 __all__ = ["Transformer", "TransformerConfig"]

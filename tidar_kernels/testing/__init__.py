@@ -17,13 +17,7 @@ no GPU.
 
 from __future__ import annotations
 
-from .attention import (
-    ATTENTION_CASES,
-    ATTENTION_CASES_LARGE,
-    AttentionCase,
-    check_attention,
-    check_attention_repeats,
-)
+from .attention import ATTENTION_CASES, ATTENTION_CASES_LARGE, AttentionCase, check_attention, check_attention_repeats
 from .builders import irregular_pattern, pairwise, random_tree
 from .cases import (
     APPEND_CASES,
@@ -36,13 +30,7 @@ from .cases import (
     AppendCase,
     StepCase,
 )
-from .checks import (
-    check_append_kv,
-    check_launch_bits,
-    check_row_bits,
-    check_step_attention,
-    step_operands,
-)
+from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention, step_operands
 from .compaction import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
 from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 from .harness import (
@@ -58,13 +46,7 @@ from .harness import (
     poisoned_allocations,
     relative_error,
 )
-from .projections import (
-    LINEAR_CASES,
-    LINEAR_CASES_LARGE,
-    LinearCase,
-    check_gated_lora,
-    check_row_invariant_linear,
-)
+from .projections import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
 from .rotary import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
 from .suites import SUITES, Suite, path_of, run_parity
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import eager, families, ops, patterns
+from .. import eager, ops, patterns
 from ..patterns import Pattern
 from .builders import irregular_pattern, pairwise
 from .harness import Guarded, Measure, ParityError, ParityResult, budget, check_equal, guarded, poisoned_allocations
@@ -69,11 +69,11 @@ def _documents(seq_len: int, block_size: int) -> Pattern:
 TRAINING: dict[str, Callable[[int, int], Pattern]] = {
     "tidar": patterns.tidar_training,
     "documents": _documents,
-    "idlm": families.idlm_training,
-    "block_diffusion": families.block_diffusion_training,
-    "set_block": families.set_block_training,
-    "dflash": lambda s, block: families.dflash_training(s, [0, s // 3, s], block),
-    "jacobi": lambda s, block: families.jacobi_forcing_training(s // 4, s),
+    "idlm": patterns.idlm_training,
+    "block_diffusion": patterns.block_diffusion_training,
+    "set_block": patterns.set_block_training,
+    "dflash": lambda s, block: patterns.dflash_training(s, [0, s // 3, s], block),
+    "jacobi": lambda s, block: patterns.jacobi_forcing_training(s // 4, s),
 }
 
 
@@ -150,7 +150,7 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     replace(_CASE, name="irregular", pattern=irregular_pattern(90, 70)),
     replace(_CASE, name="irregular_fp16", pattern=irregular_pattern(50, 110, seed=1), dtype=torch.float16),
     replace(_CASE, name="no_keys", pattern=irregular_pattern(6, 0)),
-    replace(_CASE, name="packed", pattern=families.packed([patterns.tidar_training(s, 4) for s in (9, 1, 30)])),
+    replace(_CASE, name="packed", pattern=patterns.packed([patterns.tidar_training(s, 4) for s in (9, 1, 30)])),
     replace(_CASE, name="softcap_50", softcap=50.0, scale=4.0),
     replace(_CASE, name="softcap_50_fp16", softcap=50.0, scale=4.0, dtype=torch.float16),
     replace(_CASE, name="bfloat16_all", dtype=torch.bfloat16, softcap=2.0, sinks=True, lse_grad=True),
@@ -181,8 +181,8 @@ ATTENTION_CASES_LARGE: tuple[AttentionCase, ...] = (
     replace(_LARGE, name="group_7", num_heads=28, num_kv_heads=4, batch=1),
     replace(_LARGE, name="aligned", pattern=patterns.tidar_training(2048, 16), batch=1),
     replace(_LARGE, name="documents", pattern=_documents(1500, 8), batch=1),
-    replace(_LARGE, name="block_diffusion_B512", pattern=families.block_diffusion_training(1500, 512), batch=1),
-    replace(_LARGE, name="dflash", pattern=families.dflash_training(1500, list(range(0, 1500, 100)), 16), batch=1),
+    replace(_LARGE, name="block_diffusion_B512", pattern=patterns.block_diffusion_training(1500, 512), batch=1),
+    replace(_LARGE, name="dflash", pattern=patterns.dflash_training(1500, list(range(0, 1500, 100)), 16), batch=1),
     replace(_LARGE, name="irregular", pattern=irregular_pattern(1100, 900), batch=1),
     replace(_LARGE, name="gaps", pattern=patterns.tidar_training(333, 8), layout="gaps"),
     replace(_LARGE, name="strided_heads", pattern=patterns.tidar_training(333, 8), layout="bhdn"),
@@ -255,9 +255,10 @@ def _forward_backward(
 
 def _run(case: AttentionCase, operands: AttentionOperands, backend: ops.Backend | None) -> list[Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.attention(
+        out, lse = ops.attention(
             *(q, k, v, case.pattern, case.scale), softcap=case.softcap, sinks=sinks, return_lse=True, backend=backend
         )
+        return out, lse
 
     tensors = [memory.tensor for memory in vars(operands).values() if memory is not None]
     with poisoned_allocations():

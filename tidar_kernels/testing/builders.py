@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..pattern import Pattern, pack_bits
 from ..patterns import tree
+from ..patterns.pattern import Pattern
+from ..patterns.rows import pack_bits
 
 __all__ = ["irregular_pattern", "pairwise", "random_tree"]
 

@@ -106,7 +106,8 @@ def _step(
     options: dict[str, Any] = {"scale": case.scale, "softcap": case.softcap, "max_context": case.max_context} | changes
     options["pattern"] = case.windowed(options.get("pattern", case.pattern))
     with poisoned_allocations():
-        return ops.step_attention(q, k, v, k_cache, v_cache, lengths, **options, return_lse=True, backend=backend)
+        out, lse = ops.step_attention(q, k, v, k_cache, v_cache, lengths, **options, return_lse=True, backend=backend)
+        return out, lse
 
 
 def check_step_attention(

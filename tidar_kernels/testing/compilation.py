@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.operands import Cached, Keys, Rows, Scores
 from .assembly import AMDGCN, SASS, by_class, copies_ahead, hot_loop, instructions
 from .cases import AppendCase, StepCase
 from .harness import LAYOUTS
 from .occupancy import resident_warps
 
 if TYPE_CHECKING:
-    from ..kernels.launch import Launch
+    from ..ops._triton.launch import Launch
 
 __all__ = [
     "CompileReport",
@@ -210,8 +211,8 @@ def _shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtyp
 
 def compile_step_attention(case: StepCase, chip: int | str, *, read_binary: bool = False) -> list[CompileReport]:
     """The kernels of one step on `chip`: attention and, where there are splits, their merge."""
-    from ..kernels.configs import nearest_chip
-    from ..kernels.step_attention import plan_step_attention
+    from ..ops._triton.configs import nearest_chip
+    from ..ops.step_attention.triton import plan_step_attention
 
     batch, pattern = len(case.lengths), case.windowed(case.pattern)
 
@@ -222,21 +223,21 @@ def compile_step_attention(case: StepCase, chip: int | str, *, read_binary: bool
     k = operand(case.num_kv_heads, pattern.kv_len, case.layout)
     cache = operand(case.num_kv_heads, case.cache_len, case.cache_layout)
     lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
-    lead, own, _ = pattern.on("meta")
     max_context = case.cache_len if case.max_context is None else case.max_context
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     sinks = torch.empty(case.num_heads, dtype=case.dtype, device="meta") if case.sinks else None
-    operands = (q, k, k, cache, cache, lengths, lead, own, scale, max_context, pattern.reach_on("meta"))
-    launches, _, _ = plan_step_attention(*operands, case.softcap, sinks, nearest_chip(chip), pattern.bits_on("meta"))
+    rows, cached = Rows(q, *pattern.rows_on("meta")), Cached(cache, cache, lengths, max_context)
+    scores = Scores(scale, case.softcap, sinks)
+    launches, _, _ = plan_step_attention(rows, Keys(k, k), cached, scores, nearest_chip(chip))
     return [compile_report(launch, chip, read_binary=read_binary) for launch in launches]
 
 
 def compile_append_kv(case: AppendCase, chip: int | str) -> list[CompileReport]:
     """The kernel of one append on `chip`."""
-    from ..kernels.append_kv import plan_append_kv
+    from ..ops.kv.triton import plan_append_kv
 
     batch, heads = len(case.lengths), case.num_kv_heads
     cache = _shape_only((batch, heads, case.max_len, case.head_dim), case.cache_layout, case.dtype)
     new = _shape_only((batch, heads, case.num_new, case.head_dim), case.layout, case.dtype)
     lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
-    return [compile_report(plan_append_kv(cache, cache, new, new, lengths), chip)]
+    return [compile_report(plan_append_kv(Cached(cache, cache, lengths), Keys(new, new)), chip)]

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sampling
-from ..noise import Stream
 from ..ops import Backend
-from ..sampling import RULES, Rule, SamplingParams
+from ..ops.verify import RULES, Rule, SamplingParams, sample, sampling_tensors, verify
+from ..ops.verify.noise import Stream
 from .harness import ParityError, ParityResult, generator_of, naming, result_of
 
 __all__ = ["VERIFY_CASES", "VERIFY_CASES_LARGE", "VerifyCase", "check_verify"]
@@ -103,23 +102,23 @@ def check_verify(case: VerifyCase, device: torch.device | str = "cpu", backend: 
     draft_logits, mix = (x.to(device, case.dtype) for x in (logits + normal(0.7), logits + normal(1.0)))
     given = {"mix": mix, "seen": (torch.rand(2, vocab_size, generator=draw) < 0.2).to(device)}
     params = [SamplingParams(**case.shaping, seed=2**64 - 1), SamplingParams(seed=1)]
-    state = sampling.sampling_tensors(params, device)
+    state = sampling_tensors(params, device)
     positions = torch.tensor([3, 2**31 - 40], device=device)
     stream = Stream.TOKEN if case.rule == "coupled" else Stream.DRAFT
-    drafts = sampling.sample(draft_logits, positions - 1, state, seen=given["seen"], stream=stream, backend="eager")
+    drafts = sample(draft_logits, positions - 1, state, seen=given["seen"], stream=stream, backend="eager")
     options: dict[str, Any] = {name: given[name] for name in case.extras} | {"rule": case.rule}
     options |= {"beta": 0.6} if "mix" in case.extras else {}
     options |= {"draft_logits": draft_logits} if case.rule == "rejection" else {}
 
     with naming("verify", case, device):
-        found = sampling.verify(wide, drafts, positions, state, backend=backend, **options)
-        expected = sampling.verify(wide, drafts, positions, state, backend="eager", **options)
+        found = verify(wide, drafts, positions, state, backend=backend, **options)
+        expected = verify(wide, drafts, positions, state, backend="eager", **options)
         for name, mine, twin in zip(found._fields, found, expected, strict=True):
             _same(name, mine, twin)
         _same(
             "sample",
-            sampling.sample(wide, positions, state, seen=given["seen"], backend=backend),
-            sampling.sample(wide, positions, state, seen=given["seen"], backend="eager"),
+            sample(wide, positions, state, seen=given["seen"], backend=backend),
+            sample(wide, positions, state, seen=given["seen"], backend="eager"),
         )
     return result_of("verify", case, device)
 

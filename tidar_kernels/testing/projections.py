@@ -9,18 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import eager_linear
-from ..linear import gated_lora, row_invariant_linear
-from .harness import (
-    Guarded,
-    ParityResult,
-    budget,
-    generator_of,
-    guarded,
-    naming,
-    poisoned_allocations,
-    result_of,
-)
+from ..ops import gated_lora, row_invariant_linear
+from ..ops.linear import reference as eager_linear
+from .harness import Guarded, ParityResult, budget, generator_of, guarded, naming, poisoned_allocations, result_of
 
 __all__ = ["LINEAR_CASES", "LINEAR_CASES_LARGE", "LinearCase", "check_gated_lora", "check_row_invariant_linear"]
 

@@ -7,18 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ops import Backend
-from ..rotary import RotaryEmbedding, apply_rotary, rotary_append
-from .harness import (
-    ParityResult,
-    budget,
-    check_equal,
-    generator_of,
-    guarded,
-    naming,
-    poisoned_allocations,
-    result_of,
-)
+from ..nn.rotary import RotaryEmbedding, apply_rotary
+from ..ops import Backend, rotary_append
+from .harness import ParityResult, budget, check_equal, generator_of, guarded, naming, poisoned_allocations, result_of
 
 __all__ = ["ROTARY_CASES", "ROTARY_CASES_LARGE", "RotaryCase", "check_rotary_append"]
 

@@ -18,9 +18,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ...decoding import Decoder, Mode
-from ...lora import has_gated_lora
-from ...sampling import Rule, SamplingParams
+from ...decoding.decoder import Decoder, Mode
+from ...nn.adapters import has_gated_lora
+from ...ops.verify import Rule, SamplingParams
 from .model import TransformersModel, decoder_model
 from .processors import ProcessedModel, check_row_wise, sampling_options
 

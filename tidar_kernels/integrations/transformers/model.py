@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ... import patterns
 from ...cache import KVCache
-from ...lora import lora_gate
+from ...nn.adapters import lora_gate
 from ...patterns import Pattern
 from .attention import NAME
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from ...loss import TiDARLoss, label_counts, tidar_loss
+from ...nn.loss import TiDARLoss, label_counts, tidar_loss
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
 
 __all__ = ["TiDARTrainer", "compute_loss", "count_labels"]

@@ -1,0 +1,55 @@
+"""Modules that have moved: their old names import the new ones for a release, with a warning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MOVED", "install"]
+
+# Old name -> new name, both within the package.
+MOVED = {
+    "drawing": "patterns.drawing",
+    "exact": "decoding.exact",
+    "families": "patterns",
+    "layers": "nn.attention",
+    "linear": "ops.linear",
+    "lora": "nn.adapters",
+    "loss": "nn.loss",
+    "noise": "ops.verify.noise",
+    "patching": "integrations.patch",
+    "pattern": "patterns.pattern",
+    "profiling": "decoding.profile",
+    "rotary": "nn.rotary",
+    "sampling": "ops.verify",
+    "session": "decoding.session",
+    "step_patterns": "patterns",
+    "strategies": "decoding.strategies",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds the old names; loading one imports the new module and stands it in the old one's place."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __package__ and name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = f"{__package__}.{MOVED[old.partition('.')[2]]}"
+        warnings.warn(f"{old} has moved to {new}; its old name goes in the next release", FutureWarning, stacklevel=2)
+        sys.modules[old] = import_module(new)
+
+
+def install() -> None:
+    """Put the finder of old names behind Python's own."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

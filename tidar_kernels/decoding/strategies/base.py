@@ -1,0 +1,249 @@
+"""What a decoding strategy is: the rows of a step, and where the next step's drafts are read. The loop is not its own.
+
+All strategies that verify share one step (`Drafting.step`):
+
+    rows      [d_0 .. d_{n-1} | mask rows]          one forward pass over the strategy's pattern
+    verify    `sampling.verify` on the draft rows   a accepted drafts and the token behind them
+    next      that token, and a token of each row `sources[a]`
+
+A draft may be missing: it is -1 in the buffer, its row is a mask row, and acceptance ends before it. A step whose
+first draft is its only one is *cold*; strategies whose draft rows then serve as mask rows say so in `cold`. Whether a
+row is a mask row is known from that alone, never guessed from token ids: a prompt may hold the mask token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ...cache import KVCache
+from ...nn.adapters import lora_gate
+from ...ops.verify import RULES, Rule, SamplingTensors, Verified, sample, verify
+from ...ops.verify.noise import Stream
+from ...patterns import Pattern, Role
+from ..exact import exact_rows
+
+__all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy"]
+
+
+class DecoderModel(Protocol):
+    """What decoding needs of a model; `tidar_kernels.models.Transformer` is one.
+
+    `config` has `vocab_size`, `num_layers`, `num_kv_heads` and `head_dim`. Calling the model with int64 tokens
+    `[batch, pattern.q_len]` gives hidden states `[batch, q_len, hidden]` and writes the K/V of the pattern's causal
+    rows behind the cache's committed tokens; `logits` is the lm_head.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[Any]: ...
+
+
+@dataclass
+class Batch:
+    """The batch as a strategy sees it: buffers on the device that never move, one entry a sequence.
+
+    Attributes:
+        model, cache: of the session.
+        mask_token_id: the token of mask rows.
+        rule, beta: how drafts are judged, see `tidar_kernels.ops.verify`.
+        state: sampling parameters of every sequence.
+        drafts: int64 `[batch, drafts]`; the first is always there, -1 where another is missing.
+        draft_logits: `[batch, drafts, vocab]`, what they were drawn from; for the rejection rule, else None.
+        seen: bool `[batch, vocab]` for repetition penalties, or None.
+        adapted: the model's gated adapters are on for mask rows, see `tidar_kernels.lora`.
+        exact: draft rows have the bits of single-token decoding, see `tidar_kernels.exact`.
+    """
+
+    model: DecoderModel
+    cache: KVCache
+    mask_token_id: int
+    rule: Rule
+    beta: float
+    state: SamplingTensors
+    drafts: Tensor
+    draft_logits: Tensor | None = None
+    seen: Tensor | None = None
+    adapted: bool = False
+    exact: bool = False
+
+    def sequence(self, index: int) -> Batch:
+        """Sequence `index` alone, on the same memory."""
+        at = slice(index, index + 1)
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[at]
+
+        return replace(
+            self,
+            cache=self.cache.sequence(index),
+            state=SamplingTensors(*(x[at] for x in self.state)),
+            drafts=self.drafts[at],
+            draft_logits=part(self.draft_logits),
+            seen=part(self.seen),
+        )
+
+    def forward(self, tokens: Tensor, pattern: Pattern, is_mask: Tensor | Literal[False]) -> Tensor:
+        """Hidden states of `tokens [batch, q_len]`; rows where `is_mask [batch, q_len]` get the mask token.
+
+        Rows that are no masks run the base model where it has adapters.
+        """
+        if is_mask is not False:
+            tokens = tokens.masked_fill(is_mask, self.mask_token_id)
+        with (
+            exact_rows(pattern) if self.exact else nullcontext(),
+            lora_gate(is_mask) if self.adapted else nullcontext(),
+        ):
+            return self.model(tokens, pattern, self.cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The lm_head on draft rows."""
+        with exact_rows() if self.exact else nullcontext():
+            return self.model.logits(hidden)
+
+    def draft(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Draft tokens `[batch, rows]` from mask rows' logits, by the rule that will judge them.
+
+        `positions [batch]` is that of each sequence's first row, the others count on.
+        """
+        if self.rule == "point_mass":
+            return logits.argmax(-1)
+        stream = Stream.TOKEN if self.rule == "coupled" else Stream.DRAFT
+        # Bad logits give -1, which reads as: no draft.
+        return sample(logits, positions, self.state, seen=self.seen, stream=stream)
+
+
+class Outcome(NamedTuple):
+    """What a step did, on the device.
+
+    Attributes:
+        verified: accepted counts, the tokens behind them, bad rows.
+        drafts: int64 `[batch, drafts]`, what was judged.
+        following: int64 `[batch, drafts - 1]`, the next drafts behind the first; -1 for none.
+        logits: `[batch, drafts - 1, vocab]`, what those were drawn from; None if nobody asks.
+        forwards: forward passes that the step took.
+        path: int64 `[batch, drafts]`, behind which committed slots the accepted drafts' K/V lies, ascending, then -1;
+            None if it is 0, 1, ... already.
+    """
+
+    verified: Verified
+    drafts: Tensor
+    following: Tensor
+    logits: Tensor | None = None
+    forwards: int = 1
+    path: Tensor | None = None
+
+
+class Strategy(ABC):
+    """A way to decode.
+
+    Attributes:
+        name: as in `Decoder(strategy=...)`.
+        drafts: the most tokens that a step commits.
+        equals_autoregression: with the coupled rule, the output is that of autoregressive decoding, token for token.
+        graphable: the step reads nothing from the device, so that it can be one CUDA graph.
+        rules: how its drafts can be judged.
+        can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.exact`).
+    """
+
+    name: str
+    drafts: int
+    equals_autoregression: bool = True
+    graphable: bool = True
+    rules: tuple[str, ...] = RULES
+    can_be_exact: bool = True
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Outcome:
+        """One step of every sequence; commits nothing."""
+
+    @property
+    def slots(self) -> int:
+        """The most cache slots that a step writes behind the committed ones."""
+        return self.drafts
+
+    def first(self, prompt_rows: int) -> tuple[Pattern, list[int]] | None:
+        """The pattern of a prefill's last chunk that drafts too, and the rows of drafts 1..; None: start cold."""
+        return None
+
+
+@dataclass
+class Drafting(Strategy):
+    """A strategy that drafts and verifies in one forward pass; see the module.
+
+    Args:
+        name: of the strategy.
+        pattern: its first `drafts` rows are the drafts, causal.
+        drafts: n, drafts a step, the first of which always stays.
+        sources: int64 `[n + 1, n - 1]`: with a drafts accepted, draft m of the next step is a token of row
+            `sources[a, m - 1]`; -1 for no draft.
+        cold: int64 `[n - 1]`, the same for a step whose only draft is the first; None: `sources[1]`.
+        mix: int64 `[n]`, for every draft row the mask row that predicts the same token; None if there are none.
+    """
+
+    name: str
+    pattern: Pattern
+    drafts: int
+    sources: Tensor
+    cold: Tensor | None = None
+    mix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`(sources by state, mask rows, rows to mix)`: row n + 1 of the first is the cold step's."""
+        if device not in self._on_device:
+            cold = self.sources[1] if self.cold is None else self.cold
+            is_mask = self.pattern.roles == int(Role.MASK)
+            tables = (torch.cat([self.sources, cold[None]]), is_mask, torch.empty(0) if self.mix is None else self.mix)
+            self._on_device[device] = tuple(x.to(device) for x in tables)
+        return self._on_device[device]
+
+    def step(self, batch: Batch) -> Outcome:
+        count, drafts = self.drafts, batch.drafts.clone()
+        if count == self.pattern.q_len == 1:
+            hidden = batch.forward(drafts, self.pattern, False)
+            return Outcome(judge(batch, hidden, drafts), drafts, drafts[:, 1:])
+        sources, is_mask, mix = self._tables(drafts.device)
+        missing = drafts < 0
+        rows = torch.cat([missing, is_mask[count:].expand(len(drafts), -1)], dim=1)
+        tokens = torch.nn.functional.pad(drafts, (0, self.pattern.q_len - count))
+        hidden = batch.forward(tokens, self.pattern, rows)
+        verified = judge(batch, hidden[:, :count], drafts, hidden[:, mix] if batch.beta < 1.0 else None)
+        if count == 1:
+            return Outcome(verified, drafts, drafts[:, 1:])
+        state = torch.where(missing[:, 1], count + 1, verified.accepted)
+        at = sources[state]
+        logits = batch.model.logits(hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])))
+        # The next first draft takes the position behind the accepted ones, and these the positions behind that.
+        following = batch.draft(logits, batch.cache.lengths + verified.accepted + 1)
+        return Outcome(verified, drafts, following.masked_fill(at < 0, -1), logits)
+
+
+def judge(batch: Batch, hidden: Tensor, drafts: Tensor, mix: Tensor | None = None) -> Verified:
+    """Verify `drafts [batch, n]` by the hidden states of their rows, and of `mix` where those have a say."""
+    single = drafts.shape[1] == 1
+    return verify(
+        batch.logits(hidden),
+        drafts,
+        batch.cache.lengths + 1,
+        batch.state,
+        rule="coupled" if single else batch.rule,
+        draft_logits=None if single else batch.draft_logits,
+        mix=None if mix is None else batch.model.logits(mix),
+        beta=batch.beta,
+        seen=batch.seen,
+        check=False,
+    )

@@ -1,0 +1,164 @@
+"""The slot budget: which numbers of accepted drafts get a block, from what acceptance and rows cost on this machine.
+
+A block for every acceptance makes `B + B*B` rows a step, and past some number of rows a step takes longer. A level
+that is left out costs drafts instead: behind a accepted ones the block of the next level l below predicts a - l
+positions less. Both are measured (`tidar_kernels.profiling`), and `auto` picks the block length and the levels with the
+most expected tokens a second. What is decoded does not depend on the choice.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...patterns import check_int
+from .tidar import TiDAR, tidar
+
+__all__ = ["Plan", "Profile", "auto", "plan"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model's drafts are worth, and what rows cost.
+
+    Args:
+        acceptance: entry r - 1 is the share of drafts that stay, of those r positions behind the first draft whose
+            predecessors did; ascending r from 1.
+        rows, seconds: latency of a step with that many rows; rows ascending.
+
+    Raises:
+        ValueError: a share is not in [0, 1], the rows do not ascend, or there are not as many latencies.
+    """
+
+    acceptance: tuple[float, ...]
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= share <= 1.0 for share in self.acceptance):
+            raise ValueError(f"acceptance: expected shares in [0, 1], got {self.acceptance}")
+        if not self.rows or list(self.rows) != sorted(set(self.rows)) or len(self.rows) != len(self.seconds):
+            raise ValueError(f"rows: expected them to ascend, one for each of seconds, got {self.rows}")
+        if not all(seconds > 0.0 for seconds in self.seconds):
+            raise ValueError(f"seconds: expected > 0, got {self.seconds}")
+
+    def latency(self, rows: int) -> float:
+        """Seconds of a step: between measured points on a line, outside them on the nearest one's."""
+        if len(self.rows) == 1:
+            return self.seconds[0]
+        right = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        (x0, x1), (y0, y1) = self.rows[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return max(y0 + (y1 - y0) * (rows - x0) / (x1 - x0), min(self.seconds))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice and what is expected of it: tokens a forward pass, and a second."""
+
+    block_size: int
+    levels: tuple[int, ...]
+    tokens_per_forward: float
+    tokens_per_second: float
+
+
+def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequence[int]) -> float:
+    """Tokens a step, in the long run.
+
+    The state of a step is how many positions its drafts lie further out than they could: s = a - l of the step before.
+    Then draft m, of `block_size - s`, is r = s + m positions behind what its block had seen. The mean is taken over the
+    states' stationary distribution.
+    """
+    kept = [*acceptance[: block_size - 1], *[0.0] * (block_size - 1 - len(acceptance))]
+    size = block_size
+    move = torch.zeros(size, size, dtype=torch.float64)
+    tokens = torch.zeros(size, dtype=torch.float64)
+    for skipped in range(size):
+        so_far = 1.0
+        for accepted in range(1, size - skipped + 1):
+            row = skipped + accepted  # of the draft behind these
+            stays = kept[row - 1] if accepted < size - skipped else 0.0
+            level = max(x for x in levels if x <= accepted)
+            move[skipped, accepted - level] += so_far * (1.0 - stays)
+            tokens[skipped] += so_far * (1.0 - stays) * accepted
+            so_far *= stays
+    # The stationary distribution solves p (move - 1) = 0, sum p = 1; state 0 is reached from every other.
+    system = torch.cat([(move - torch.eye(size, dtype=torch.float64)).T, torch.ones(1, size, dtype=torch.float64)])
+    right = torch.zeros(size + 1, 1, dtype=torch.float64)
+    right[-1] = 1.0
+    return float(torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0] @ tokens)
+
+
+def _plans(profile: Profile, block_size: int) -> Iterator[Plan]:
+    """Level sets of one block size, from one level to all, each with the next most useful level added."""
+
+    def make(levels: list[int]) -> Plan:
+        tokens = expected_tokens(profile.acceptance, block_size, levels)
+        return Plan(block_size, tuple(levels), tokens, tokens / profile.latency(block_size * (1 + len(levels))))
+
+    chosen = [1]
+    yield make(chosen)
+    while len(chosen) < block_size:
+        following = [make(sorted([*chosen, level])) for level in range(2, block_size + 1) if level not in chosen]
+        best = max(following, key=lambda plan: plan.tokens_per_forward)
+        chosen = list(best.levels)
+        yield best
+
+
+def plan(profile: Profile, max_block_size: int = 32) -> Plan:
+    """The block size up to `max_block_size`, and its levels, with the most expected tokens a second.
+
+    Raises:
+        TypeError, ValueError: `max_block_size` is not an int >= 1.
+    """
+    check_int("max_block_size", max_block_size, 1)
+    # Beyond what was measured nothing is known to stay.
+    sizes = range(1, min(max_block_size, len(profile.acceptance) + 1) + 1)
+    return max((p for size in sizes for p in _plans(profile, size)), key=lambda p: p.tokens_per_second)
+
+
+def auto(profile: Profile, max_block_size: int = 32) -> TiDAR:
+    """The strategy of `plan`."""
+    chosen = plan(profile, max_block_size)
+    return tidar(chosen.block_size, levels=chosen.levels)
+
+
+def acceptance_of(accepted: Sequence[int], block_size: int) -> tuple[float, ...]:
+    """`Profile.acceptance` from the accepted counts of steps with a block for every acceptance.
+
+    One rejection is added to every share: few steps come far, and those that do must not promise certainty.
+
+    Raises:
+        ValueError: a count is not in `[1, block_size]`, or there is none.
+    """
+    if not accepted or not all(1 <= count <= block_size for count in accepted):
+        raise ValueError(f"accepted: expected counts in [1, {block_size}], got {sorted(set(accepted))}")
+    reached = [sum(count >= r for count in accepted) for r in range(1, block_size + 1)]
+    return tuple(after / (before + 1) for before, after in itertools.pairwise(reached))
+
+
+def latencies(
+    step: Callable[[int, Sequence[int] | None], Callable[[], Any]],
+    shapes: Sequence[tuple[int, Sequence[int] | None]],
+    repeats: int = 20,
+    synchronize: Callable[[], Any] = lambda: None,
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """`Profile.rows` and `Profile.seconds`: median times of `step(block_size, levels)()`, the shapes taking turns."""
+    calls = {b * (1 + (b if levels is None else len(levels))): step(b, levels) for b, levels in shapes}
+    seconds: dict[int, list[float]] = {rows: [] for rows in calls}
+    for repeat in range(repeats + 2):
+        for rows, call in calls.items():
+            synchronize()
+            started = time.perf_counter()
+            call()
+            synchronize()
+            if repeat >= 2:  # the first two warm up
+                seconds[rows].append(time.perf_counter() - started)
+    ordered = sorted(calls)
+    return tuple(ordered), tuple(statistics.median(seconds[rows]) for rows in ordered)

@@ -1,0 +1,41 @@
+"""Linear self-speculation: a bidirectional pass drafts, a causal pass verifies."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import patterns
+from .base import Batch, Outcome, Strategy, judge
+
+__all__ = ["SelfSpeculation"]
+
+
+class SelfSpeculation(Strategy):
+    """`[seed, M x (L - 1)]` both ways, its K/V dropped; then `[seed, its drafts]` causally (Nemotron-Labs-Diffusion).
+
+    Two forward passes a step. Adapters, where the model has them, are on in the first pass and off in the second.
+
+    Args:
+        length: L >= 2, the most tokens a step commits.
+
+    Raises:
+        TypeError, ValueError: `length` is not an int >= 2.
+    """
+
+    name = "self_speculation"
+
+    def __init__(self, length: int) -> None:
+        self.drafts = patterns.check_int("length", length, 2)
+        self._draft, self._verify = patterns.block_step(length), patterns.causal(length)
+
+    def step(self, batch: Batch) -> Outcome:
+        seed = batch.drafts[:, :1]
+        is_mask = torch.ones_like(batch.drafts, dtype=torch.bool)
+        is_mask[:, 0] = False
+        hidden = batch.forward(seed.expand_as(is_mask), self._draft, is_mask)
+        logits = batch.model.logits(hidden[:, 1:])
+        drafts = torch.cat([seed, batch.draft(logits, batch.cache.lengths + 1)], dim=1)
+        if batch.draft_logits is not None:
+            batch.draft_logits[:, 1:] = logits
+        hidden = batch.forward(drafts.clamp(min=0), self._verify, False)
+        return Outcome(judge(batch, hidden, drafts), drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)

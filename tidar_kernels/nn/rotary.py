@@ -1,0 +1,38 @@
+"""Rotary positions (Su et al. 2021): cos and sin of every row. `tk.rotary_append` rotates on the way into the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RotaryEmbedding", "apply_rotary"]
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of rotary positions, in the half-split layout of Llama and Qwen."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {head_dim}")
+        self.register_buffer("inv_freq", theta ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`positions` int `[..., rows]` -> `(cos, sin)`, each `[..., rows, 1, head_dim]`, for `apply_rotary`.
+
+        The sign of the rotation is folded into `sin`, so that applying it is one roll and no concatenation.
+        """
+        angle = positions.to(torch.float32).unsqueeze(-1) * self.inv_freq.to(torch.float32)
+        cos, sin = angle.cos(), angle.sin()
+        return (
+            torch.cat([cos, cos], dim=-1).unsqueeze(-2).to(dtype),
+            torch.cat([-sin, sin], dim=-1).unsqueeze(-2).to(dtype),
+        )
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate `x [batch, rows, heads, head_dim]` by `(cos, sin)` from `RotaryEmbedding`."""
+    cos, sin = rotary
+    return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin

@@ -1,0 +1,133 @@
+"""Which launch configuration runs where: chips, and the rule by which `config_tables.TABLES` is read.
+
+The step kernel's configuration depends on the chip, the dtype, the head dim and what the model does to its logits (a
+cap, sinks, a window, the paths of a tree), and on nothing else: not on the number of rows, the batch or the length.
+Draft rows and single-token decoding therefore run the very same instructions, which is half of what makes their bits
+equal. The other half is the split size, a function of the cache's capacity alone. So nothing is tuned while it runs:
+`tidar-kernels bench --tune` proposes tables, and a table is what ships.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .launch import INTERPRET, block_dim
+from .tables import ANY, CHIPS, EXTRAS, KINDS, PARENTS, PLAIN, TABLES, TREE, Chip, ForwardConfig, TileConfig
+
+__all__ = [
+    "CHIPS",
+    "EXTRAS",
+    "HEAD_DIM_TILES",
+    "KINDS",
+    "PLAIN",
+    "TREE",
+    "Chip",
+    "ForwardConfig",
+    "TileConfig",
+    "ancestry",
+    "attention_config",
+    "chip_of",
+    "entries",
+    "nearest_chip",
+    "options",
+    "split_size",
+    "step_config",
+]
+
+HEAD_DIM_TILES = (16, 32, 64, 128, 256)
+# The interpreter pays per operation, not per element; small tiles put tile and split edges within reach of tests.
+_INTERPRET: dict[str, TileConfig] = {
+    "step": ForwardConfig(32, 16, 1, 1, SCORES_AHEAD=True),
+    "forward": ForwardConfig(32, 32, 1, 1, SCORES_AHEAD=True),
+    "dq": TileConfig(32, 32, 1, 1),
+    "dkdv": TileConfig(32, 32, 1, 1),
+}
+
+
+@functools.cache
+def nearest_chip(chip: Chip) -> Chip:
+    """The chip whose table serves `chip`: its own, or with a warning, once, another's.
+
+    That is the newest NVIDIA chip of the tables that is not newer, and for those before all of them the one with the
+    least shared memory. AMD's architectures that are not of the gfx95 family take the table with the least LDS.
+    """
+    if chip in PARENTS:
+        return chip
+    if isinstance(chip, str):
+        nearest: Chip = "gfx950" if chip.startswith("gfx95") else "gfx942"
+    else:
+        nearest = max((known for known in CHIPS if isinstance(known, int) and known <= chip), default=86)
+    warnings.warn(f"{chip}: no launch table for this chip, that of {nearest} serves it", RuntimeWarning, stacklevel=2)
+    return nearest
+
+
+@functools.cache
+def _chip_of(index: int | None) -> Chip:
+    if torch.version.hip is not None:
+        return nearest_chip(torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return nearest_chip(10 * major + minor)
+
+
+def chip_of(device: torch.device) -> Chip | None:
+    """The chip whose table serves `device`; None for the interpreter."""
+    return None if INTERPRET else _chip_of(device.index)
+
+
+def ancestry(chip: Chip) -> list[Chip]:
+    """The chip, its parent, and so on to ANY, which has none."""
+    line = [chip]
+    while line[-1] != ANY:
+        line.append(PARENTS[line[-1]])
+    return line
+
+
+@functools.cache
+def entries(kernel: str, chip: Chip, is_float32: bool, kind: str = PLAIN) -> dict[int, TileConfig]:
+    """All entries of a kernel that `chip` has or inherits, by head dim. Those of a later kind precede the earlier's."""
+    found: dict[int, TileConfig] = {}
+    for one_kind in KINDS[: KINDS.index(kind) + 1]:
+        name = f"{'float32' if is_float32 else 'half'} {one_kind}".strip()
+        for one in reversed(ancestry(chip)):
+            found |= TABLES[kernel].get(one, {}).get(name, {})
+    return found
+
+
+def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN) -> TileConfig:
+    """Tiles of the step kernel; `kind` is one of `KINDS`."""
+    return attention_config("step", chip, dtype, head_dim, kind)
+
+
+def attention_config(
+    kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN
+) -> TileConfig:
+    """Tiles of "step", "forward", "dq" or "dkdv"; `kind` is one of `KINDS`."""
+    if chip is None:
+        return _INTERPRET[kernel]
+    table = entries(kernel, chip, dtype == torch.float32, kind)
+    return table.get(head_dim) or table[block_dim(head_dim)]
+
+
+def options(config: TileConfig) -> dict[str, Any]:
+    """What a launch with `config` passes to Triton."""
+    return {name: value for name, value in asdict(config).items() if value is not None}
+
+
+def split_size(chip: Chip | None, max_len: int) -> int:
+    """Keys a split: fixed in absolute positions for a given cache capacity, never by the current length.
+
+    About 64 splits at capacity: enough programs to fill the chip at short lengths, few enough partial results that
+    combining them stays cheap. At least 512 keys, so that a split outweighs its epilogue; at most 4096, so that a
+    long cache that is still nearly empty keeps some parallelism.
+    """
+    if chip is None:
+        return 64
+    size = 512
+    while size < 4096 and size * 64 < max_len:
+        size *= 2
+    return size

@@ -1,0 +1,75 @@
+"""How a kernel is launched: operands with their strides, and a launch that can be run, or compiled without a GPU."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Triton reads the same variable when a kernel is decorated, that is when these modules are imported.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+class Strided(NamedTuple):
+    """A tensor operand of a kernel: `x.ptr`, and `x.stride[i]` in elements. Stride 1 is specialised by Triton."""
+
+    ptr: Any
+    stride: Any
+
+
+def strided(tensor: Tensor) -> Strided:
+    """`tensor` as a kernel operand; any strides, no copy."""
+    return Strided(tensor, tensor.stride())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and arguments. `options` holds constexpr arguments, `num_warps` and `num_stages`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch on the current stream of the operands' device; nothing to do for an empty grid."""
+        if not all(self.grid):
+            return
+        first = self.args[0]
+        device = (first.ptr if isinstance(first, Strided) else first).device
+        # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            self.kernel[self.grid](*self.args, **_options(self.options, torch.version.hip is not None))
+
+    def compile(self) -> triton.compiler.CompiledKernel:
+        """Compile exactly the specialisation that `run` would use, for Triton's active target, without launching."""
+        from triton.runtime import driver
+
+        options = _options(self.options, driver.active.get_current_target().backend == "hip")
+        return self.kernel.warmup(*self.args, grid=self.grid, **options)
+
+
+def _options(options: dict[str, Any], is_amd: bool) -> dict[str, Any]:
+    """`options` as the chip's compiler takes them: that of AMD knows no `maxnreg`."""
+    return {name: value for name, value in options.items() if name != "maxnreg"} if is_amd else options
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up: on plain ints, ten times as fast as `triton.cdiv`, which must also serve kernels."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n >= 1`."""
+    return 1 << (n - 1).bit_length()
+
+
+def block_dim(head_dim: int) -> int:
+    """Tile width that holds `head_dim`: the next power of two, at least the 16 that `tl.dot` needs."""
+    return max(16, next_power_of_2(head_dim))

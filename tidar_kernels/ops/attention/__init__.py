@@ -1,0 +1,7 @@
+"""`tk.attention`: api (checks, schema, gradient), reference, cpu, triton_forward, triton_backward."""
+
+from __future__ import annotations
+
+from .api import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,60 @@
+"""The eager twin of `tk.attention`, and the masked softmax that it shares with the twin of `tk.step_attention`.
+
+Written to be read and believed, not to be fast: the dense mask is built, nothing is skipped. In a half dtype it does
+what eager PyTorch models do (matmuls in that dtype, softmax in float32), so its error in that dtype is the yardstick of
+the budget rule in `tidar_kernels.testing`. Any float dtype including float64; autograd throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...patterns import Pattern
+
+__all__ = ["attention", "masked_attention"]
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of `q [.., heads, q_len, d]` over `k, v [.., kv_heads, kv_len, d]` under a boolean mask.
+
+    Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = the head's sink, or -inf without sinks. lse is
+    float32 at least.
+    """
+    num_kv_heads, head_dim = k.shape[-3], q.shape[-1]
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    grouped = rearrange(q, "... (kv group) row dim -> ... kv group row dim", kv=num_kv_heads)
+    scores = grouped @ rearrange(k, "... kv key dim -> ... kv 1 dim key")
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
+    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
+    out = probs.to(v.dtype) @ rearrange(v, "... kv key dim -> ... kv 1 key dim")
+    merge = "... kv group row -> ... (kv group) row"
+    return rearrange(out, merge.replace("row", "row dim")), rearrange(lse, merge)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Eager twin of `tidar_kernels.attention`; same arguments, same results."""
+    out, lse = masked_attention(q, k, v, pattern.dense().to(q.device), scale, softcap, sinks)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,134 @@
+"""Argument checks shared by the public operators: every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patterns import Pattern
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(name: str, value: Any, rank: int) -> None:
+    """`value` is a tensor of this rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(value.shape)}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """`value` has exactly this shape."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+
+
+def same_kind(reference: Tensor, **others: Tensor) -> None:
+    """Every tensor has the float dtype and the device of `reference` (which is called q or k_cache in errors)."""
+    if reference.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {reference.dtype}")
+    for name, value in others.items():
+        if value.dtype != reference.dtype:
+            raise TypeError(f"{name}: expected dtype {reference.dtype} like the other operands, got {value.dtype}")
+        if value.device != reference.device:
+            raise ValueError(f"{name}: expected device {reference.device} like the other operands, got {value.device}")
+
+
+def heads(q: Tensor, num_kv_heads: int) -> None:
+    """Query heads are a multiple of key/value heads."""
+    if num_kv_heads < 1 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {q.shape[1]} heads")
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """The softmax scale, 1/sqrt(head_dim) by default."""
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"scale: expected a float, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"scale: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def softcap(value: float | None) -> float | None:
+    """The cap of the logits: None, or positive."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"softcap: expected a float or None, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"softcap: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def sinks(value: Any, q: Tensor) -> Tensor | None:
+    """`value` is None, or a float tensor `[heads]` on the device of q, of whatever float dtype."""
+    if value is None:
+        return None
+    tensor("sinks", value, 1)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sinks: expected dtype float32, float16, bfloat16 or float64, got {value.dtype}")
+    shape("sinks", value, (q.shape[1],))
+    if value.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} like the other operands, got {value.device}")
+    return value
+
+
+def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, **caches: Tensor) -> None:
+    """q, k and v fit each other and the pattern; `caches` have their dtype and device."""
+    same_kind(q, k=k, v=v, **caches)
+    num_kv_heads = k.shape[1]
+    heads(q, num_kv_heads)
+    shape("k", k, (q.shape[0], num_kv_heads, k.shape[2], q.shape[3]))
+    shape("v", v, tuple(k.shape))
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+    if q.shape[2] != pattern.q_len:
+        raise ValueError(f"q: expected {pattern.q_len} rows for {pattern.name}, got {q.shape[2]}")
+    if k.shape[2] != pattern.kv_len:
+        raise ValueError(f"k: expected {pattern.kv_len} in-flight keys for {pattern.name}, got {k.shape[2]}")
+
+
+def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:
+    """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too."""
+    tensor("lengths", value, 1)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: expected dtype int32 or int64, got {value.dtype}")
+    shape("lengths", value, (batch,))
+    if value.device != device:
+        raise ValueError(f"lengths: expected device {device} like the other operands, got {value.device}")
+    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
+        for sequence, length in enumerate(value.tolist()):
+            if not 0 <= length <= limit:
+                raise ValueError(
+                    f"lengths: expected 0 <= length <= {what} = {limit}, got {length} in sequence {sequence}"
+                )
+
+
+def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> None:
+    """`value` is an integer tensor `[batch, n]`; on the CPU also cached nodes in ascending order, then -1."""
+    tensor("path", value, 2)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"path: expected dtype int32 or int64, got {value.dtype}")
+    nodes_max = 1024  # what a program of the kernel holds
+    if len(value) != len(lengths) or value.shape[1] > nodes_max:
+        raise ValueError(f"path: expected shape [{len(lengths)}, n <= {nodes_max}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"path: expected device {device} like the other operands, got {value.device}")
+    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
+        for sequence, (nodes, length) in enumerate(zip(value.tolist(), lengths.tolist(), strict=True)):
+            count = nodes.index(-1) if -1 in nodes else len(nodes)
+            ascending = [-1, *nodes[:count]]
+            if any(a >= b for a, b in itertools.pairwise(ascending)) or any(node != -1 for node in nodes[count:]):
+                raise ValueError(f"path: expected ascending nodes, then -1, got {nodes} in sequence {sequence}")
+            if count and length + nodes[count - 1] >= max_len:
+                raise ValueError(
+                    f"path: expected nodes below max_len - length = {max_len - length}, got {nodes[count - 1]} "
+                    f"in sequence {sequence}"
+                )

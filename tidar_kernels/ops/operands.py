@@ -1,0 +1,78 @@
+"""The bundles in which the operands of attention travel: made where arguments are checked, taken apart where used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Cached", "Keys", "Results", "Rows", "Scores"]
+
+
+class Rows(NamedTuple):
+    """The query rows and what of the in-flight keys and of the context each sees (`tidar_kernels.Pattern`).
+
+    Attributes:
+        q: `[batch, heads, q_len, head_dim]`.
+        lead, own: int32 `[q_len, 2]`.
+        reach: int32 `[q_len]`, or None: all of the context.
+        bits: int32 `[q_len, ceil(kv_len / 32)]`, the tree mask, or None.
+    """
+
+    q: Tensor
+    lead: Tensor
+    own: Tensor
+    reach: Tensor | None = None
+    bits: Tensor | None = None
+
+
+class Keys(NamedTuple):
+    """Keys and values in flight, `[batch, kv_heads, kv_len, head_dim]`."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Cached(NamedTuple):
+    """Keys and values in the cache.
+
+    Attributes:
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`.
+        lengths: int32 or int64 `[batch]`, tokens of context of each sequence.
+        max_context: an upper bound of `lengths` that the host knows; an operator that has no use for it leaves it 0.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    lengths: Tensor
+    max_context: int = 0
+
+
+class Scores(NamedTuple):
+    """What becomes of `q.k` before the softmax.
+
+    Attributes:
+        scale: factor of the scores.
+        softcap: cap of the logits, `softcap * tanh(scale * q.k / softcap)`, or None.
+        sinks: `[heads]`, one more logit in the softmax of every row of a head, or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Results(NamedTuple):
+    """What attention gave, and the gradients that come back.
+
+    Attributes:
+        out: `[batch, heads, q_len, head_dim]`.
+        lse: `[batch, heads, q_len]`, natural log, float32 at least.
+        grad_out: as out.
+        grad_lse: as lse; None if lse was not used.
+    """
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None = None

@@ -1,0 +1,7 @@
+"""`tk.step_attention`: api (checks, schema), reference, cpu, cpu_exact (rows alone), triton."""
+
+from __future__ import annotations
+
+from .api import operator, step_attention
+
+__all__ = ["operator", "step_attention"]

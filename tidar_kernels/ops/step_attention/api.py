@@ -1,0 +1,112 @@
+"""Attention of one decode step: cached context, then the in-flight keys of a pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...patterns import Pattern
+from .. import checks
+from ..declaration import Backend, Operator, check_backend
+from ..operands import Cached, Keys, Rows, Scores
+from . import cpu, reference
+
+__all__ = ["operator", "step_attention"]
+
+
+def step_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+    *,
+    max_context: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | Any:
+    """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
+
+    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and `bits[q]`
+    (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
+    these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
+    was launched: draft row m of a step at length P equals single-token decoding at length P + m.
+
+    Args:
+        q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
+        k, v: `[batch, kv_heads, kv_len, head_dim]`, the in-flight keys and values; `kv_heads` divides `heads`.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`; slots at and past `lengths[b]` are never read.
+        lengths: int32 or int64 `[batch]`, tokens of context in each sequence; stays on the device.
+        pattern: `pattern.q_len` and `pattern.kv_len` match q and k.
+        scale: of the scores, positive; default `1 / sqrt(head_dim)`.
+        max_context: an upper bound of `lengths` that the host happens to know; fewer programs are launched, the bits
+            stay. Default `max_len`.
+        softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
+        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
+            (GPT-OSS); lse has it too. Default none.
+        return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
+        backend: None picks by device; "triton" or "eager" by name.
+
+    Returns:
+        `[batch, heads, q_len, head_dim]` in the dtype of q; a row that sees no key is 0 with lse = -inf
+        (its head's sink, with sinks).
+
+    Raises:
+        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths or backend do not fit.
+
+    Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.tensor(name, value, 4)
+    checks.attention_operands(q, k, v, pattern, k_cache=k_cache, v_cache=v_cache)
+    batch, num_kv_heads, _, head_dim = k.shape
+    max_len = k_cache.shape[2]
+    checks.shape("k_cache", k_cache, (batch, num_kv_heads, max_len, head_dim))
+    checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    if max_context is None:
+        max_context = max_len
+    elif not 0 <= max_context <= max_len:
+        raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
+    checks.lengths(lengths, batch, q.device, max_context, "max_context")
+    scores = Scores(checks.scale(scale, head_dim), checks.softcap(softcap), checks.sinks(sinks, q))
+    check_backend(backend, q.device)
+    if backend == "eager":
+        return reference.step_attention(
+            q, k, v, k_cache, v_cache, lengths, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse
+        )
+    rows = Rows(q, *pattern.rows_on(q.device))
+    out, lse = operator(rows, Keys(k, v), Cached(k_cache, v_cache, lengths, max_context), scores)
+    return (out, lse) if return_lse else out
+
+
+def _kernel() -> Callable[..., Any]:
+    from .triton import step_attention as launch
+
+    return launch
+
+
+def _fake(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
+    q = rows.q
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+operator = Operator(
+    "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+    "Tensor lead, Tensor own, float scale, int max_context, "
+    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? bits=None) -> (Tensor, Tensor)",
+    Rows,
+    Keys,
+    Cached,
+    Scores,
+    cpu=cpu.step_attention,
+    kernel=_kernel,
+    fake=_fake,
+)

@@ -1,0 +1,117 @@
+"""The fast PyTorch paths that the operators take on the CPU, on top of ATen's fused CPU attention.
+
+Same idea as the kernels: the context is one dense call without a mask, the in-flight part is a small masked call, and
+the two merge by their log-sum-exp. Query heads of one kv head are packed into rows, so K/V is never repeated. Behind a
+sliding window the context is what every row reaches, and a small masked call for what only some do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...patterns.rows import unpack_bits
+from .._cpu import add_sinks, capped_attention, share, unit_stride
+from ..operands import Cached, Keys, Rows, Scores
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+# lead tensor -> (own tensor, bits, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
+_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def dense_mask(lead: Tensor, own: Tensor, kv_len: int, bits: Tensor | None = None) -> Tensor:
+    """The in-flight part of a pattern as booleans `[q_len, kv_len]`, from its interval tensors and bits."""
+    key = torch.arange(kv_len, dtype=lead.dtype, device=lead.device)
+    seen = ((lead[:, :1] <= key) & (key < lead[:, 1:])) | ((own[:, :1] <= key) & (key < own[:, 1:]))
+    return seen if bits is None else seen | unpack_bits(bits, kv_len)
+
+
+def _packed_mask(
+    lead: Tensor, own: Tensor, bits: Tensor | None, kv_len: int, dtype: torch.dtype, group: int
+) -> tuple[Tensor, Tensor | None]:
+    """`(additive mask [1, 1, group * q_len, kv_len], rows that see no in-flight key or None)`."""
+    found = _masks.get(lead)
+    if found is None or found[0] is not own or found[1] is not bits:
+        found = _masks[lead] = (own, bits, {})
+    key = (kv_len, dtype, group)
+    if key not in found[2]:
+        found[2][key] = _additive(dense_mask(lead, own, kv_len, bits), dtype, group)
+    return found[2][key]
+
+
+def _additive(visible: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor | None]:
+    """`visible [q_len, keys]` as what is added to scores of packed rows, and the rows that see nothing, or None."""
+    visible = visible.repeat(group, 1)
+    empty = ~visible.any(dim=1)
+    additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)
+    return additive[None, None], empty if bool(empty.any()) else None
+
+
+def _context_parts(
+    length: int, reach: Tensor | None, dtype: torch.dtype, group: int
+) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
+    """`(slots, mask, rows that see none of them)` of one sequence's context, of which not every row may see all."""
+    near = far = length
+    if reach is not None and reach.numel():
+        near, far = min(length, int(reach.min())), min(length, int(reach.max()))
+    if near:
+        yield slice(length - near, length), None, None
+    if far > near and reach is not None:
+        slot = torch.arange(length - far, length - near)
+        yield slice(length - far, length - near), *_additive(slot >= length - reach[:, None].long(), dtype, group)
+
+
+def _attend(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, mask: Tensor | None, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of packed rows `[batch, kv_heads, rows, d]`; `empty`: the rows that see nothing under the mask."""
+    if softcap is not None:
+        return capped_attention(rows, k, v, scale, softcap, mask)
+    out, lse = _flash(rows, unit_stride(k), unit_stride(v), attn_mask=mask, scale=scale)
+    return out, lse if empty is None else lse.masked_fill(empty, -math.inf)
+
+
+def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
+    """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
+    (q, lead, own, reach, bits), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    k_cache, v_cache, lengths, _ = cached
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    packed = unit_stride(q.reshape(batch, num_kv_heads, group * q_len, head_dim))
+    if packed.numel() == 0 or kv_len == 0:  # ATen divides by zero there
+        out, lse = torch.zeros_like(packed), packed.new_full(packed.shape[:-1], -math.inf, dtype=lse_dtype)
+    else:
+        out, lse = _attend(packed, k, v, scale, softcap, *_packed_mask(lead, own, bits, kv_len, q.dtype, group))
+    counts = lengths.tolist() if packed.numel() else []
+    # Sequences of one length share a call; a ragged batch takes one call a sequence.
+    groups = (
+        [(slice(0, batch), counts[0])]
+        if len(set(counts)) == 1
+        else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
+    )
+    merged = []
+    for at, length in groups:
+        so_far, so_far_lse = out[at], lse[at]
+        for slots, mask, empty in _context_parts(length, reach, q.dtype, group):
+            k_ctx, v_ctx = k_cache[at, :, slots], v_cache[at, :, slots]
+            ctx, ctx_lse = _attend(packed[at], k_ctx, v_ctx, scale, softcap, mask, empty)
+            # A part that every row sees has a finite lse, and needs no care for rows without a key.
+            weight = torch.sigmoid(ctx_lse - so_far_lse) if empty is None else share(ctx_lse, so_far_lse)
+            # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
+            so_far = torch.lerp(so_far.to(lse_dtype), ctx.to(lse_dtype), weight.unsqueeze(-1))
+            so_far_lse = torch.logaddexp(ctx_lse, so_far_lse)
+        merged.append((so_far.to(q.dtype), so_far_lse))
+    if merged:
+        out, lse = map(torch.cat, zip(*merged, strict=True)) if len(merged) > 1 else merged[0]
+    # contiguous, as the schema's fake tensors are: ATen's results are transposed
+    out, lse = out.reshape(q.shape).contiguous(), lse.reshape(q.shape[:-1]).contiguous()
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
+    return out, lse

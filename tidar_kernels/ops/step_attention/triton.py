@@ -1,0 +1,346 @@
+"""Step attention: the rows of one decode step against the cached context and each other.
+
+Computes, for every row of every sequence (twin: `tidar_kernels.eager.step_attention`):
+
+    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead, own and bits of the row
+
+Keys lie on one line of absolute positions: key n comes from the cache below P and from the in-flight tensors at and
+above it, so that tiles and splits mean the same whether a draft is in flight or already committed. Only a row's *own*
+block, whose keys no other row of the line shares, is a tile of its own; so are the paths of a token tree (*bits*). A
+program takes BLOCK_M packed rows (q_len x heads of one kv head) and one split of the line:
+
+    1. whole tiles below P             no mask at all
+    2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
+    3. split 0 only: own and bits      in-flight tiles, masked by them
+
+Behind a sliding window (`reach`) a row's part of the line starts later: tiles before every row's first key are skipped,
+and those that some row sees in part come before step 1, masked. Tiles stay where they are, so bits stay too. Sinks,
+one more logit a head (`common.softmax_start`), are split 0's.
+
+Programs whose split holds no key of their rows return at once, but those of split 0 never. With more than one split a
+second kernel merges the partial results by log-sum-exp, in split order: of each row split 0, and those that its own
+keys lie in. So a row's result does not depend on what other rows made a program write, and nothing is read that was
+not written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton.common import (
+    attend_whole_tiles,
+    load_interval,
+    load_tile,
+    raw_scores,
+    row_pointers,
+    score_units,
+    softmax_finish,
+    softmax_start,
+    softmax_update,
+)
+from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
+from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from ..operands import Cached, Keys, Rows, Scores
+
+# Of the second kernel, at a time: results of 8 splits, of so many rows that a thread loads 16 values.
+COMBINED_SPLITS, COMBINED_VALUES = 8, 256
+
+
+@triton.jit
+def _context_len(lengths, b, max_context):
+    """Tokens of context, never outside the cache whatever `lengths` holds."""
+    return tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), max_context)
+
+
+@triton.jit
+def _first_keys(reach, row, live, context, lead_lo, lead_hi):
+    """Of each row the first slot of context that it sees (`context` if none), and its first key on the line."""
+    first_slot = tl.maximum(context - tl.load(reach + row, mask=live, other=0), 0)
+    # Without context the line starts at lead; without either it is empty, and ends before it starts.
+    in_flight = context + tl.where(lead_lo < lead_hi, lead_lo, 0x3FFFFFFF)
+    return first_slot, tl.where(first_slot < context, first_slot, in_flight)
+
+
+@triton.jit
+def _spliced_tile(old, new, cached, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr):
+    """The tile whose rows lie at `old` where `cached`, else at `new`; rows outside `seen` are 0."""
+    if ONE_LOAD:
+        tile = load_tile(tl.where(cached[:, None], old, new), seen, HEAD_DIM, UPCAST)
+    else:
+        tile = load_tile(old, seen & cached, HEAD_DIM, UPCAST)
+        tile = tl.where(cached[:, None], tile, load_tile(new, seen & ~cached, HEAD_DIM, UPCAST))
+    return tile
+
+
+@triton.jit
+def _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N: tl.constexpr):
+    """Own tiles' `(start, end)`, made to cover the words in which some row has a bit."""
+    words = tl.cdiv(kv_len, 32)
+    for i in range(0, words):
+        word = tl.load(bits + row.to(tl.int64) * words + i, mask=live, other=0)
+        if tl.max((word != 0).to(tl.int32), 0) > 0:
+            own_start = tl.minimum(own_start, i * 32 // BLOCK_N * BLOCK_N)
+            own_end = tl.maximum(own_end, tl.minimum(i * 32 + 32, kv_len))
+    return own_start, own_end
+
+
+@triton.jit
+def _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
+    """`visible`, and the keys of the tile at n0 whose bits each row has. A word is a load a row, not one a key."""
+    words = tl.cdiv(kv_len, 32)
+    n = n0 + tl.arange(0, BLOCK_N)
+    for i in tl.static_range((BLOCK_N + 31) // 32):
+        at = n0 // 32 + i
+        word = tl.load(bits + row.to(tl.int64) * words + at, mask=live & (at < words), other=0)
+        visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == at)[None, :])
+    return visible
+
+
+# Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
+@triton.jit(
+    do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "bits"],
+)
+def step_attention_kernel(
+    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, bits, out, lse,
+    q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
+    SCORES_AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
+
+    `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial. `reach` is
+    None without a window, `sinks` without sinks, `bits` without them, `inner` without a cap (`common.modify_scores`).
+    """
+    row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
+    kv_sequence = tl.program_id(0) // row_tiles
+    b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
+    packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = packed // group
+    head = kv_head * group + packed % group
+    live = row < q_len
+
+    context = _context_len(lengths, b, max_context)
+    lead_lo, lead_hi = load_interval(lead, row, live)
+    own_lo, own_hi = load_interval(own, row, live)
+    end = context + tl.max(lead_hi, 0)
+    start = split * SPLIT
+    stop = start + SPLIT
+    if (start >= end) & (split > 0):
+        return
+    if reach is not None:
+        first_slot, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+        begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
+        if (begin >= stop) & (split > 0):
+            return
+
+    b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    at = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
+    q_tile = load_tile(at, live, HEAD_DIM, UPCAST)
+    k_base = b64 * k.stride[0] + kv_head64 * k.stride[1]
+    v_base = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    k_cache_base = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
+    v_cache_base = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m, l = softmax_start(sinks, head, live & (split == 0), BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+
+    # 1. whole tiles of context, behind a window first those that not every row sees all of
+    whole_end = tl.minimum(stop, context // BLOCK_N * BLOCK_N)
+    if reach is not None:
+        start = tl.maximum(start, begin)
+        whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(live, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
+        for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
+            n = n0 + key
+            k_tile = load_tile(row_pointers(k_cache, k_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v_cache, v_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            seen = n[None, :] >= first_slot[:, None]
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
+        start = tl.maximum(start, whole_start)
+    acc, m, l = attend_whole_tiles(
+        acc, m, l, q_tile, k_cache, k_cache_base, v_cache, v_cache_base, start, whole_end, scale, inner,
+        HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
+    )  # fmt: skip
+
+    # 2. the tiles where the context ends and the drafts begin
+    for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(stop, end), BLOCK_N, num_stages=1):
+        n = n0 + key
+        cached, fly = n < context, n - context
+        k_old, k_new = row_pointers(k_cache, k_cache_base, n, BLOCK_D), row_pointers(k, k_base, fly, BLOCK_D)
+        v_old, v_new = row_pointers(v_cache, v_cache_base, n, BLOCK_D), row_pointers(v, v_base, fly, BLOCK_D)
+        k_tile = _spliced_tile(k_old, k_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        v_tile = _spliced_tile(v_old, v_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        in_lead = (fly[None, :] >= lead_lo[:, None]) & (fly[None, :] < lead_hi[:, None])
+        seen = cached[None, :] | in_lead
+        if reach is not None:
+            seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
+        acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
+
+    # 3. the rows' own blocks and bits, in tiles aligned to in-flight indices so that a row's mates do not change it
+    if split == 0:
+        has_own = own_lo < own_hi
+        own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
+        own_end = tl.max(own_hi, 0)
+        if bits is not None:
+            own_start, own_end = _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N)
+        for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
+            n = n0 + key
+            k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
+            if bits is not None:
+                visible = _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
+
+    result, lse2 = softmax_finish(acc, m, l)
+    batch = tl.num_programs(0) // row_tiles // num_kv_heads
+    at_row = ((split * batch + b).to(tl.int64) * num_kv_heads * group + head64) * q_len + row
+    if PARTIAL:
+        tl.store(lse + at_row, lse2, mask=live)
+    else:
+        tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
+    at = out.ptr + split.to(tl.int64) * out.stride[0] + b64 * out.stride[1] + head64 * out.stride[2]
+    at = at + row.to(tl.int64) * out.stride[3]
+    at = at[:, None] + dim.to(tl.int64)[None, :] * out.stride[4]
+    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (dim[None, :] < HEAD_DIM))
+
+
+@triton.jit(
+    do_not_specialize=["num_heads", "q_len", "max_context"],
+    do_not_specialize_on_alignment=["lengths", "lead", "reach"],
+)
+def combine_splits_kernel(
+    part, part_lse, lengths, lead, reach, out, lse,
+    num_heads, q_len, max_context,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, BLOCK_S splits at a time, ascending.
+
+    A row reads split 0 and exactly the splits that its own keys lie in: what other rows of the launch needed does not
+    enter. Splits that it does not read are exact no-ops, as in `common.softmax_update`, and each has its place among
+    BLOCK_S whatever comes before. All loads of a turn are independent: one trip to memory for BLOCK_S splits.
+    """
+    b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = row < q_len
+    lead_lo, lead_hi = load_interval(lead, row, live)
+    context = _context_len(lengths, b, max_context)
+    end = tl.where(live, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
+    turns = tl.cdiv(tl.max(end, 0), BLOCK_S)
+    skipped = 0
+    if reach is not None:  # behind a window, turn 0 for split 0, and then those from the first that some row sees
+        _, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+        first = first_key // SPLIT
+        skipped = tl.maximum(tl.min(tl.where(live, first // BLOCK_S, turns), 0) - 1, 0)
+        skipped = tl.minimum(skipped, turns - 1)
+
+    dim = tl.arange(0, BLOCK_D)
+    in_head = dim[None, :] < HEAD_DIM
+    at_row = tl.program_id(0).to(tl.int64) * q_len + row
+    rows_per_split = tl.num_programs(0).to(tl.int64) * q_len
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)
+    for turn in range(0, turns - skipped):
+        split = tl.where(turn == 0, 0, turn + skipped) * BLOCK_S + tl.arange(0, BLOCK_S)
+        read = split[:, None] < end[None, :]
+        if reach is not None:
+            read = read & ((split[:, None] == 0) | (split[:, None] >= first[None, :]))
+        at = split[:, None] * rows_per_split + at_row[None, :]
+        split_lse = tl.load(part_lse + at, mask=read, other=float("-inf"))
+        at = at[:, :, None] * HEAD_DIM + dim[None, None, :]
+        split_out = tl.load(part + at, mask=read[:, :, None] & in_head[None, :, :], other=0.0)
+        m_new = tl.maximum(m, tl.max(split_lse, 0))
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(split_lse - pivot[None, :])
+        alpha = tl.exp2(m - pivot)
+        l = tl.fma(l, alpha, tl.sum(weight, 0))
+        acc = tl.fma(acc, alpha[:, None], tl.sum(split_out * weight[:, :, None], 0))
+        m = m_new
+    result, lse2 = softmax_finish(acc, m, l)
+    tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
+    at = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
+    at = at + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
+    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & in_head)
+
+
+def plan_step_attention(
+    rows: Rows, keys: Keys, cached: Cached, scores: Scores, chip: Chip | None
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """Allocate results and lay out the launches of one step: `(launches, out, lse)`.
+
+    Raises:
+        TypeError: float64, which only the eager twin and the CPU path compute.
+    """
+    (q, lead, own, reach, bits), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    k_cache, v_cache, lengths, max_context = cached
+    if q.dtype == torch.float64:
+        raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    extras = any(extra is not None for extra in (reach, softcap, sinks))
+    kind = TREE if bits is not None else EXTRAS if extras else PLAIN
+    config, split = step_config(chip, q.dtype, head_dim, kind), split_size(chip, max_len)
+    unit, inner = score_units(scale, softcap)
+    # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
+    # Without any key there is still one split: it writes the zeros.
+    num_splits = max(1, cdiv(max_len + kv_len, split))
+    launched = max(1, min(num_splits, cdiv(max_context + kv_len, split)))
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    part, part_lse = out.unsqueeze(0), lse
+    if num_splits > 1:
+        part = torch.empty((launched, *q.shape), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((launched, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
+    attend = Launch(
+        step_attention_kernel,
+        (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
+        (
+            *map(strided, (q, k, v, k_cache, v_cache)),
+            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), bits, strided(part), part_lse),
+            *(q_len, num_kv_heads, group, kv_len, max_context, unit * math.log2(math.e), inner),
+        ),
+        {
+            **shapes,
+            **options(config),
+            "PARTIAL": num_splits > 1,
+            "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
+            # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
+            "ONE_LOAD": not isinstance(chip, str),
+        },
+    )
+    if num_splits == 1:
+        return [attend], out, lse
+    # The interpreter pays by the program; with 2 splits a turn the turns behind a window are within reach of tests.
+    rows_each, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
+    combine = Launch(
+        combine_splits_kernel,
+        (batch * num_heads, cdiv(q_len, rows_each)),
+        (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
+        {
+            **shapes,
+            "BLOCK_R": rows_each,
+            "BLOCK_S": splits,
+            "num_warps": 4,
+        },
+    )
+    return [attend, combine], out, lse
+
+
+def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Run the kernels: `(out [batch, heads, q_len, head_dim], lse [batch, heads, q_len])`; arguments are checked."""
+    launches, out, lse = plan_step_attention(rows, keys, cached, scores, chip_of(rows.q.device))
+    for launch in launches:
+        launch.run()
+    return out, lse

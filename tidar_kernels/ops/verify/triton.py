@@ -1,0 +1,310 @@
+"""Verification: every draft row's verdict and token from its logits, vocabulary tile by tile, no copy of the logits.
+
+Computes, for each row (twin: `tidar_kernels.eager.verify`; TiDAR, arXiv 2511.08923, step rule):
+
+    x        logits (mixed with the block's own by beta), repetition penalty, divided by the temperature
+    kept     x >= threshold: the largest of those of top-k, top-p and min-p; tokens tied at it stay
+    p, q     softmax over the kept x of the row, and of the row that its draft was drawn from
+    greedy, coupled      token = argmax(x [+ G]);        accept the draft if it is that token
+    rejection            token = argmax(log(p - q)+ + G); accept with probability min(1, p(d) / q(d))
+    point mass           the same with q = 1 at the draft
+
+G is Gumbel noise of (seed, position, token, stream) alone. One program takes one row; a second, tiny kernel counts the
+accepted rows of each sequence. Thresholds are found by bisection on the bits of x: any vocabulary, any ties, no sort.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton.launch import INTERPRET, Launch, Strided, next_power_of_2, strided
+from .noise import Stream
+from .operands import Drafted, Requests, Target
+
+# Streams of noise: what a draft's noise decided must not decide about the draft. `noise.Stream` names them.
+_DRAFT, _ACCEPT, _RESIDUAL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+COUPLED, REJECTION, POINT_MASS = 0, 1, 2
+_REJECTION, _POINT_MASS = tl.constexpr(REJECTION), tl.constexpr(POINT_MASS)
+# One shape for every vocabulary. The interpreter pays by the operation, not by the element.
+BLOCK_V, NUM_WARPS = (2**16 if INTERPRET else 2048), 8
+# Tiles of logits that are copied ahead: a loop without products is pipelined where it says so, and there alone.
+STAGES = tl.constexpr(8)
+
+
+@triton.jit
+def _noise_bits(seed, token, position, stream):
+    """32 random bits of each token, by Philox-4x32-10: a function of its arguments alone."""
+    zero = tl.zeros_like(token)
+    bits, _, _, _ = tl.philox(seed, token, zero + position, zero + stream, zero)
+    return bits
+
+
+@triton.jit
+def _gumbel(seed, token, position, stream):
+    """-log of an exponential variate. That is -log(1 - u) for a small u, whose small values keep their precision."""
+    bits = _noise_bits(seed, token, position, stream)
+    # From halves: an unsigned 32-bit integer does not convert to float the same way everywhere.
+    u = (bits >> 16).to(tl.int32).to(tl.float32) * 65536.0 + (bits & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5
+    u = tl.minimum(u * 2.3283064365386963e-10, 0.99999994)
+    exponential = tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.3333333333333333)), -tl.log(1.0 - u))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _scores(row, token, vocab_size, scores, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
+    """A tile of x, float32, -inf outside the vocabulary. `row` is (logits, mix), pointers with their strides; `scores`
+    is (beta, penalty, 1 / temperature, seen, drafts, drafts seen by the row)."""
+    beta, penalty, inverse_temperature, seen, drafts, num_drafts = scores
+    inside = token < vocab_size
+    x = tl.load(row[0] + token.to(tl.int64) * row[1], mask=inside, other=float("-inf")).to(tl.float32)
+    if HAS_MIX:
+        mix = tl.load(row[2] + token.to(tl.int64) * row[3], mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.where(inside, beta * x + (1.0 - beta) * mix, x)
+    if HAS_SEEN:
+        hit = tl.load(seen[0] + token.to(tl.int64) * seen[1], mask=inside, other=0) != 0
+        for i in range(0, num_drafts):
+            hit = hit | (token == tl.load(drafts[0] + i * drafts[1]).to(tl.int32))
+        x = tl.where(hit, tl.where(x > 0, x / penalty, x * penalty), x)
+    return x * inverse_temperature
+
+
+@triton.jit
+def _take(best, best_token, value, token):
+    """Running argmax over tiles, lane by lane: lanes meet once, in `_winner`. Of equal values the lowest token."""
+    better = value > best
+    return tl.where(better, value, best), tl.where(better, token, best_token)
+
+
+@triton.jit
+def _winner(best, best_token):
+    """`(max, argmax)` over the lanes; -inf and -1 if none took anything."""
+    top = tl.max(best, 0)
+    return top, tl.min(tl.where(best == top, best_token, 2147483647), 0)
+
+
+@triton.jit
+def _order(x):
+    """int32 in the order of the floats."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _bisect(
+    row, vocab_size, scores, floor, top, target,
+    BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """The largest t, as `_order`, with `measure(x >= t) >= target`: measure counts tokens, or sums exp(x - top)."""
+    lo, hi = floor.to(tl.int64), _order(top).to(tl.int64)
+    while lo < hi:
+        middle = lo + (hi - lo + 1) // 2
+        measure = tl.zeros([BLOCK_V], tl.float32)
+        for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
+            x = _scores(row, start + tl.arange(0, BLOCK_V), vocab_size, scores, HAS_MIX, HAS_SEEN)
+            weight = tl.full([BLOCK_V], 1.0, tl.float32) if COUNT else tl.exp(x - top)
+            measure += tl.where(_order(x) >= middle, weight, 0.0)
+        enough = tl.sum(measure, 0) >= target
+        lo, hi = tl.where(enough, middle, lo), tl.where(enough, hi, middle - 1)
+    return lo.to(tl.int32)
+
+
+@triton.jit
+def _mass(row, vocab_size, scores, floor, top, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
+    """Sum of exp(x - top) over the kept tokens."""
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
+        x = _scores(row, start + tl.arange(0, BLOCK_V), vocab_size, scores, HAS_MIX, HAS_SEEN)
+        total += tl.where(_order(x) >= floor, tl.exp(x - top), 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _top(row, vocab_size, scores, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
+    """`(max, argmax, whether a logit is NaN or +inf)`."""
+    best, at = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
+    bad = tl.zeros([BLOCK_V], tl.int32)
+    for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK_V)
+        x = _scores(row, token, vocab_size, scores, HAS_MIX, HAS_SEEN)
+        broken = (x != x) | (x == float("inf"))
+        bad |= broken.to(tl.int32)
+        best, at = _take(best, at, tl.where(broken, float("-inf"), x), token)
+    top, token = _winner(best, at)
+    return top, token, tl.max(bad, 0)
+
+
+@triton.jit
+def _threshold(
+    row, vocab_size, scores, top, top_k, top_p, min_p,
+    BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr,
+):  # fmt: skip
+    """Where the kept tokens begin, as `_order`: top-k, then top-p of what it keeps, then min-p."""
+    floor = _order(tl.full([1], -3.4028234663852886e38, tl.float32))
+    floor = tl.min(floor, 0)  # -inf is never kept
+    if (top_k > 0) & (top_k < vocab_size):
+        floor = _bisect(row, vocab_size, scores, floor, top, top_k, BLOCK_V, HAS_MIX, HAS_SEEN, True)
+    if top_p < 1.0:
+        target = top_p * _mass(row, vocab_size, scores, floor, top, BLOCK_V, HAS_MIX, HAS_SEEN)
+        floor = _bisect(row, vocab_size, scores, floor, top, target, BLOCK_V, HAS_MIX, HAS_SEEN, False)
+    if min_p > 0.0:
+        floor = tl.maximum(floor, _order(top + tl.log(min_p)))
+    return floor
+
+
+# `vocab_size` is specialised: that it is a multiple of 16 is what lets a masked load take 16 bytes at a time.
+@triton.jit(do_not_specialize=["num_rows", "stream"])
+def verify_rows_kernel(
+    logits, mix, draft_logits, drafts, seen, knobs, seeds, positions, tokens, verdicts,
+    num_rows, vocab_size, beta, stream,
+    RULE: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_DRAFTS: tl.constexpr,
+):  # fmt: skip
+    """One row: its token, and its verdict on the draft behind it: 1 stays, 0 is replaced by the token, -1 bad row."""
+    b, i = (tl.program_id(0) // num_rows).to(tl.int64), tl.program_id(0) % num_rows
+    temperature, top_k = tl.load(knobs + 5 * b), tl.load(knobs + 5 * b + 1)
+    top_p, min_p, penalty = tl.load(knobs + 5 * b + 2), tl.load(knobs + 5 * b + 3), tl.load(knobs + 5 * b + 4)
+    seed, position = tl.load(seeds + b), (tl.load(positions + b) + i).to(tl.int32)
+    is_greedy = temperature <= 0.0
+    inverse = 1.0 / tl.where(is_greedy, 1.0, temperature)
+    drafts_at = (drafts.ptr + b * drafts.stride[0], drafts.stride[1])
+    seen_at = (seen.ptr + b * seen.stride[0], seen.stride[1])
+    row = (
+        logits.ptr + b * logits.stride[0] + i.to(tl.int64) * logits.stride[1], logits.stride[2],
+        mix.ptr + b * mix.stride[0] + i.to(tl.int64) * mix.stride[1], mix.stride[2],
+    )  # fmt: skip
+    scores = (beta, penalty, inverse, seen_at, drafts_at, i + 1 if HAS_DRAFTS else 0)
+    has_draft = False
+    draft = -1
+    if HAS_DRAFTS:
+        draft = tl.load(drafts_at[0] + (i + 1) * drafts_at[1], mask=i + 1 < num_rows, other=-1).to(tl.int32)
+        has_draft = draft >= 0
+
+    top, token, bad = _top(row, vocab_size, scores, BLOCK_V, HAS_MIX, HAS_SEEN)
+    bad = (bad > 0) | (token < 0)
+    accept = token == draft
+    if (is_greedy == 0) & (bad == 0):
+        floor = _threshold(row, vocab_size, scores, top, top_k, top_p, min_p, BLOCK_V, HAS_MIX, HAS_SEEN)
+        best, best_token = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
+        if RULE == 0:
+            for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
+                at = start + tl.arange(0, BLOCK_V)
+                x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
+                value = tl.where(_order(x) >= floor, x + _gumbel(seed, at, position, stream), float("-inf"))
+                best, best_token = _take(best, best_token, value, at)
+            _, token = _winner(best, best_token)
+            accept = token == draft
+        else:
+            p_total = _mass(row, vocab_size, scores, floor, top, BLOCK_V, HAS_MIX, HAS_SEEN)
+            q_row, q_scores = row, scores
+            q_top, q_floor, q_total = top, floor, p_total
+            if RULE == _REJECTION:
+                q_at = draft_logits.ptr + b * draft_logits.stride[0] + (i + 1).to(tl.int64) * draft_logits.stride[1]
+                q_row = (q_at, draft_logits.stride[2], row[2], row[3])
+                q_scores = (beta, penalty, inverse, seen_at, drafts_at, 0)
+                if has_draft:
+                    q_top, _, q_bad = _top(q_row, vocab_size, q_scores, BLOCK_V, False, HAS_SEEN)
+                    bad = q_bad > 0
+                    q_floor = _threshold(
+                        q_row, vocab_size, q_scores, q_top, top_k, top_p, min_p, BLOCK_V, False, HAS_SEEN
+                    )
+                    q_total = _mass(q_row, vocab_size, q_scores, q_floor, q_top, BLOCK_V, False, HAS_SEEN)
+            second, second_token = best, best_token
+            p_draft, q_draft = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
+            for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
+                at = start + tl.arange(0, BLOCK_V)
+                x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
+                p = tl.where(_order(x) >= floor, tl.exp(x - top), 0.0) / p_total
+                q = tl.where(at == draft, 1.0, 0.0)
+                if RULE == _REJECTION:
+                    q = tl.zeros_like(p)
+                    if has_draft:
+                        y = _scores(q_row, at, vocab_size, q_scores, False, HAS_SEEN)
+                        q = tl.where(_order(y) >= q_floor, tl.exp(y - q_top), 0.0) / q_total
+                noise = _gumbel(seed, at, position, _RESIDUAL)
+                rest = p - q
+                value = tl.where(rest > 0, tl.log(tl.where(rest > 0, rest, 1.0)) + noise, float("-inf"))
+                best, best_token = _take(best, best_token, value, at)
+                value = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)) + noise, float("-inf"))
+                second, second_token = _take(second, second_token, value, at)
+                p_draft += tl.where(at == draft, p, 0.0)
+                q_draft += tl.where(at == draft, q, 0.0)
+            _, token = _winner(best, best_token)
+            _, second_token = _winner(second, second_token)
+            # Nothing is left of p only where p = q up to rounding: then either serves.
+            token = tl.where(token < 0, second_token, token)
+            bits = tl.max(_noise_bits(seed, tl.zeros([1], tl.int32), position, _ACCEPT) >> 8, 0)
+            u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 5.960464477539063e-08
+            accept = u * tl.sum(q_draft, 0) < tl.sum(p_draft, 0)
+    tl.store(tokens + tl.program_id(0), tl.where(bad, -1, token).to(tl.int64))
+    verdict = tl.where(bad, -1, tl.where(accept & has_draft, 1, 0))
+    tl.store(verdicts + tl.program_id(0), verdict.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def count_accepted_kernel(tokens, verdicts, accepted, next_tokens, bad_rows, num_rows, BLOCK_B: tl.constexpr):
+    """One sequence: the first row that does not accept decides, by its token, what comes next."""
+    b, i = tl.program_id(0), tl.arange(0, BLOCK_B)
+    verdict = tl.load(verdicts + b * num_rows + i, mask=i < num_rows, other=0)
+    last = tl.min(tl.where((verdict != 1) & (i < num_rows), i, num_rows), 0)
+    tl.store(accepted + b, (last + 1).to(tl.int64))
+    tl.store(next_tokens + b, tl.load(tokens + b * num_rows + last))
+    bad = tl.load(verdicts + b * num_rows + last) < 0
+    tl.store(bad_rows + b, tl.where(bad, last, -1).to(tl.int64))
+
+
+def plan_verify(
+    target: Target, drafted: Drafted | None, requests: Requests, stream: int
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """Lay out the launches: `(launches, (accepted, next_tokens, bad_rows, tokens))`; without drafts only tokens."""
+    (logits, mix, beta), (positions, knobs, seeds, seen) = target, requests
+    drafts, draft_logits, rule = (None, None, COUPLED) if drafted is None else drafted
+    batch, num_rows, vocab_size = logits.shape
+    tokens = torch.empty(batch, num_rows, dtype=torch.int64, device=logits.device)
+    verdicts = torch.empty(batch, num_rows, dtype=torch.int32, device=logits.device)
+    accepted, next_tokens, bad_rows = (torch.empty(batch, dtype=torch.int64, device=logits.device) for _ in range(3))
+
+    def operand(x: Tensor | None, rank: int) -> Strided:
+        return strided(x) if x is not None else Strided(logits, (0,) * rank)  # never read
+
+    rows = Launch(
+        verify_rows_kernel,
+        (batch * num_rows,),
+        (
+            *(strided(logits), operand(mix, 3), operand(draft_logits, 3), operand(drafts, 2), operand(seen, 2)),
+            *(knobs, seeds, positions, tokens, verdicts, num_rows, vocab_size, beta, stream),
+        ),
+        {
+            "RULE": rule,
+            "BLOCK_V": min(BLOCK_V, next_power_of_2(vocab_size)) if INTERPRET else BLOCK_V,
+            "HAS_MIX": mix is not None,
+            "HAS_SEEN": seen is not None,
+            "HAS_DRAFTS": drafts is not None,
+            "num_warps": NUM_WARPS,
+            "maxnreg": 255,  # left alone, the compiler spills a few scalars to fit more programs on a multiprocessor
+        },
+    )
+    count = Launch(
+        count_accepted_kernel,
+        (batch,),
+        (tokens, verdicts, accepted, next_tokens, bad_rows, num_rows),
+        {"BLOCK_B": next_power_of_2(num_rows), "num_warps": 1},
+    )
+    return ([rows] if drafts is None else [rows, count]), (accepted, next_tokens, bad_rows, tokens)
+
+
+def verify(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels: `(accepted, next_tokens, bad_rows)`, each int64 `[batch]`; arguments are checked."""
+    launches, (accepted, next_tokens, bad_rows, _) = plan_verify(target, drafted, requests, int(Stream.TOKEN))
+    for launch in launches:
+        launch.run()
+    return accepted, next_tokens, bad_rows
+
+
+def sample(target: Target, requests: Requests, stream: int) -> Tensor:
+    """Run the row kernel alone: a token of every row, int64 `[batch, rows]`, -1 where the logits are bad."""
+    launches, results = plan_verify(target, None, requests, stream)
+    launches[0].run()
+    return results[3]

@@ -1,0 +1,67 @@
+"""Block diffusion (BD3-LM, SDAR, Fast-dLLM v2, LLaDA 2) and set block decoding: training masks, and a block's pass."""
+
+from __future__ import annotations
+
+import torch
+
+from .halves import next_token, noisy_then_clean, of_rows
+from .pattern import Pattern
+from .rows import Role, check_int, intervals
+
+__all__ = ["block_diffusion_training", "block_step", "set_block_training"]
+
+
+def block_diffusion_training(seq_len: int, block_size: int) -> Pattern:
+    """Block diffusion (BD3-LM, SDAR, Fast-dLLM v2, LLaDA 2), `[x_t | x_0]`: both halves bidirectional in their block.
+
+    Noisy rows see their own noisy block and earlier clean blocks, and predict their token; clean rows see clean blocks
+    up to their own, and predict nothing.
+
+    Raises:
+        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+    """
+    s, block, token, noisy, start = noisy_then_clean(seq_len, block_size)
+    end = (start + block).clamp(max=s)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, end), token >= 0)
+    own = intervals(start, end, noisy)
+    predicts = torch.where(noisy, token, -1)
+    return of_rows(
+        lead, own, token, noisy, predicts, 2 * s, f"block_diffusion_training(seq_len={s}, block_size={block})"
+    )
+
+
+def set_block_training(seq_len: int, block_size: int) -> Pattern:
+    """Set block decoding and Nemotron-Labs-Diffusion, `[x_t | x_0]`: block diffusion with a token-causal clean half.
+
+    These are TiDAR's intervals with the halves in the other order: for `[x_0 | x_t]` take
+    `tidar_kernels.patterns.tidar_training`. Here x_t may keep some clean tokens of the block.
+    Noisy rows predict their token, clean rows the next one.
+
+    Raises:
+        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+    """
+    s, block, token, noisy, start = noisy_then_clean(seq_len, block_size)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
+    own = intervals(start, (start + block).clamp(max=s), noisy)
+    predicts = torch.where(noisy, token, next_token(token, s))
+    return of_rows(lead, own, token, noisy, predicts, 2 * s, f"set_block_training(seq_len={s}, block_size={block})")
+
+
+def block_step(length: int) -> Pattern:
+    """A bidirectional block behind the context: a denoising pass of block diffusion, or self-speculation's draft pass.
+
+    No row is causal, not even of a block of one: nothing of it enters the cache.
+
+    Raises:
+        TypeError, ValueError: `length` is not an int >= 1.
+    """
+    row = torch.arange(check_int("length", length, 1))
+    zero = torch.zeros_like(row)
+    return Pattern(
+        lead=intervals(zero, zero, row < 0),
+        own=intervals(zero, zero + length, row >= 0),
+        positions=row.to(torch.int32),
+        kv_len=length,
+        roles=torch.full((length,), int(Role.MASK), dtype=torch.int8),
+        name=f"block_step(length={length})",
+    )

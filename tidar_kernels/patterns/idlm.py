@@ -1,0 +1,59 @@
+"""I-DLM (arXiv 2604.11035) and its relatives FLARE and HybridDiffusion: the training mask, and the strided step."""
+
+from __future__ import annotations
+
+import torch
+
+from .halves import next_token, noisy_then_clean, of_rows
+from .pattern import Pattern
+from .rows import Role, check_int, intervals
+
+__all__ = ["idlm_training", "isd_step"]
+
+
+def idlm_training(seq_len: int, block_size: int) -> Pattern:
+    """I-DLM (arXiv 2604.11035), `[x_t | x_0]`: noisy rows are causal in their block and see earlier clean blocks.
+
+    Clean rows are causal and never see noisy ones. Both halves predict the next token.
+
+    Raises:
+        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+    """
+    s, block, token, noisy, start = noisy_then_clean(seq_len, block_size)
+    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
+    own = intervals(start, token + 1, noisy)
+    predicts = next_token(token, s)
+    return of_rows(lead, own, token, noisy, predicts, 2 * s, f"idlm_training(seq_len={s}, block_size={block})")
+
+
+def isd_step(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Pattern:
+    """One step of introspective strided decoding (I-DLM, arXiv 2604.11035): `[pending, s_0 .. s_{N-2} | masks]`.
+
+    All rows are causal, at consecutive positions: masks see the drafts and the masks before them. With `bidirectional`
+    (FLARE, HybridDiffusion) the masks see the drafts and each other.
+
+    Args:
+        stride: N, rows that verify.
+        bidirectional: of the masks.
+        shifted: masks predict the token behind their position, and N - 1 of them draft; False: the token at it, and
+            there is one more, whose own prediction the last draft row makes better.
+
+    Raises:
+        TypeError, ValueError: `stride` is not an int >= 2, or an option is not a bool.
+    """
+    n = check_int("stride", stride, 2)
+    for name, value in (("bidirectional", bidirectional), ("shifted", shifted)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    row = torch.arange(2 * n - 1 if shifted else 2 * n)
+    is_mask, zero = row >= n, torch.zeros_like(row)
+    apart = is_mask & bidirectional
+    options = f"{', bidirectional=True' if bidirectional else ''}{'' if shifted else ', shifted=False'}"
+    return Pattern(
+        lead=intervals(zero, torch.where(apart, n, row + 1), row >= 0),
+        own=intervals(zero + n, zero + len(row), apart),
+        positions=row.to(torch.int32),
+        kv_len=len(row),
+        roles=torch.where(is_mask, int(Role.MASK), int(Role.DRAFT)).to(torch.int8),
+        name=f"isd_step(stride={n}{options})",
+    )

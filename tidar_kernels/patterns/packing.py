@@ -1,0 +1,62 @@
+"""Several sequences, each with a pattern of its own, as the rows of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .pattern import Pattern
+from .rows import intervals, pack_bits, unpack_bits
+
+__all__ = ["packed"]
+
+
+def packed(patterns: Sequence[Pattern]) -> Pattern:
+    """Several sequences, each with its own pattern, as one: rows and keys one after another, none sees another's.
+
+    A batch of different lengths, `[1, heads, total, head_dim]`, costs what its sequences cost: tiles between sequences
+    are never visited. Positions restart with every sequence. The clean tokens that `predicts` counts are those of the
+    sequences one after another, of each up to the last that it predicts.
+
+    Raises:
+        TypeError: an entry is not a `Pattern`. ValueError: there is none.
+    """
+    if not patterns:
+        raise ValueError("patterns: expected at least one, got none")
+    for index, pattern in enumerate(patterns):
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"patterns: expected tidar_kernels.Pattern, got {type(pattern).__name__} at {index}")
+    lengths = torch.tensor([pattern.kv_len for pattern in patterns])
+    offsets = (lengths.cumsum(0) - lengths).repeat_interleave(torch.tensor([pattern.q_len for pattern in patterns]))
+    shifted = []
+    for both in (torch.cat([pattern.lead for pattern in patterns]), torch.cat([p.own for p in patterns])):
+        lo, hi = both.unbind(1)
+        shifted.append(intervals(lo + offsets, hi + offsets, lo < hi))
+    predicts, tokens = [], 0
+    for pattern in patterns:
+        predicts.append(torch.where(pattern.predicts < 0, -1, pattern.predicts + tokens))
+        tokens += pattern.num_labels
+    reach, keys = None, [pattern.key_positions for pattern in patterns]
+    if any(pattern.reach is not None for pattern in patterns):
+        everything = torch.iinfo(torch.int32).max
+        reach = torch.cat([torch.full_like(p.positions, everything) if p.reach is None else p.reach for p in patterns])
+    bits = None
+    if any(pattern.bits is not None for pattern in patterns):
+        seen = [
+            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool) if p.bits is None else unpack_bits(p.bits, p.kv_len)
+            for p in patterns
+        ]
+        bits = pack_bits(torch.block_diag(*seen))
+    return Pattern(
+        shifted[0],
+        shifted[1],
+        torch.cat([pattern.positions for pattern in patterns]),
+        int(lengths.sum()),
+        torch.cat([pattern.roles for pattern in patterns]),
+        torch.cat(predicts),
+        f"packed({', '.join(pattern.name for pattern in patterns)})",
+        reach,
+        None if any(key is None for key in keys) else torch.cat([key for key in keys if key is not None]),
+        bits,
+    )

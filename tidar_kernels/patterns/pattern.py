@@ -1,0 +1,321 @@
+"""Attention patterns: context + two intervals of in-flight keys per query row, and for token trees a row of bits.
+
+Every mask of the "draft by diffusion, verify autoregressively" family is an instance of one rule
+(TiDAR, arXiv 2511.08923; block diffusion; I-DLM, arXiv 2604.11035; self-speculation):
+
+    visible(q, context key k)   = P - reach[q] <= k < P
+    visible(q, in-flight key k) = lead_lo[q] <= k < lead_hi[q]  or  own_lo[q] <= k < own_hi[q]
+
+*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block, and *reach* is without
+bound but for sliding windows (`Pattern.windowed`). A `Pattern` holds these and nothing else, so it costs 16 bytes a row
+where a dense mask costs `kv_len` a row, and it is built once and reused at every prefix length `P`. The ancestors of a
+node of a token tree (Medusa, EAGLE) are no intervals: such patterns have *bits* besides, one a key.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import drawing
+from .rows import Role, check_int, intervals, pack_bits, unpack_bits
+
+__all__ = ["Pattern"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which keys each query row sees: the cached context as far as it reaches, and two intervals of in-flight keys.
+
+    Args:
+        lead: int32 `[q_len, 2]`, half-open intervals over in-flight key indices.
+        own: int32 `[q_len, 2]`, half-open; disjoint from `lead` in every row.
+        positions: int32 `[q_len]`, the RoPE position of each row minus the context length `P`.
+        kv_len: number of in-flight keys.
+        roles: int8 `[q_len]`, a `Role` per row; default all `Role.CLEAN`.
+        predicts: int32 `[q_len]`, index of the clean token that training wants the row to predict, -1 for none;
+            default none. Labels are gathered by it, so a shift lives in the pattern and nowhere else.
+        name: shown in drawings and errors.
+        reach: int32 `[q_len]`, how many of the last context tokens each row sees; None for all of them.
+        key_positions: int32 `[kv_len]`, the position of each in-flight key minus `P`, which windows need; default
+            `positions` where there are as many rows as keys, else unknown (None).
+        bits: int32 `[q_len, ceil(kv_len / 32)]`, further keys of each row: bit i of word w, the sign bit included,
+            is in-flight key 32 * w + i. None for none.
+        num_labels: derived; one past the last clean token that any row predicts, 0 if none does.
+
+    Raises:
+        TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
+        ValueError: shapes disagree, an interval is reversed or leaves `[0, kv_len]`, `lead` and `own` of a row
+            overlap (a key would count twice), a reach is negative, a role is not one of `Role`, or a bit of a row is
+            that of a key in its `lead` or `own`, or of none.
+    """
+
+    lead: Tensor
+    own: Tensor
+    positions: Tensor
+    kv_len: int
+    roles: Tensor = None  # type: ignore[assignment]  # None stands for all clean; never None once built
+    predicts: Tensor = None  # type: ignore[assignment]
+    name: str = "pattern"
+    reach: Tensor | None = None
+    key_positions: Tensor | None = None
+    bits: Tensor | None = None
+    num_labels: int = field(init=False, default=0)
+    _on_device: dict[torch.device, tuple[Tensor | None, ...]] = field(init=False, default_factory=dict, repr=False)
+    _windowed: dict[int, Pattern] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kv_len, int) or isinstance(self.kv_len, bool):
+            raise TypeError(f"kv_len: expected an int, got {type(self.kv_len).__name__}")
+        for name in ("lead", "own", "positions"):
+            _check_tensor(name, getattr(self, name), torch.int32)
+        rows = self.positions.numel()
+        optional: dict[str, Any] = {"predicts": self.predicts, "roles": self.roles}
+        if optional["predicts"] is None:
+            object.__setattr__(self, "predicts", torch.full((rows,), -1, dtype=torch.int32))
+        predicts = _check_tensor("predicts", self.predicts, torch.int32)
+        if predicts.shape != (rows,) or bool(((predicts < -1) | (predicts >= self.kv_len)).any()):
+            raise ValueError(
+                f"predicts: expected {rows} clean token indices in [-1, {self.kv_len}), got shape "
+                f"{list(predicts.shape)}, values {predicts.min() if rows else 0} to {predicts.max() if rows else 0}"
+            )
+        for name, shape in (("lead", (rows, 2)), ("own", (rows, 2)), ("positions", (rows,))):
+            _check_shape(name, getattr(self, name), shape)
+        if optional["roles"] is None:
+            object.__setattr__(self, "roles", torch.zeros(rows, dtype=torch.int8))
+        _check_shape("roles", _check_tensor("roles", self.roles, torch.int8), (rows,))
+        if not set(self.roles.tolist()) <= set(Role):
+            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {sorted(set(self.roles.tolist()))}")
+        if self.reach is not None:
+            _check_shape("reach", _check_tensor("reach", self.reach, torch.int32), (rows,))
+            if bool((self.reach < 0).any()):
+                raise ValueError(f"reach: expected >= 0, got {int(self.reach.min())}")
+        if self.key_positions is None and self.kv_len == rows:
+            object.__setattr__(self, "key_positions", self.positions)
+        if self.key_positions is not None:
+            _check_shape(
+                "key_positions", _check_tensor("key_positions", self.key_positions, torch.int32), (self.kv_len,)
+            )
+        for name in ("lead", "own"):
+            lo, hi = getattr(self, name).unbind(1)
+            bad = (lo < 0) | (hi < lo) | (hi > self.kv_len)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"{name}: expected 0 <= lo <= hi <= kv_len = {self.kv_len}, "
+                    f"got [{int(lo[row])}, {int(hi[row])}) in row {row}"
+                )
+        (lead_lo, lead_hi), (own_lo, own_hi) = self.lead.unbind(1), self.own.unbind(1)
+        both = (torch.maximum(lead_lo, own_lo) < torch.minimum(lead_hi, own_hi)).nonzero()
+        if both.numel():
+            row = int(both[0])
+            raise ValueError(
+                f"own: expected an interval disjoint from lead, got lead {self.lead[row].tolist()} "
+                f"and own {self.own[row].tolist()} in row {row}"
+            )
+        if self.bits is not None:
+            self._check_bits(_check_tensor("bits", self.bits, torch.int32))
+        # Eager, unlike the cached properties: the loss asks for it inside compiled graphs, which cannot read tensors.
+        object.__setattr__(self, "num_labels", int(self.predicts.max()) + 1 if rows else 0)
+
+    def _check_bits(self, bits: Tensor) -> None:
+        words = -(-self.kv_len // 32)
+        _check_shape("bits", bits, (self.q_len, words))
+        seen = unpack_bits(bits, 32 * words)
+        beyond, twice = seen[:, self.kv_len :].nonzero(), (seen[:, : self.kv_len] & self._in_intervals()).nonzero()
+        if len(beyond):
+            row, key = beyond[0].tolist()
+            raise ValueError(
+                f"bits: expected keys below kv_len = {self.kv_len}, got key {self.kv_len + key} in row {row}"
+            )
+        if len(twice):
+            row, key = twice[0].tolist()
+            raise ValueError(
+                f"bits: expected keys outside lead {self.lead[row].tolist()} and own {self.own[row].tolist()}, "
+                f"got key {key} in row {row}"
+            )
+
+    @property
+    def q_len(self) -> int:
+        """Number of query rows."""
+        return self.positions.numel()
+
+    @cached_property
+    def causal_len(self) -> int:
+        """Number of leading rows of tokens, not masks, that are plainly causal: row i sees in-flight keys `[0, i]`, at
+        position P + i, or as much of context and keys as one window leaves of them.
+
+        These rows compute what autoregressive decoding would, so their K/V may enter the cache. Rows with bits are not
+        among them.
+        """
+        rows = torch.arange(self.q_len, dtype=torch.int32)
+        causal = (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1]) & (self.positions == rows)
+        causal &= self.roles != int(Role.MASK)
+        if self.bits is not None:
+            causal &= (self.bits == 0).all(1)
+        if self.reach is None:
+            causal &= self.lead[:, 0] == 0
+        else:  # the window is what row 0 sees: itself and its reach
+            behind = self.reach[:1] - rows
+            causal &= (self.reach == behind.clamp(min=0)) & (self.lead[:, 0] == (-behind).clamp(min=0))
+        return int(causal.to(torch.int32).cumprod(0).sum())
+
+    @cached_property
+    def kept_len(self) -> int:
+        """Number of leading rows whose K/V a step writes behind the context: `causal_len`, or the rows of a tree.
+
+        A tree's row is a token that sees itself and just what its parent sees, a row before it and one position back;
+        a root sees itself alone. It computes what autoregressive decoding would on its path. (Behind a window it may
+        see less of the path's beginning.)
+        """
+        if self.bits is None or self.kv_len != self.q_len:
+            return self.causal_len
+        position, seen = self.positions, self.dense()
+        for row in range(self.q_len):
+            before = seen[row].nonzero().flatten()
+            before = before[before != row]
+            if self.roles[row] == int(Role.MASK) or not seen[row, row] or bool((before > row).any()):
+                return row
+            if not len(before):
+                if position[row] == 0 or self.reach is not None:
+                    continue
+                return row
+            parent = before[position[before].argmax()]
+            hidden = (seen[parent] & ~seen[row]).nonzero().flatten()
+            from_path = bool(seen[parent, before].all()) and bool(position[parent] == position[row] - 1)
+            whole = not len(hidden) or (self.reach is not None and position[hidden].max() < position[before].min())
+            if not (from_path and whole):
+                return row
+        return self.q_len
+
+    @cached_property
+    def lead_end(self) -> int:
+        """One past the last in-flight key that any row's lead sees."""
+        seen = self.lead[self.lead[:, 1] > self.lead[:, 0], 1]
+        return int(seen.max()) if seen.numel() else 0
+
+    def on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """`(lead, own, positions)` on `device`; copied once, then kept."""
+        lead, own, positions, *_ = self._copies(device)
+        return lead, own, positions
+
+    def rows_on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """`(lead, own, reach, bits)` on `device`, copied once, then kept: what the operators take of a pattern."""
+        lead, own, _, reach, bits = self._copies(device)
+        return lead, own, reach, bits
+
+    def reach_on(self, device: torch.device | str) -> Tensor | None:
+        """Deprecated: the third of `rows_on`."""
+        warnings.warn("Pattern.reach_on: use the third of Pattern.rows_on", FutureWarning, stacklevel=2)
+        return self.rows_on(device)[2]
+
+    def bits_on(self, device: torch.device | str) -> Tensor | None:
+        """Deprecated: the last of `rows_on`."""
+        warnings.warn("Pattern.bits_on: use the last of Pattern.rows_on", FutureWarning, stacklevel=2)
+        return self.rows_on(device)[3]
+
+    def _copies(self, device: torch.device | str) -> tuple[Any, ...]:
+        device = torch.device(device)
+        if device not in self._on_device:
+            fields = (self.lead, self.own, self.positions, self.reach, self.bits)
+            with torch.inference_mode(False):  # a copy made while decoding must still serve training
+                self._on_device[device] = tuple(None if x is None else x.to(device) for x in fields)
+        return self._on_device[device]
+
+    def windowed(self, window: int) -> Pattern:
+        """The same rows behind a sliding window: a key stays visible if it is less than `window` positions behind.
+
+        That is `sliding_window` of transformers: a row sees itself and `window - 1` tokens before it. Keys at later
+        positions, in bidirectional blocks, stay visible. Each window is made once and kept, so a layer can ask for its
+        own in every forward pass; windows of a windowed pattern intersect.
+
+        Raises:
+            TypeError, ValueError: `window` is not an int >= 1. ValueError: the positions of the keys are not known, or
+                do not ascend by one within an interval, so that what a window leaves of it is no interval.
+        """
+        if window not in self._windowed:
+            check_int("window", window, 1)
+            with torch.inference_mode(False):  # as in `_copies`
+                self._windowed[window] = self._clip(window)
+        return self._windowed[window]
+
+    def _clip(self, window: int) -> Pattern:
+        window = min(window, torch.iinfo(torch.int32).max // 2)  # more tokens than a cache holds
+        if self.key_positions is None:
+            raise ValueError(
+                f"window: expected a pattern with key_positions, which {self.kv_len} keys of {self.q_len} rows need, "
+                f"got {self.name} without"
+            )
+        position = self.key_positions
+        # Keys that follow their predecessor in position, counted: a run without a jump has as many as it has steps.
+        follows = torch.cat([position.new_zeros(1), (position[1:] == position[:-1] + 1).int()]).cumsum(0)
+        clipped = []
+        for name in ("lead", "own"):
+            lo, hi = getattr(self, name).long().unbind(1)
+            live = lo < hi
+            first, last = torch.where(live, lo, 0), torch.where(live, hi - 1, 0)
+            if bool(live.any()):
+                jumps = live & (follows[last] - follows[first] != last - first)
+                if bool(jumps.any()):
+                    row = int(jumps.nonzero()[0])
+                    raise ValueError(
+                        f"window: expected keys whose positions ascend by one in {name}, got "
+                        f"{position[lo[row] : hi[row]].tolist()} in row {row} of {self.name}"
+                    )
+                lo = torch.maximum(lo, lo + self.positions.long() - (window - 1) - position[first])
+            clipped.append(intervals(lo, hi, lo < hi))
+        reach = (window - 1 - self.positions.long()).clamp(min=0).to(torch.int32)
+        if self.reach is not None:
+            reach = torch.minimum(reach, self.reach)
+        bits = None
+        if self.bits is not None:
+            near = position.long() > self.positions.long()[:, None] - window
+            bits = pack_bits(unpack_bits(self.bits, self.kv_len) & near)
+        name = f"{self.name}.windowed({window})"
+        return replace(self, lead=clipped[0], own=clipped[1], reach=reach, bits=bits, name=name)
+
+    def dense(self, context_len: int = 0) -> Tensor:
+        """The mask as booleans, `[q_len, context_len + kv_len]`, context columns first: the oracle of every test.
+
+        Raises:
+            TypeError, ValueError: `context_len` is not an int >= 0.
+        """
+        check_int("context_len", context_len, 0)
+        in_flight = self._in_intervals()
+        if self.bits is not None:
+            in_flight |= unpack_bits(self.bits, self.kv_len)
+        context = torch.ones(self.q_len, context_len, dtype=torch.bool)
+        if self.reach is not None:
+            context = torch.arange(context_len) >= context_len - self.reach[:, None].long()
+        return torch.cat([context, in_flight], dim=1)
+
+    def _in_intervals(self) -> Tensor:
+        key = torch.arange(self.kv_len, dtype=torch.int32)
+        seen = torch.zeros(self.q_len, self.kv_len, dtype=torch.bool)
+        for interval in (self.lead, self.own):
+            seen |= (interval[:, :1] <= key) & (key < interval[:, 1:])
+        return seen
+
+    def draw(self, path: Any = None, context_len: int = 0) -> str:
+        """The pattern as text; with `path`, also as a PNG (needs matplotlib). See `tidar_kernels.patterns.drawing`."""
+        if path is not None:
+            drawing.save_png(self, path, context_len)
+        return drawing.as_text(self, context_len)
+
+
+def _check_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.device.type != "cpu":
+        got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected an {kind} CPU tensor, got {got}")
+    return value
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")

@@ -1,0 +1,47 @@
+"""What pattern files write rows with: roles, intervals, bits, and the check of an int."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Role", "check_int", "intervals", "pack_bits", "unpack_bits"]
+
+
+class Role(IntEnum):
+    """What the token of an in-flight row is. Attention never reads it; drawing and decoding do."""
+
+    CLEAN = 0  # a known token: a prompt token, or the clean half of training
+    DRAFT = 1  # a drafted token that this forward pass verifies
+    MASK = 2  # a mask token that this forward pass fills
+
+
+def check_int(name: str, value: Any, at_least: int) -> int:
+    """`value`, if it is an int >= `at_least`; else the TypeError or ValueError that says what came instead."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name}: expected >= {at_least}, got {value}")
+    return value
+
+
+def intervals(lo: Tensor, hi: Tensor, live: Tensor) -> Tensor:
+    """Stack `[lo, hi)`, written as `[0, 0)` where `live` is false."""
+    return torch.where(live[:, None], torch.stack([lo, hi], dim=1), 0).to(torch.int32)
+
+
+def pack_bits(seen: Tensor) -> Tensor:
+    """Booleans `[rows, keys]` as `Pattern.bits`: int32 `[rows, ceil(keys / 32)]`."""
+    words = -(-seen.shape[1] // 32)
+    padded = torch.nn.functional.pad(seen, (0, 32 * words - seen.shape[1])).view(len(seen), words, 32)
+    values = (padded.long() << torch.arange(32)).sum(-1)
+    return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
+
+
+def unpack_bits(bits: Tensor, kv_len: int) -> Tensor:
+    """`Pattern.bits` as booleans `[rows, kv_len]`, on the same device."""
+    key = torch.arange(kv_len, device=bits.device)
+    return (bits[:, key // 32] >> (key % 32).to(bits.dtype)) & 1 != 0
