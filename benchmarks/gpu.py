@@ -90,7 +90,7 @@ FULL = Suite(
 DRY = Suite(
     "cpu", torch.float32, workloads.TINY, workloads.FLEX_TINY,
     (decoder_step.Shape("tiny", TransformerConfig(300, 64, 96, 2, 4, 2, 16), {4: 3.0}),), (24,), (1, 8),
-    lambda: [training.Workload(40, 8, 4, 2, 16)], ("tests/test_append_kv.py",),
+    lambda: [training.Workload(40, 8, 4, 2, 16)], ("tests/ops/test_append_kv.py",),
     lambda calls: _once(timing.rotated(calls)), _once, _once,
 )  # fmt: skip
 

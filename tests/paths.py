@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tidar_kernels import testing
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 PATHS = (("cpu", "cpu", ()), ("interpreter", "cpu", pytest.mark.interpret), ("triton", "cuda", pytest.mark.cuda))
 DEVICES = [pytest.param(device, id=path, marks=marks) for path, device, marks in PATHS]
 KERNELS = DEVICES[1:]

@@ -18,7 +18,7 @@ import pytest
 
 import tidar_kernels
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]  # not from tests.paths: this file runs from the source archive too
 PACKAGE = REPOSITORY / "tidar_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.paths import REPOSITORY
 from tests.toys import sharp_model
 from tidar_kernels.models import TransformerConfig, save_checkpoint
 from tidar_kernels.models.tokenizer import MASK_ID, VOCAB_SIZE
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPT = "def mean(values):\n"
 
 Run = Callable[..., tuple[int, str, str]]

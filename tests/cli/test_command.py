@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.shell import FIGURES, REPOSITORY, SETTING, FakeTerminal, Run, in_a_shell, refused
+from tests.cli.shell import FIGURES, SETTING, FakeTerminal, Run, in_a_shell, refused
+from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import common, draw
 

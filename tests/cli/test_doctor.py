@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.shell import REPOSITORY, Run
+from tests.cli.shell import Run
+from tests.paths import REPOSITORY
 from tidar_kernels import testing
 from tidar_kernels.cli import common, doctor
 from tidar_kernels.ops.kv.api import append_operator

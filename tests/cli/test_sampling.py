@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.shell import PROMPT, REPOSITORY, Run
+from tests.cli.shell import PROMPT, Run
+from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import common, generate
 from tidar_kernels.cli.sampling import Sampling

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.shell import REPOSITORY, Run
+from tests.cli.shell import Run
+from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import train
 from tidar_kernels.models import files, load_checkpoint

@@ -31,8 +31,7 @@ from .cases import (
     StepCase,
 )
 from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention, step_operands
-from .compaction import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
-from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
+from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
 from .harness import (
     LAYOUTS,
     Guarded,
@@ -46,9 +45,10 @@ from .harness import (
     poisoned_allocations,
     relative_error,
 )
-from .projections import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
-from .rotary import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
+from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
+from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
 from .suites import SUITES, Suite, path_of, run_parity
+from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 
 __all__ = [
     "APPEND_CASES",

@@ -20,11 +20,11 @@ from .cases import (
     STEP_CASES_LARGE,
 )
 from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention
-from .compaction import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
-from .decisions import VERIFY_CASES, VERIFY_CASES_LARGE, check_verify
+from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
 from .harness import ParityError, ParityResult, result_of
-from .projections import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
-from .rotary import ROTARY_CASES, ROTARY_CASES_LARGE, check_rotary_append
+from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
+from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, check_rotary_append
+from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, check_verify
 
 __all__ = ["SUITES", "Suite", "path_of", "run_parity"]
 

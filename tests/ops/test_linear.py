@@ -15,7 +15,7 @@ from tidar_kernels import testing
 from tidar_kernels.ops import gated_lora, row_invariant_linear
 from tidar_kernels.ops.linear import reference as eager_linear
 from tidar_kernels.testing import bits, poisoned_allocations
-from tidar_kernels.testing.projections import matrix, random_gate
+from tidar_kernels.testing.linear import matrix, random_gate
 
 # NumPy's view of products with NaN and inf in the interpreter.
 NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks import rates, record, timing, training
+from tests.paths import REPOSITORY
 from tidar_kernels import ops as tk_ops
 from tidar_kernels import patterns
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 TINY = training.Workload(40, 8, 4, 2, 16)
 RATES = rates.Rates(1e10, {"float32": 1e11, "bfloat16": 1e11})
 YARDSTICKS = (

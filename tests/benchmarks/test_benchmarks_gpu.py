@@ -29,7 +29,7 @@ from benchmarks import (
     training,
     workloads,
 )
-from tests.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
+from tests.benchmarks.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
 from tidar_kernels.models import Transformer, TransformerConfig
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.paths import REPOSITORY
 from tidar_kernels import patterns
 from tidar_kernels.models import (
     ByteTokenizer,
@@ -260,7 +261,7 @@ def test_shipped_model_has_learnt_both_jobs():
 
 
 def test_shipped_figures_are_the_documented_ones():
-    docs = Path(__file__).parent.parent / "docs"
+    docs = REPOSITORY / "docs"
     figures = shipped_figures()
     assert (docs / "model.md").read_text(encoding="utf-8") == publish.document(figures)
     assert (docs / "images" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
-from tidar_kernels import cli
+from tidar_kernels import cli  # noqa: E402
 from tidar_kernels.integrations.transformers.conversion import MASK_TOKEN, Conversion, add_mask_token, convert  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "

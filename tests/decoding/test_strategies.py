@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.paths import REPOSITORY
 from tests.toys import PROMPTS, Chain, certain, chain_law, decode_chain, distance, sharp_model, toy
 from tidar_kernels import Decoder, patterns
 from tidar_kernels.decoding.strategies import (
@@ -326,7 +326,7 @@ def test_bad_decoder_arguments(model: Transformer, arguments: dict[str, Any], me
 
 @pytest.mark.parametrize("name", ["strategies", "exact"])
 def test_the_pages_python_runs(name: str) -> None:
-    page = Path(__file__).resolve().parents[1] / "docs" / f"{name}.md"
+    page = REPOSITORY / "docs" / f"{name}.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
     for block in blocks:

@@ -153,7 +153,7 @@ def test_packed_sequences_keep_their_trees() -> None:
     assert torch.equal(patterns.packed([other, one, one]).dense(), expected)
 
 
-# The operators. Parity is in the tables of `tidar_kernels.testing`, which tests/test_step_attention.py runs.
+# The operators. Parity is in the tables of `tidar_kernels.testing`, which tests/ops/test_step_attention.py runs.
 
 
 def step_operands(pattern: Pattern, device: str = "cpu", length: int = 20) -> tuple[torch.Tensor, ...]:

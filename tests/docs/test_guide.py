@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.paths import REPOSITORY
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide_transformers.md"
+GUIDE = REPOSITORY / "docs" / "guide_transformers.md"
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import breakdown, compare, implementations, memory, plots, record, strategies, timing, training
-from tests.benching import TINY, by_name, leaking, once, sections_of
+from tests.benchmarks.benching import TINY, by_name, leaking, once, sections_of
+from tests.paths import REPOSITORY
 from tidar_kernels import Decoder, cli, patterns
 from tidar_kernels.decoding.strategies import Profile
 from tidar_kernels.models import Transformer, TransformerConfig
@@ -236,7 +237,7 @@ def test_a_slower_peer_is_no_regression(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*-20*.json")),
+    sorted((REPOSITORY / "benchmarks" / "results").glob("*-20*.json")),
     ids=lambda path: path.stem,
 )
 def test_what_is_committed_compares_with_itself(path: Path) -> None:

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 from tidar_kernels import patterns, testing
 from tidar_kernels.ops._triton import configs
+from tidar_kernels.ops._triton import linear_tables as linear_configs
 from tidar_kernels.ops._triton.configs import HEAD_DIM_TILES, Chip, attention_config, entries, nearest_chip, step_config
 from tidar_kernels.ops._triton.tables import ANY, CHIPS, PARENTS, TABLES
-from tidar_kernels.ops.linear import configs as linear_configs
 from tidar_kernels.ops.step_attention import triton as step_attention
 from tidar_kernels.testing.occupancy import LIMITS
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from tests.paths import REPOSITORY
+
+README = REPOSITORY / "README.md"
 
 
 def test_the_readmes_python_runs(capsys) -> None:

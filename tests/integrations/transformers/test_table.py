@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import REPOSITORY
+
 pytest.importorskip("transformers")
 
 from benchmarks import compatibility, record
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def test_what_is_recorded_is_of_these_models() -> None:
