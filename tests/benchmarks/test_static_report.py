@@ -239,7 +239,7 @@ def test_fingerprints_follow_what_a_binary_depends_on(monkeypatch: pytest.Monkey
     assert fingerprint(plain) == fingerprint(launch(case))
     assert fingerprint(plain) != fingerprint(launch(dataclasses.replace(case, dtype="float32")))
     assert fingerprint(plain) != fingerprint(launch(dataclasses.replace(case, head_dim=64)))
-    assert fingerprint(plain) != fingerprint(dataclasses.replace(plain, options=plain.options | {"num_warps": 8}))
+    assert fingerprint(plain) != fingerprint(plain._replace(options=plain.options | {"num_warps": 8}))
     step = Case("step_attention", "90", "bfloat16", 128)
     assert fingerprint(launch(step)) != fingerprint(launch(step, ForwardConfig(64, 64, 8, 2)))
 

@@ -89,3 +89,15 @@ def test_compiles_where_the_head_dim_is_no_power_of_two() -> None:
     )
     report = compile_report(launch, 90)
     assert (report.stack_bytes, report.local_accesses, report.spill_bytes) == (0, 0, 0)
+
+
+def test_a_backward_pass_is_an_error_by_name() -> None:
+    q = torch.randn(1, 2, 3, 16, requires_grad=True)
+    k, cache = torch.randn(1, 1, 3, 16), torch.zeros(1, 1, 8, 16)
+    rotary, lengths = RotaryEmbedding(16)(torch.arange(3)[None], q.dtype), torch.tensor([2])
+    turned, _ = rotary_append(q, k, k, rotary, cache, cache.clone(), lengths, 2)
+    with pytest.raises(RuntimeError, match=r"^rotary_append: expected no backward pass .* apply_rotary"):
+        turned.sum().backward()
+    turned, _ = rotary_append(q, k, k, rotary, cache, cache.clone(), lengths, 2, backend="eager")
+    turned.sum().backward()
+    assert q.grad is not None

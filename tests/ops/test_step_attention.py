@@ -168,3 +168,18 @@ def test_one_cuda_graph_serves_every_length() -> None:
         lengths.copy_(torch.tensor(values))
         graph.replay()
         assert torch.equal(out, ops.step_attention(*tensors, case.pattern))
+
+
+def test_a_backward_pass_is_an_error_by_name() -> None:
+    """Without a gradient of its own PyTorch only warns, and what comes back is wrong."""
+    pattern = patterns.tidar_step(2)
+    q, cache = torch.randn(1, 2, pattern.q_len, 16, requires_grad=True), torch.randn(1, 1, 8, 16)
+    k = torch.randn(1, 1, pattern.kv_len, 16, requires_grad=True)
+    operands = (q, k, k, cache, cache, torch.tensor([3]))
+    out = ops.step_attention(*operands, pattern)
+    with pytest.raises(RuntimeError, match=r"^step_attention: expected no backward pass .* tk\.attention"):
+        out.sum().backward()
+    assert q.grad is None
+    ops.step_attention(*operands, pattern, backend="eager").sum().backward()
+    assert q.grad is not None
+    assert bool(q.grad.any())

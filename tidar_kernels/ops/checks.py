@@ -30,13 +30,22 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
 
 def same_kind(reference: Tensor, **others: Tensor) -> None:
     """Every tensor has the float dtype and the device of `reference` (which is called q or k_cache in errors)."""
-    if reference.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {reference.dtype}")
+    dtype, device = reference.dtype, reference.device
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     for name, value in others.items():
-        if value.dtype != reference.dtype:
-            raise TypeError(f"{name}: expected dtype {reference.dtype} like the other operands, got {value.dtype}")
-        if value.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} like the other operands, got {value.device}")
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype} like the other operands, got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device} like the other operands, got {value.device}")
+
+
+def operands(rank: int, **values: Any) -> None:
+    """Every value is a tensor of this rank, and all are of one kind: the float dtype and device of the first."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.ndim != rank:
+            tensor(name, value, rank)
+    same_kind(next(iter(values.values())), **values)
 
 
 def heads(q: Tensor, num_kv_heads: int) -> None:
@@ -80,19 +89,33 @@ def sinks(value: Any, q: Tensor) -> Tensor | None:
     return value
 
 
-def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, **caches: Tensor) -> None:
-    """q, k and v fit each other and the pattern; `caches` have their dtype and device."""
-    same_kind(q, k=k, v=v, **caches)
-    num_kv_heads = k.shape[1]
-    heads(q, num_kv_heads)
-    shape("k", k, (q.shape[0], num_kv_heads, k.shape[2], q.shape[3]))
-    shape("v", v, tuple(k.shape))
+def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any) -> None:
+    """q, k and v, 4-D tensors of one kind, fit each other and the pattern."""
+    batch, num_heads, q_len, head_dim = q.shape
+    of_keys = k.shape
+    num_kv_heads = of_keys[1]
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        heads(q, num_kv_heads)
+    if of_keys[0] != batch or of_keys[3] != head_dim:
+        shape("k", k, (batch, num_kv_heads, of_keys[2], head_dim))
+    if v.shape != of_keys:
+        shape("v", v, tuple(of_keys))
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
-    if q.shape[2] != pattern.q_len:
-        raise ValueError(f"q: expected {pattern.q_len} rows for {pattern.name}, got {q.shape[2]}")
-    if k.shape[2] != pattern.kv_len:
-        raise ValueError(f"k: expected {pattern.kv_len} in-flight keys for {pattern.name}, got {k.shape[2]}")
+    if q_len != pattern.q_len:
+        raise ValueError(f"q: expected {pattern.q_len} rows for {pattern.name}, got {q_len}")
+    if of_keys[2] != pattern.kv_len:
+        raise ValueError(f"k: expected {pattern.kv_len} in-flight keys for {pattern.name}, got {of_keys[2]}")
+
+
+def caches(k_cache: Tensor, v_cache: Tensor, batch: int, num_kv_heads: int, head_dim: int) -> int:
+    """Both caches are `[batch, num_kv_heads, max_len, head_dim]`; returns `max_len`."""
+    expected = (batch, num_kv_heads, k_cache.shape[2], head_dim)
+    if k_cache.shape != expected:
+        shape("k_cache", k_cache, expected)
+    if v_cache.shape != expected:
+        shape("v_cache", v_cache, expected)
+    return expected[2]
 
 
 def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Gradient", "Operator", "check_backend", "interpreting", "no_second_derivative"]
+__all__ = ["Backend", "Gradient", "Operator", "check_backend", "interpreting", "no_gradient", "no_second_derivative"]
 
 Backend = Literal["triton", "eager"]
 NAMESPACE = "tidar_kernels"
@@ -64,16 +64,21 @@ class Gradient(NamedTuple):
     backward: Callable[..., dict[str, Tensor | None]]
 
 
-def no_second_derivative(name: str) -> Gradient:
-    """The gradient of an operator that is itself a backward pass: an error that names the forward one."""
+def no_gradient(message: str) -> Gradient:
+    """The gradient of an operator that has none: a backward pass through it is a RuntimeError with this message."""
 
     def save(ctx: Any, output: Any, *bundles: Any, **others: Any) -> None:
         return None
 
     def backward(ctx: Any, needed: frozenset[str], *grads: Tensor | None) -> dict[str, Tensor | None]:
-        raise RuntimeError(f"{name}: expected at most first derivatives, got a request for a second one")
+        raise RuntimeError(message)
 
     return Gradient(save, backward)
+
+
+def no_second_derivative(name: str) -> Gradient:
+    """The gradient of an operator that is itself the backward pass of `name`."""
+    return no_gradient(f"{name}: expected at most first derivatives, got a request for a second one")
 
 
 def _picker(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -159,11 +164,9 @@ class Operator:
 
     def __call__(self, *bundles: tuple[Any, ...], **others: Any) -> Any:
         """Run the operator; its operands are checked by the public function."""
-        values: tuple[Any, ...] = ()
-        for bundle in bundles:
-            values += tuple(bundle)
+        values = [value for bundle in bundles for value in bundle]
         if others:
-            values += tuple(others[name] for name in self._others)
+            values += [others[name] for name in self._others]
         return self._overload(*[values[i] for i in self._order])
 
     def is_called_by(self, function: Any) -> bool:
@@ -181,7 +184,9 @@ class Operator:
 
     def _with_bundles(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         # The dispatcher drops trailing arguments that are at their defaults.
-        args += self._defaults[len(args) :] + self._absent
+        if len(args) < len(self._defaults):
+            args += self._defaults[len(args) :]
+        args += self._absent
         bundles = [bundle(*pick(args)) for bundle, pick in self._bundles]
         if self._others:
             return run(*bundles, **dict(zip(self._others, self._pick_others(args), strict=True)))

@@ -206,8 +206,9 @@ class Pattern:
 
     def rows_on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """`(lead, own, reach, bits)` on `device`, copied once, then kept: what the operators take of a pattern."""
-        lead, own, _, reach, bits = self._copies(device)
-        return lead, own, reach, bits
+        copies = self._on_device.get(device) if isinstance(device, torch.device) else None
+        lead, own, _, reach, bits = copies or self._copies(device)
+        return lead, own, reach, bits  # type: ignore[return-value]  # lead and own are never None
 
     def reach_on(self, device: torch.device | str) -> Tensor | None:
         """Deprecated: the third of `rows_on`."""

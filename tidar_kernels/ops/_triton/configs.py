@@ -113,8 +113,9 @@ def attention_config(
     return table.get(head_dim) or table[block_dim(head_dim)]
 
 
+@functools.cache
 def options(config: TileConfig) -> dict[str, Any]:
-    """What a launch with `config` passes to Triton."""
+    """What a launch with `config` passes to Triton; made once, not to be changed."""
     return {name: value for name, value in asdict(config).items() if value is not None}
 
 

@@ -61,6 +61,7 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    checks.same_kind(q, k=k, v=v)
     checks.attention_operands(q, k, v, pattern)
     scores = Scores(checks.scale(scale, q.shape[3]), checks.softcap(softcap), checks.sinks(sinks, q))
     check_backend(backend, q.device)

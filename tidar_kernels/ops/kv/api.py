@@ -42,12 +42,10 @@ def append_kv(
 
     Twin: `tidar_kernels.eager.append_kv`. Kernel: `triton.py` beside this file.
     """
-    for name, value in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
-        checks.tensor(name, value, 4)
-    checks.same_kind(k_cache, v_cache=v_cache, k=k, v=v)
+    checks.operands(4, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     batch, num_kv_heads, max_len, head_dim = k_cache.shape
     num_new = k.shape[2]
-    checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     checks.shape("k", k, (batch, num_kv_heads, num_new, head_dim))
     checks.shape("v", v, tuple(k.shape))
     checks.lengths(lengths, batch, k_cache.device, max_len - num_new, f"max_len - {num_new} new tokens")
@@ -80,11 +78,9 @@ def compact_kv(
 
     Twin: `tidar_kernels.eager.compact_kv`. Kernel: `triton.py` beside this file.
     """
-    checks.tensor("k_cache", k_cache, 4)
-    checks.tensor("v_cache", v_cache, 4)
-    checks.same_kind(k_cache, v_cache=v_cache)
-    batch, max_len = k_cache.shape[0], k_cache.shape[2]
-    checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    checks.operands(4, k_cache=k_cache, v_cache=v_cache)
+    batch, num_kv_heads, _, head_dim = k_cache.shape
+    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     checks.lengths(lengths, batch, k_cache.device, max_len, "max_len")
     checks.path(path, lengths, k_cache.device, max_len)
     check_backend(backend, k_cache.device)
@@ -109,7 +105,8 @@ def rotary_append(
     """Rotate q and k, and write the first `keep` rows' k and v behind the committed ones; commits nothing.
 
     What a layer of a decode step does before its attention, in one launch. v goes into the cache bit for bit, as by
-    `append_kv`; k with the bits of the rotated k that is returned.
+    `append_kv`; k with the bits of the rotated k that is returned. It has no gradient: a backward pass through it is a
+    RuntimeError; `backend="eager"` has one.
 
     Args:
         q: `[batch, heads, rows, head_dim]`, any float dtype, any strides, as for all operands.
@@ -129,10 +126,8 @@ def rotary_append(
 
     Twin: `tidar_kernels.eager.rotary_append`. Kernel: `triton.py` beside this file.
     """
-    for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.tensor(name, value, 4)
     cos, sin = (x if x.ndim == 4 else x.unsqueeze(0) for x in rotary)
-    checks.same_kind(q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
     batch, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
     if head_dim % 2:
         raise ValueError(f"q: expected an even head_dim for rotary positions, got {head_dim}")
@@ -141,9 +136,7 @@ def rotary_append(
     checks.shape("v", v, tuple(k.shape))
     for name, value in (("cos", cos), ("sin", sin)):
         checks.shape(name, value, (value.shape[0] if value.shape[0] == 1 else batch, rows, 1, head_dim))
-    max_len = k_cache.shape[2]
-    checks.shape("k_cache", k_cache, (batch, num_kv_heads, max_len, head_dim))
-    checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     if not 0 <= keep <= rows:
         raise ValueError(f"keep: expected 0 <= keep <= {rows} rows, got {keep}")
     checks.lengths(lengths, batch, q.device, max_len - keep, f"max_len - {keep} new tokens")
@@ -154,7 +147,24 @@ def rotary_append(
     turned: tuple[Tensor, Tensor] = rotary_operator(
         Turned(q, cos, sin), Keys(k, v), Cached(k_cache, v_cache, lengths), keep=keep
     )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        turned = _WithoutGradient.apply(*turned, q, k)  # type: ignore[no-untyped-call]
     return turned
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Results of `rotary_append` under autograd: `torch.library` takes no gradient of an operator that writes."""
+
+    @staticmethod
+    def forward(ctx: Any, turned_q: Tensor, turned_k: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return turned_q.view_as(turned_q), turned_k.view_as(turned_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "rotary_append: expected no backward pass through a write into a cache, got one; "
+            'apply_rotary is differentiable, and so is backend="eager"'
+        )
 
 
 def _kernels() -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...patterns import Pattern
 from .. import checks
-from ..declaration import Backend, Operator, check_backend
+from ..declaration import Backend, Operator, check_backend, no_gradient
 from ..operands import Cached, Keys, Rows, Scores
 from . import cpu, reference
 
@@ -38,7 +38,8 @@ def step_attention(
     Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and `bits[q]`
     (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
     these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
-    was launched: draft row m of a step at length P equals single-token decoding at length P + m.
+    was launched: draft row m of a step at length P equals single-token decoding at length P + m. It has no gradient: a
+    backward pass through it is a RuntimeError; `backend="eager"` has one.
 
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
@@ -64,13 +65,10 @@ def step_attention(
 
     Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
     """
-    for name, value in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.tensor(name, value, 4)
-    checks.attention_operands(q, k, v, pattern, k_cache=k_cache, v_cache=v_cache)
+    checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    checks.attention_operands(q, k, v, pattern)
     batch, num_kv_heads, _, head_dim = k.shape
-    max_len = k_cache.shape[2]
-    checks.shape("k_cache", k_cache, (batch, num_kv_heads, max_len, head_dim))
-    checks.shape("v_cache", v_cache, tuple(k_cache.shape))
+    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     if max_context is None:
         max_context = max_len
     elif not 0 <= max_context <= max_len:
@@ -109,4 +107,8 @@ operator = Operator(
     cpu=cpu.step_attention,
     kernel=_kernel,
     fake=_fake,
+    gradient=no_gradient(
+        "step_attention: expected no backward pass through a step against a cache, got one; "
+        'tk.attention is differentiable, and so is backend="eager"'
+    ),
 )

@@ -25,7 +25,9 @@ not written.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -43,12 +45,13 @@ from .._triton.common import (
     softmax_start,
     softmax_update,
 )
-from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
+from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
 from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
 from ..operands import Cached, Keys, Rows, Scores
 
 # Of the second kernel, at a time: results of 8 splits, of so many rows that a thread loads 16 values.
 COMBINED_SPLITS, COMBINED_VALUES = 8, 256
+LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -272,6 +275,24 @@ def combine_splits_kernel(
     tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & in_head)
 
 
+@functools.lru_cache(maxsize=1024)
+def _attend_options(
+    config: TileConfig, head_dim: int, split: int, partial: bool, upcast: bool, one_load: bool
+) -> dict[str, Any]:
+    """Options of the first kernel; kept, since every layer of every step asks for the same ones."""
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
+    return {**shapes, **options(config), "PARTIAL": partial, "UPCAST": upcast, "ONE_LOAD": one_load}
+
+
+@functools.lru_cache(maxsize=1024)
+def _combine_options(interpreted: bool, head_dim: int, split: int) -> dict[str, Any]:
+    """Options of the second kernel."""
+    # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
+    rows, splits = (16, 2) if interpreted else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
+    return {**shapes, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4}
+
+
 def plan_step_attention(
     rows: Rows, keys: Keys, cached: Cached, scores: Scores, chip: Chip | None
 ) -> tuple[list[Launch], Tensor, Tensor]:
@@ -287,7 +308,7 @@ def plan_step_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
-    extras = any(extra is not None for extra in (reach, softcap, sinks))
+    extras = reach is not None or softcap is not None or sinks is not None
     kind = TREE if bits is not None else EXTRAS if extras else PLAIN
     config, split = step_config(chip, q.dtype, head_dim, kind), split_size(chip, max_len)
     unit, inner = score_units(scale, softcap)
@@ -297,43 +318,32 @@ def plan_step_attention(
     launched = max(1, min(num_splits, cdiv(max_context + kv_len, split)))
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    part, part_lse = out.unsqueeze(0), lse
+    lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
     if num_splits > 1:
-        part = torch.empty((launched, *q.shape), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((launched, *q.shape[:3]), dtype=torch.float32, device=q.device)
-    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
+        part = q.new_empty((launched, batch, num_heads, q_len, head_dim), dtype=torch.float32)
+        part_lse = q.new_empty((launched, batch, num_heads, q_len), dtype=torch.float32)
+    else:
+        part, part_lse = out.unsqueeze(0), lse
+    # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
+    one_load, upcast = not isinstance(chip, str), INTERPRET and q.dtype == torch.bfloat16
     attend = Launch(
         step_attention_kernel,
         (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
         (
             *map(strided, (q, k, v, k_cache, v_cache)),
             *(lengths, lead, own, reach, None if sinks is None else strided(sinks), bits, strided(part), part_lse),
-            *(q_len, num_kv_heads, group, kv_len, max_context, unit * math.log2(math.e), inner),
+            *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
-        {
-            **shapes,
-            **options(config),
-            "PARTIAL": num_splits > 1,
-            "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
-            # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
-            "ONE_LOAD": not isinstance(chip, str),
-        },
+        _attend_options(config, head_dim, split, num_splits > 1, upcast, one_load),
     )
     if num_splits == 1:
         return [attend], out, lse
-    # The interpreter pays by the program; with 2 splits a turn the turns behind a window are within reach of tests.
-    rows_each, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
+    combine_options = _combine_options(chip is None, head_dim, split)
     combine = Launch(
         combine_splits_kernel,
-        (batch * num_heads, cdiv(q_len, rows_each)),
+        (batch * num_heads, cdiv(q_len, combine_options["BLOCK_R"])),
         (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
-        {
-            **shapes,
-            "BLOCK_R": rows_each,
-            "BLOCK_S": splits,
-            "num_warps": 4,
-        },
+        combine_options,
     )
     return [attend, combine], out, lse
 
