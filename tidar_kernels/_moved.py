@@ -1,16 +1,21 @@
-"""Modules that have moved: their old names import the new ones for a release, with a warning."""
+"""Old names that still work for a release, with a warning: of modules that have moved, and of renamed keywords."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "install", "renamed_keyword"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Old name -> new name, both within the package.
 MOVED = {
@@ -53,3 +58,20 @@ def install() -> None:
     """Put the finder of old names behind Python's own."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """A function that also takes the keyword `old`, and passes it on as `new`."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def renaming(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if old in kwargs:
+                text = f"{old}: the keyword is now {new}; its old name goes in the next release"
+                warnings.warn(text, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)  # `dataclasses.replace` passes the field's own value beside it
+            return function(*args, **kwargs)
+
+        return renaming
+
+    return decorate

@@ -49,8 +49,8 @@ def test_draw(run: Run, arguments: list[str], pattern: patterns.Pattern) -> None
     assert [row["own"] for row in rows] == pattern.own.tolist()
     assert [row["position"] for row in rows] == pattern.positions.tolist()
     assert [row["role"] for row in rows] == [patterns.Role(role).name.lower() for role in pattern.roles.tolist()]
-    if pattern.bits is not None:
-        assert [row["bits"] for row in rows] == [row.nonzero().flatten().tolist() for row in pattern.dense()]
+    if pattern.tree_mask is not None:
+        assert [row["tree_mask"] for row in rows] == [row.nonzero().flatten().tolist() for row in pattern.dense()]
 
 
 def test_draw_has_defaults_for_every_pattern(run: Run) -> None:

@@ -20,7 +20,7 @@ from tidar_kernels.nn.attention import TiDARAttention
 from tidar_kernels.nn.rotary import RotaryEmbedding
 from tidar_kernels.ops.verify import SamplingParams
 from tidar_kernels.patterns.pattern import Pattern
-from tidar_kernels.patterns.rows import Role, pack_bits, unpack_bits
+from tidar_kernels.patterns.rows import Role, pack_tree_mask, unpack_tree_mask
 
 TREES = {
     "default": tree(5),
@@ -55,8 +55,8 @@ def test_nodes_see_their_ancestors_and_themselves(nodes: int) -> None:
     assert pattern.roles.tolist() == [Role.DRAFT] * nodes
     assert pattern.kept_len == nodes
     assert pattern.causal_len == pattern.lead_end == 0
-    assert pattern.bits is not None
-    assert pattern.bits.shape == (nodes, (nodes + 31) // 32)
+    assert pattern.tree_mask is not None
+    assert pattern.tree_mask.shape == (nodes, (nodes + 31) // 32)
     assert pattern.rows_on("cpu")[3] is pattern.rows_on("cpu")[3]
     assert patterns.causal(3).rows_on("cpu")[3] is None
 
@@ -78,13 +78,13 @@ def test_windows_count_positions(window: int) -> None:
     assert clipped.kept_len == 40
 
 
-def test_bits_and_back() -> None:
+def test_tree_masks_and_back() -> None:
     for keys in (0, 1, 31, 32, 33, 70):
         seen = torch.rand(9, keys) < 0.5
-        packed = pack_bits(seen)
+        packed = pack_tree_mask(seen)
         assert packed.dtype == torch.int32
-        assert torch.equal(unpack_bits(packed, keys), seen)
-    assert pack_bits(torch.arange(32)[None] == 31).item() == -(2**31)
+        assert torch.equal(unpack_tree_mask(packed, keys), seen)
+    assert pack_tree_mask(torch.arange(32)[None] == 31).item() == -(2**31)
 
 
 def test_only_what_is_on_a_path_is_kept() -> None:
@@ -94,7 +94,7 @@ def test_only_what_is_on_a_path_is_kept() -> None:
     def kept(row: int, *keys: int, **changes: Any) -> int:
         seen = good.dense()
         seen[row] = torch.tensor([k in keys for k in range(5)])
-        return replace(good, bits=pack_bits(seen), **changes).kept_len
+        return replace(good, tree_mask=pack_tree_mask(seen), **changes).kept_len
 
     assert kept(3, 0, 1, 3) == 5
     assert kept(3, 0, 1) == 3  # not itself
@@ -105,9 +105,9 @@ def test_only_what_is_on_a_path_is_kept() -> None:
     assert kept(3, 3) == 3  # a second root, in the wrong place
     assert kept(3, 0, 1, 3, roles=torch.tensor([1, 1, 1, 2, 1], dtype=torch.int8)) == 3
     assert replace(good, positions=torch.arange(5, dtype=torch.int32)).kept_len == 2
-    # Causal rows stay what they are; those with bits are not among them.
+    # Causal rows stay what they are; those with a tree mask are not among them.
     lead = torch.tensor([[0, 1], [0, 2], [0, 2]], dtype=torch.int32)
-    mixed = replace(patterns.causal(3), lead=lead, bits=torch.tensor([[0], [0], [4]], dtype=torch.int32))
+    mixed = replace(patterns.causal(3), lead=lead, tree_mask=torch.tensor([[0], [0], [4]], dtype=torch.int32))
     assert torch.equal(mixed.dense(), patterns.causal(3).dense())
     assert (mixed.causal_len, mixed.kept_len) == (2, 3)
 
@@ -131,19 +131,21 @@ def test_bad_parents(parents: Any, error: type[Exception], message: str) -> None
         patterns.tree(parents)
 
 
-def test_bad_bits() -> None:
+def test_bad_tree_masks() -> None:
     good = patterns.causal(3)
 
-    def make(bits: Any) -> Pattern:
-        return replace(good, bits=bits)
+    def make(tree_mask: Any) -> Pattern:
+        return replace(good, tree_mask=tree_mask)
 
-    with pytest.raises(TypeError, match=r"^bits: expected an int32 CPU tensor, got torch.int64 on cpu$"):
+    with pytest.raises(TypeError, match=r"^tree_mask: expected an int32 CPU tensor, got torch.int64 on cpu$"):
         make(torch.zeros(3, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"^bits: expected shape \[3, 1\], got \[3, 2\]$"):
+    with pytest.raises(ValueError, match=r"^tree_mask: expected shape \[3, 1\], got \[3, 2\]$"):
         make(torch.zeros(3, 2, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"^bits: expected keys below kv_len = 3, got key 31 in row 1$"):
+    with pytest.raises(ValueError, match=r"^tree_mask: expected keys below kv_len = 3, got key 31 in row 1$"):
         make(torch.tensor([[0], [-(2**31)], [0]], dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"^bits: expected keys outside lead \[0, 2\] and own .*, got key 1 in row 1$"):
+    with pytest.raises(
+        ValueError, match=r"^tree_mask: expected keys outside lead \[0, 2\] and own .*, got key 1 in row 1$"
+    ):
         make(torch.tensor([[0], [2], [0]], dtype=torch.int32))
 
 
@@ -170,32 +172,32 @@ def test_a_wrong_bit_is_seen() -> None:
     torch.testing.assert_close(ops.step_attention(*operands, pattern), expected, rtol=1e-5, atol=1e-5)
     seen = pattern.dense()
     seen[39, 0] = False
-    found = ops.step_attention(*operands, replace(pattern, bits=pack_bits(seen)))
+    found = ops.step_attention(*operands, replace(pattern, tree_mask=pack_tree_mask(seen)))
     assert torch.equal(found[:, :, :39], ops.step_attention(*operands, pattern)[:, :, :39])
     assert (found - expected)[:, :, 39].norm() > 1e-3
 
 
 @pytest.mark.parametrize("device", KERNELS)
-def test_rows_do_not_depend_on_the_bits_of_others(device: str) -> None:
-    """Other rows' bits decide which tiles are visited; a row's result stays, bit for bit."""
+def test_rows_do_not_depend_on_the_tree_masks_of_others(device: str) -> None:
+    """Other rows' tree masks decide which tiles are visited; a row's result stays, bit for bit."""
     pattern = testing.random_tree(50)
     operands = step_operands(pattern, device)
     out = ops.step_attention(*operands, pattern, backend="triton")
     for kept in (slice(0, 1), slice(30, 35)):
         seen = torch.ones(50, 50, dtype=torch.bool)
         seen[kept] = pattern.dense()[kept]
-        changed = ops.step_attention(*operands, replace(pattern, bits=pack_bits(seen)), backend="triton")
+        changed = ops.step_attention(*operands, replace(pattern, tree_mask=pack_tree_mask(seen)), backend="triton")
         assert torch.equal(changed[:, :, kept], out[:, :, kept])
         seen[:] = False
         seen[kept] = pattern.dense()[kept]
-        changed = ops.step_attention(*operands, replace(pattern, bits=pack_bits(seen)), backend="triton")
+        changed = ops.step_attention(*operands, replace(pattern, tree_mask=pack_tree_mask(seen)), backend="triton")
         assert torch.equal(changed[:, :, kept], out[:, :, kept])
 
 
-def test_bits_may_differ_where_intervals_do_not() -> None:
+def test_tree_masks_may_differ_where_intervals_do_not() -> None:
     """The CPU path keeps its masks by interval tensors: patterns that share these have masks of their own."""
     first = patterns.tree([-1, 0, 0, 1])
-    second = replace(first, bits=patterns.tree([-1, 0, 1, 2]).bits)
+    second = replace(first, tree_mask=patterns.tree([-1, 0, 1, 2]).tree_mask)
     operands = step_operands(first)
     for pattern in (first, second, first):
         found, expected = ops.step_attention(*operands, pattern), eager.step_attention(*operands, pattern)
@@ -212,10 +214,12 @@ def test_the_operator_as_torch_library_sees_it() -> None:
 def test_what_cannot_hold_for_trees_is_refused() -> None:
     pattern = patterns.tree([-1, 0, 0])
     q, k, v, *_ = step_operands(pattern)
-    with pytest.raises(ValueError, match=r'^pattern: expected one without bits, or backend="eager", got tree\(3 nodes'):
+    with pytest.raises(
+        ValueError, match=r'^pattern: expected one without tree mask, or backend="eager", got tree\(3 nodes'
+    ):
         ops.attention(q, k, v, pattern)
     assert ops.attention(q, k, v, pattern, backend="eager").shape == q.shape
-    with pytest.raises(ValueError, match=r"^pattern: expected one without bits for exact rows, got tree\(3 nodes"):
+    with pytest.raises(ValueError, match=r"^pattern: expected one without tree mask for exact rows, got tree\(3 nodes"):
         exact_rows(pattern)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tidar_kernels.patterns import Pattern, Role, causal, drawing, tidar_prefill, tidar_step, tidar_training, tree
 from tidar_kernels.patterns.drawing import as_text, save_png
-from tidar_kernels.patterns.rows import unpack_bits
+from tidar_kernels.patterns.rows import unpack_tree_mask
 from tidar_kernels.testing import irregular_pattern, random_tree
 
 STEP = """\
@@ -96,7 +96,7 @@ draft    P+1  ░░ ▓·▓··
 draft    P+2  ░░ ▓▓·▓·
 draft    P+2  ░░ ▓·▓·▓
 
-keys: p cached context, d draft; cells: ░ context, ▓ bits, · not visible
+keys: p cached context, d draft; cells: ░ context, ▓ tree mask, · not visible
 """
 
 
@@ -136,7 +136,7 @@ def test_text_to_the_character(pattern: Pattern, context_len: int, expected: str
 
 PATTERNS = [causal(5), tidar_prefill(7, 1), tidar_step(1), tidar_step(5), tidar_step(8), tidar_training(14, 4)]
 PATTERNS += [tidar_step(6, bidirectional=False), tidar_training(5, 8), tidar_training(40, 1)]
-PATTERNS += [tree([-1, 0, 0, 1, 1, 2, 4]), random_tree(40), irregular_pattern(37, 37, with_bits=True)]
+PATTERNS += [tree([-1, 0, 0, 1, 1, 2, 4]), random_tree(40), irregular_pattern(37, 37, with_tree_mask=True)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
@@ -145,9 +145,9 @@ def test_every_cell_of_the_text_is_the_dense_form(pattern: Pattern, context_len:
     cells = matrix(as_text(pattern, context_len))
     visible = torch.tensor([[mark != "·" for mark in row] for row in cells])
     assert torch.equal(visible, pattern.dense())
-    if pattern.bits is not None:
-        bits = torch.tensor([[mark == "▓" for mark in row] for row in cells])
-        assert torch.equal(bits, unpack_bits(pattern.bits, pattern.kv_len))
+    if pattern.tree_mask is not None:
+        other = torch.tensor([[mark == "▓" for mark in row] for row in cells])
+        assert torch.equal(other, unpack_tree_mask(pattern.tree_mask, pattern.kv_len))
     own = torch.tensor([[mark == "▒" for mark in row] for row in cells])
     key = torch.arange(pattern.kv_len)
     assert torch.equal(own, (pattern.own[:, :1] <= key) & (key < pattern.own[:, 1:]))
@@ -252,9 +252,9 @@ def test_every_cell_of_the_png_is_the_dense_form(pattern: Pattern, tmp_path: Pat
     strong = torch.stack([drawing._rgb(drawing._COLOUR[Role(role)]) for role in pattern.roles.tolist()])
     expected = np.where(lead[..., None], rgb(strong), rgb(drawing._rgb(drawing._HIDDEN_COLOUR)))
     expected = np.where(own[..., None], rgb(drawing._shade(strong, "own")), expected)
-    if pattern.bits is not None:
-        bits = unpack_bits(pattern.bits, pattern.kv_len).numpy()
-        expected = np.where(bits[..., None], rgb(drawing._shade(strong, "bits")), expected)
+    if pattern.tree_mask is not None:
+        other = unpack_tree_mask(pattern.tree_mask, pattern.kv_len).numpy()
+        expected = np.where(other[..., None], rgb(drawing._shade(strong, "tree mask")), expected)
     got = pixels[y[:, None], x[None, :]]
     assert np.abs(got.astype(int) - expected).max() <= 1  # of 255: rounding
     np.testing.assert_array_equal((got != rgb(drawing._rgb(drawing._HIDDEN_COLOUR))).any(-1), pattern.dense().numpy())

@@ -184,10 +184,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _described(pattern: Pattern, context_len: int) -> dict[str, Any]:
-    """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, and of a tree's rows the keys whose bits
-    are set; positions relative to the context."""
+    """A pattern as data: half-open intervals `[lo, hi)` over in-flight keys, and of a tree's rows the keys that
+    the tree mask adds; positions relative to the context."""
     from ..patterns import Role
-    from ..patterns.rows import unpack_bits
+    from ..patterns.rows import unpack_tree_mask
 
     fields = (pattern.roles, pattern.positions, pattern.lead, pattern.own)
     rows: list[dict[str, Any]] = [
@@ -195,11 +195,12 @@ def _described(pattern: Pattern, context_len: int) -> dict[str, Any]:
         for role, position, lead, own in zip(*(field.tolist() for field in fields), strict=True)
     ]
     visible = int((pattern.lead + pattern.own).diff().sum()) + pattern.q_len * context_len
-    if pattern.bits is not None:
-        bits = unpack_bits(pattern.bits, pattern.kv_len)
-        visible += int(bits.sum())
-        for row, seen in zip(rows, bits, strict=True):
-            row["bits"] = seen.nonzero().flatten().tolist()
+    if pattern.tree_mask is not None:
+        others = unpack_tree_mask(pattern.tree_mask, pattern.kv_len)
+        visible += int(others.sum())
+        for row, seen in zip(rows, others, strict=True):
+            row["tree_mask"] = seen.nonzero().flatten().tolist()
+            row["bits"] = row["tree_mask"]  # the old name, for a release
     return {
         "pattern": pattern.name,
         "q_len": pattern.q_len,

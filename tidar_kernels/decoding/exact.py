@@ -41,13 +41,13 @@ class exact_rows(TorchFunctionMode):  # a context manager, used as a function
             All rows of any other operand are exact; so they are without a pattern.
 
     Raises:
-        ValueError: the pattern has bits: the keys of a token tree's row do not lie as in single-token decoding.
+        ValueError: the pattern has a tree mask: the keys of a token tree's row do not lie as in single-token decoding.
     """
 
     def __init__(self, pattern: Pattern | None = None) -> None:
         super().__init__()
-        if pattern is not None and pattern.bits is not None:
-            raise ValueError(f"pattern: expected one without bits for exact rows, got {pattern.name}")
+        if pattern is not None and pattern.tree_mask is not None:
+            raise ValueError(f"pattern: expected one without tree mask for exact rows, got {pattern.name}")
         self.q_len = -1 if pattern is None else pattern.q_len
         self.exact = 0 if pattern is None else pattern.causal_len
 

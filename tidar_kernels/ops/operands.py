@@ -16,14 +16,14 @@ class Rows(NamedTuple):
         q: `[batch, heads, q_len, head_dim]`.
         lead, own: int32 `[q_len, 2]`.
         reach: int32 `[q_len]`, or None: all of the context.
-        bits: int32 `[q_len, ceil(kv_len / 32)]`, the tree mask, or None.
+        tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys (`Pattern.tree_mask`), or None.
     """
 
     q: Tensor
     lead: Tensor
     own: Tensor
     reach: Tensor | None = None
-    bits: Tensor | None = None
+    tree_mask: Tensor | None = None
 
 
 class Keys(NamedTuple):

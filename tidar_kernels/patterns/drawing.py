@@ -1,9 +1,9 @@
 """Pictures of attention patterns: `as_text` for the terminal, `save_png` for pages.
 
-Rows are queries, columns are keys, the cached context first. A cell shows what sees the key (`lead`, `own` or `bits`)
-and, in the PNG, by its colour what the key is. Both pictures are computed from intervals and bits, never from a dense
-mask, so a pattern of any size can be drawn: one that does not fit is binned, several rows and keys to a cell, and the
-picture says so.
+Rows are queries, columns are keys, the cached context first. A cell shows by which term the key is visible (`lead`,
+`own` or `tree_mask`) and, in the PNG, by its colour what the key is. Both pictures are computed from
+intervals and tree masks, never from a dense mask, so a pattern of any size can be drawn: one that does not fit is
+binned, several rows and keys to a cell, and the picture says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rows import Role, check_int, unpack_bits
+from .rows import Role, check_int, unpack_tree_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +34,10 @@ MAX_TEXT_CONTEXT = 8  # context columns of a text drawing: rows see all of them,
 MAX_PNG_CELLS = 1200  # beyond this a cell would be less than a pixel
 
 _CONTEXT, _IN_PART, _HIDDEN = "░", "▚", "·"
-_TERMS = {"lead": "█", "own": "▒", "bits": "▓"}  # what sees a key; shares of cells are in this order
+_TERMS = {"lead": "█", "own": "▒", "tree mask": "▓"}  # what sees a key; shares of cells are in this order
 _MEANING = {_CONTEXT: "context", **{mark: term for term, mark in _TERMS.items()}}
 _MEANING |= {_IN_PART: "visible in part", _HIDDEN: "not visible"}
-_STRENGTH = {"lead": 1.0, "own": 0.6, "bits": 0.8}  # of the key's colour in the PNG
+_STRENGTH = {"lead": 1.0, "own": 0.6, "tree mask": 0.8}  # of the key's colour in the PNG
 
 _DPI = 200
 _COLOUR = {Role.CLEAN: "#2f6db5", Role.DRAFT: "#e5992b", Role.MASK: "#6f4bb0"}
@@ -130,7 +130,7 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
 
 
 def save_png(pattern: Pattern, path: str | os.PathLike[str], context_len: int = 0) -> None:
-    """A pattern as a PNG picture: blue clean, amber draft and violet mask keys, paler where `own` or `bits` see them.
+    """A pattern as a PNG picture: blue clean, amber draft and violet mask keys, paler by `own` and `tree_mask`.
 
     The text drawing is stored in the file as its `Description`. Nothing is written if anything is wrong.
 
@@ -221,8 +221,8 @@ def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> Tensor:
         for term, interval in enumerate((pattern.lead.long(), pattern.own.long())):
             lo, hi = interval[a:b, :1], interval[a:b, 1:]
             pairs[term] = (torch.minimum(hi, right) - torch.maximum(lo, left)).clamp(min=0).sum(dim=0)
-        if pattern.bits is not None:
-            before = unpack_bits(pattern.bits[a:b], pattern.kv_len).sum(dim=0).cumsum(0)
+        if pattern.tree_mask is not None:
+            before = unpack_tree_mask(pattern.tree_mask[a:b], pattern.kv_len).sum(dim=0).cumsum(0)
             before = torch.nn.functional.pad(before, (1, 0))
             pairs[2] = before[right] - before[left]
         shares[:, cell] = pairs.double() / ((b - a) * (right - left))
@@ -269,8 +269,8 @@ def _position_range(pattern: Pattern, start: int, stop: int) -> str:
 def _summary(pattern: Pattern, context_len: int) -> str:
     rows, keys = pattern.q_len, pattern.kv_len
     pairs = int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
-    if pattern.bits is not None:
-        pairs += int(unpack_bits(pattern.bits, keys).sum())
+    if pattern.tree_mask is not None:
+        pairs += int(unpack_tree_mask(pattern.tree_mask, keys).sum())
     text = f"{rows} row{'s' * (rows != 1)} x {keys} in-flight key{'s' * (keys != 1)}"
     if rows and keys:
         text += f", {100 * pairs / (rows * keys):.1f} % of these pairs visible"

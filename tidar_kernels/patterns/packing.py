@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .pattern import Pattern
-from .rows import intervals, pack_bits, unpack_bits
+from .rows import intervals, pack_tree_mask, unpack_tree_mask
 
 __all__ = ["packed"]
 
@@ -41,13 +41,15 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     if any(pattern.reach is not None for pattern in patterns):
         everything = torch.iinfo(torch.int32).max
         reach = torch.cat([torch.full_like(p.positions, everything) if p.reach is None else p.reach for p in patterns])
-    bits = None
-    if any(pattern.bits is not None for pattern in patterns):
+    tree_mask = None
+    if any(pattern.tree_mask is not None for pattern in patterns):
         seen = [
-            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool) if p.bits is None else unpack_bits(p.bits, p.kv_len)
+            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool)
+            if p.tree_mask is None
+            else unpack_tree_mask(p.tree_mask, p.kv_len)
             for p in patterns
         ]
-        bits = pack_bits(torch.block_diag(*seen))
+        tree_mask = pack_tree_mask(torch.block_diag(*seen))
     return Pattern(
         shifted[0],
         shifted[1],
@@ -58,5 +60,5 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
         f"packed({', '.join(pattern.name for pattern in patterns)})",
         reach,
         None if any(key is None for key in keys) else torch.cat([key for key in keys if key is not None]),
-        bits,
+        tree_mask,
     )

@@ -1,4 +1,4 @@
-"""Attention patterns: context + two intervals of in-flight keys per query row, and for token trees a row of bits.
+"""Attention patterns: context + two intervals of in-flight keys per query row, and for token trees a mask of bits.
 
 Every mask of the "draft by diffusion, verify autoregressively" family is an instance of one rule
 (TiDAR, arXiv 2511.08923; block diffusion; I-DLM, arXiv 2604.11035; self-speculation):
@@ -9,7 +9,7 @@ Every mask of the "draft by diffusion, verify autoregressively" family is an ins
 *lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block, and *reach* is without
 bound but for sliding windows (`Pattern.windowed`). A `Pattern` holds these and nothing else, so it costs 16 bytes a row
 where a dense mask costs `kv_len` a row, and it is built once and reused at every prefix length `P`. The ancestors of a
-node of a token tree (Medusa, EAGLE) are no intervals: such patterns have *bits* besides, one a key.
+node of a token tree (Medusa, EAGLE) are no intervals: such patterns have a *tree mask* besides, one bit a key.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._moved import renamed_keyword
 from . import drawing
-from .rows import Role, check_int, intervals, pack_bits, unpack_bits
+from .rows import Role, check_int, intervals, pack_tree_mask, unpack_tree_mask
 
 __all__ = ["Pattern"]
 
@@ -44,15 +45,15 @@ class Pattern:
         reach: int32 `[q_len]`, how many of the last context tokens each row sees; None for all of them.
         key_positions: int32 `[kv_len]`, the position of each in-flight key minus `P`, which windows need; default
             `positions` where there are as many rows as keys, else unknown (None).
-        bits: int32 `[q_len, ceil(kv_len / 32)]`, further keys of each row: bit i of word w, the sign bit included,
-            is in-flight key 32 * w + i. None for none.
+        tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys of each row: bit i of word w, the
+            sign bit included, is in-flight key 32 * w + i. None for none.
         num_labels: derived; one past the last clean token that any row predicts, 0 if none does.
 
     Raises:
         TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
         ValueError: shapes disagree, an interval is reversed or leaves `[0, kv_len]`, `lead` and `own` of a row
-            overlap (a key would count twice), a reach is negative, a role is not one of `Role`, or a bit of a row is
-            that of a key in its `lead` or `own`, or of none.
+            overlap (a key would count twice), a reach is negative, a role is not one of `Role`, or a tree mask
+            holds a key in the `lead` or `own` of its row, or one that does not exist.
     """
 
     lead: Tensor
@@ -64,7 +65,7 @@ class Pattern:
     name: str = "pattern"
     reach: Tensor | None = None
     key_positions: Tensor | None = None
-    bits: Tensor | None = None
+    tree_mask: Tensor | None = None
     num_labels: int = field(init=False, default=0)
     _on_device: dict[torch.device, tuple[Tensor | None, ...]] = field(init=False, default_factory=dict, repr=False)
     _windowed: dict[int, Pattern] = field(init=False, default_factory=dict, repr=False)
@@ -118,25 +119,25 @@ class Pattern:
                 f"own: expected an interval disjoint from lead, got lead {self.lead[row].tolist()} "
                 f"and own {self.own[row].tolist()} in row {row}"
             )
-        if self.bits is not None:
-            self._check_bits(_check_tensor("bits", self.bits, torch.int32))
+        if self.tree_mask is not None:
+            self._check_tree_mask(_check_tensor("tree_mask", self.tree_mask, torch.int32))
         # Eager, unlike the cached properties: the loss asks for it inside compiled graphs, which cannot read tensors.
         object.__setattr__(self, "num_labels", int(self.predicts.max()) + 1 if rows else 0)
 
-    def _check_bits(self, bits: Tensor) -> None:
+    def _check_tree_mask(self, tree_mask: Tensor) -> None:
         words = -(-self.kv_len // 32)
-        _check_shape("bits", bits, (self.q_len, words))
-        seen = unpack_bits(bits, 32 * words)
+        _check_shape("tree_mask", tree_mask, (self.q_len, words))
+        seen = unpack_tree_mask(tree_mask, 32 * words)
         beyond, twice = seen[:, self.kv_len :].nonzero(), (seen[:, : self.kv_len] & self._in_intervals()).nonzero()
         if len(beyond):
             row, key = beyond[0].tolist()
             raise ValueError(
-                f"bits: expected keys below kv_len = {self.kv_len}, got key {self.kv_len + key} in row {row}"
+                f"tree_mask: expected keys below kv_len = {self.kv_len}, got key {self.kv_len + key} in row {row}"
             )
         if len(twice):
             row, key = twice[0].tolist()
             raise ValueError(
-                f"bits: expected keys outside lead {self.lead[row].tolist()} and own {self.own[row].tolist()}, "
+                f"tree_mask: expected keys outside lead {self.lead[row].tolist()} and own {self.own[row].tolist()}, "
                 f"got key {key} in row {row}"
             )
 
@@ -150,14 +151,14 @@ class Pattern:
         """Number of leading rows of tokens, not masks, that are plainly causal: row i sees in-flight keys `[0, i]`, at
         position P + i, or as much of context and keys as one window leaves of them.
 
-        These rows compute what autoregressive decoding would, so their K/V may enter the cache. Rows with bits are not
-        among them.
+        These rows compute what autoregressive decoding would, so their K/V may enter the cache. Rows that see keys by
+        the tree mask are not among them.
         """
         rows = torch.arange(self.q_len, dtype=torch.int32)
         causal = (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1]) & (self.positions == rows)
         causal &= self.roles != int(Role.MASK)
-        if self.bits is not None:
-            causal &= (self.bits == 0).all(1)
+        if self.tree_mask is not None:
+            causal &= (self.tree_mask == 0).all(1)
         if self.reach is None:
             causal &= self.lead[:, 0] == 0
         else:  # the window is what row 0 sees: itself and its reach
@@ -173,7 +174,7 @@ class Pattern:
         a root sees itself alone. It computes what autoregressive decoding would on its path. (Behind a window it may
         see less of the path's beginning.)
         """
-        if self.bits is None or self.kv_len != self.q_len:
+        if self.tree_mask is None or self.kv_len != self.q_len:
             return self.causal_len
         position, seen = self.positions, self.dense()
         for row in range(self.q_len):
@@ -205,15 +206,21 @@ class Pattern:
         return lead, own, positions
 
     def rows_on(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """`(lead, own, reach, bits)` on `device`, copied once, then kept: what the operators take of a pattern."""
+        """`(lead, own, reach, tree_mask)` on `device`, copied once, then kept: what the operators take of a pattern."""
         copies = self._on_device.get(device) if isinstance(device, torch.device) else None
-        lead, own, _, reach, bits = copies or self._copies(device)
-        return lead, own, reach, bits  # type: ignore[return-value]  # lead and own are never None
+        lead, own, _, reach, tree_mask = copies or self._copies(device)
+        return lead, own, reach, tree_mask  # type: ignore[return-value]  # lead and own are never None
 
     def reach_on(self, device: torch.device | str) -> Tensor | None:
         """Deprecated: the third of `rows_on`."""
         warnings.warn("Pattern.reach_on: use the third of Pattern.rows_on", FutureWarning, stacklevel=2)
         return self.rows_on(device)[2]
+
+    @property
+    def bits(self) -> Tensor | None:
+        """Deprecated: `tree_mask`."""
+        warnings.warn("Pattern.bits: use Pattern.tree_mask", FutureWarning, stacklevel=2)
+        return self.tree_mask
 
     def bits_on(self, device: torch.device | str) -> Tensor | None:
         """Deprecated: the last of `rows_on`."""
@@ -223,7 +230,7 @@ class Pattern:
     def _copies(self, device: torch.device | str) -> tuple[Any, ...]:
         device = torch.device(device)
         if device not in self._on_device:
-            fields = (self.lead, self.own, self.positions, self.reach, self.bits)
+            fields = (self.lead, self.own, self.positions, self.reach, self.tree_mask)
             with torch.inference_mode(False):  # a copy made while decoding must still serve training
                 self._on_device[device] = tuple(None if x is None else x.to(device) for x in fields)
         return self._on_device[device]
@@ -273,12 +280,12 @@ class Pattern:
         reach = (window - 1 - self.positions.long()).clamp(min=0).to(torch.int32)
         if self.reach is not None:
             reach = torch.minimum(reach, self.reach)
-        bits = None
-        if self.bits is not None:
+        tree_mask = None
+        if self.tree_mask is not None:
             near = position.long() > self.positions.long()[:, None] - window
-            bits = pack_bits(unpack_bits(self.bits, self.kv_len) & near)
+            tree_mask = pack_tree_mask(unpack_tree_mask(self.tree_mask, self.kv_len) & near)
         name = f"{self.name}.windowed({window})"
-        return replace(self, lead=clipped[0], own=clipped[1], reach=reach, bits=bits, name=name)
+        return replace(self, lead=clipped[0], own=clipped[1], reach=reach, tree_mask=tree_mask, name=name)
 
     def dense(self, context_len: int = 0) -> Tensor:
         """The mask as booleans, `[q_len, context_len + kv_len]`, context columns first: the oracle of every test.
@@ -288,8 +295,8 @@ class Pattern:
         """
         check_int("context_len", context_len, 0)
         in_flight = self._in_intervals()
-        if self.bits is not None:
-            in_flight |= unpack_bits(self.bits, self.kv_len)
+        if self.tree_mask is not None:
+            in_flight |= unpack_tree_mask(self.tree_mask, self.kv_len)
         context = torch.ones(self.q_len, context_len, dtype=torch.bool)
         if self.reach is not None:
             context = torch.arange(context_len) >= context_len - self.reach[:, None].long()
@@ -307,6 +314,9 @@ class Pattern:
         if path is not None:
             drawing.save_png(self, path, context_len)
         return drawing.as_text(self, context_len)
+
+
+Pattern.__init__ = renamed_keyword("bits", "tree_mask")(Pattern.__init__)  # type: ignore[method-assign]
 
 
 def _check_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:

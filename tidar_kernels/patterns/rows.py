@@ -1,4 +1,4 @@
-"""What pattern files write rows with: roles, intervals, bits, and the check of an int."""
+"""What pattern files write rows with: roles, intervals, tree masks, and the check of an int."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Role", "check_int", "intervals", "pack_bits", "unpack_bits"]
+__all__ = ["Role", "check_int", "intervals", "pack_tree_mask", "unpack_tree_mask"]
 
 
 class Role(IntEnum):
@@ -33,15 +33,15 @@ def intervals(lo: Tensor, hi: Tensor, live: Tensor) -> Tensor:
     return torch.where(live[:, None], torch.stack([lo, hi], dim=1), 0).to(torch.int32)
 
 
-def pack_bits(seen: Tensor) -> Tensor:
-    """Booleans `[rows, keys]` as `Pattern.bits`: int32 `[rows, ceil(keys / 32)]`."""
+def pack_tree_mask(seen: Tensor) -> Tensor:
+    """Booleans `[rows, keys]` as `Pattern.tree_mask`: int32 `[rows, ceil(keys / 32)]`."""
     words = -(-seen.shape[1] // 32)
     padded = torch.nn.functional.pad(seen, (0, 32 * words - seen.shape[1])).view(len(seen), words, 32)
     values = (padded.long() << torch.arange(32)).sum(-1)
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
 
 
-def unpack_bits(bits: Tensor, kv_len: int) -> Tensor:
-    """`Pattern.bits` as booleans `[rows, kv_len]`, on the same device."""
-    key = torch.arange(kv_len, device=bits.device)
-    return (bits[:, key // 32] >> (key % 32).to(bits.dtype)) & 1 != 0
+def unpack_tree_mask(tree_mask: Tensor, kv_len: int) -> Tensor:
+    """`Pattern.tree_mask` as booleans `[rows, kv_len]`, on the same device."""
+    key = torch.arange(kv_len, device=tree_mask.device)
+    return (tree_mask[:, key // 32] >> (key % 32).to(tree_mask.dtype)) & 1 != 0

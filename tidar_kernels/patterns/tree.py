@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .pattern import Pattern
-from .rows import Role, pack_bits
+from .rows import Role, pack_tree_mask
 
 __all__ = ["tree"]
 
@@ -52,7 +52,7 @@ def tree(parents: Sequence[int]) -> Pattern:
         kv_len=nodes,
         roles=torch.full((nodes,), int(Role.DRAFT), dtype=torch.int8),
         name=f"tree({nodes} nodes, depth {int(depth.max())})",
-        bits=pack_bits(seen),
+        tree_mask=pack_tree_mask(seen),
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from .._moved import renamed_keyword
 from ..patterns import tree
 from ..patterns.pattern import Pattern
-from ..patterns.rows import pack_bits
+from ..patterns.rows import pack_tree_mask
 
 __all__ = ["irregular_pattern", "pairwise", "random_tree"]
 
@@ -61,13 +62,14 @@ def random_tree(nodes: int, seed: int = 0) -> Pattern:
     return tree([-1, *(int(torch.randint(node, (), generator=draw)) for node in range(1, nodes))])
 
 
+@renamed_keyword("with_bits", "with_tree_mask")
 def irregular_pattern(
-    q_len: int, kv_len: int, seed: int = 0, reach: int | None = None, with_bits: bool = False
+    q_len: int, kv_len: int, seed: int = 0, reach: int | None = None, with_tree_mask: bool = False
 ) -> Pattern:
     """Random intervals: leads that do not start at 0, own blocks on either side of them, rows that see no key.
 
-    With `reach` every row sees some number of the last context tokens, from none to that many. With `with_bits` some
-    rows see some of the other keys too, and some of them nothing else.
+    With `reach` every row sees some number of the last context tokens, from none to that many. With `with_tree_mask`
+    some rows see some of the other keys too, and some of them nothing else.
     """
     draw = torch.Generator().manual_seed(seed)
     lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
@@ -88,8 +90,8 @@ def irregular_pattern(
         name=f"irregular({q_len}, {kv_len})",
         reach=reaches,
     )
-    if not with_bits:
+    if not with_tree_mask:
         return pattern
     share = torch.tensor([0.0, 0.05, 0.5])[torch.randint(3, (q_len, 1), generator=draw)]
     seen = (torch.rand(q_len, kv_len, generator=draw) < share) & ~pattern.dense()
-    return replace(pattern, bits=pack_bits(seen))
+    return replace(pattern, tree_mask=pack_tree_mask(seen))

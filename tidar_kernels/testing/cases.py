@@ -225,8 +225,8 @@ _HAND_MADE_STEPS = (
     replace(_STEP, name="tree_fp16", pattern=random_tree(40, 1), lengths=(7, 130), dtype=torch.float16, head_dim=80),
     replace(_STEP, name="tree_of_three_words", pattern=random_tree(70, 2), lengths=(0, 50), num_heads=2),
     replace(_STEP, name="tree_all", pattern=random_tree(33, 3), lengths=(5, 90), window=7, softcap=2.0, sinks=True),
-    replace(_STEP, name="bits", pattern=irregular_pattern(23, 70, 8, with_bits=True), lengths=(0, 50)),
-    replace(_STEP, name="bits_reach", pattern=irregular_pattern(11, 37, 9, 60, True), lengths=(80, 3), max_len=90),
+    replace(_STEP, name="tree_mask", pattern=irregular_pattern(23, 70, 8, with_tree_mask=True), lengths=(0, 50)),
+    replace(_STEP, name="tree_mask_reach", pattern=irregular_pattern(11, 37, 9, 60, True), lengths=(80, 3), max_len=90),
     replace(_STEP, name="softcap_50", softcap=50.0, scale=4.0),
     replace(_STEP, name="softcap_50_fp16", softcap=50.0, scale=4.0, dtype=torch.float16),
     replace(_STEP, name="bfloat16_all", dtype=torch.bfloat16, softcap=2.0, sinks=True, window=30),
@@ -263,7 +263,7 @@ STEP_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_LARGE, name="tree_100", pattern=random_tree(100, 1), lengths=(8192, 0, 511)),
     replace(_LARGE, name="tree_64_d64", pattern=random_tree(64, 2), head_dim=64, lengths=(1500, 63), sinks=True),
     replace(_LARGE, name="tree_fp32", pattern=random_tree(64, 2), num_heads=8, dtype=torch.float32, lengths=(1500,)),
-    replace(_LARGE, name="bits", pattern=irregular_pattern(90, 300, 8, with_bits=True), lengths=(511, 0)),
+    replace(_LARGE, name="tree_mask", pattern=irregular_pattern(90, 300, 8, with_tree_mask=True), lengths=(511, 0)),
     replace(_LARGE, name="long_context", pattern=patterns.tidar_step(4), lengths=(130_000, 70_001), max_len=131_072),
 )
 
@@ -329,7 +329,7 @@ LAUNCH_CASES: tuple[StepCase, ...] = (
         "window", patterns.tidar_step(5), (130, 18), 2, 1, 16, torch.float16, 140, window=66, softcap=2.0, sinks=True
     ),
     StepCase("tree", random_tree(40), (18,), 2, 1, 16, max_len=30),
-    StepCase("bits", irregular_pattern(25, 70, 3, with_bits=True), (50,), 2, 1, 16, max_len=70),
+    StepCase("tree_mask", irregular_pattern(25, 70, 3, with_tree_mask=True), (50,), 2, 1, 16, max_len=70),
     StepCase("reach", irregular_pattern(17, 19, seed=3, reach=80), (0, 150), 2, 1, 16, max_len=150, sinks=True),
 )
 

@@ -106,8 +106,8 @@ class ProcessedModel:
         hidden = self.model(tokens, pattern, cache)
         if cache is None:
             raise ValueError("cache: expected one, got None")
-        if pattern.bits is not None:
-            raise ValueError(f"pattern: expected one without bits beside logits processors, got {pattern.name}")
+        if pattern.tree_mask is not None:
+            raise ValueError(f"pattern: expected one without tree mask beside logits processors, got {pattern.name}")
         keep = pattern.causal_len
         self._first = int(cache.lengths.storage_offset())  # a prefill runs on one sequence's view of the cache
         self._lengths = cache.lengths.tolist()

@@ -39,7 +39,7 @@ def attention(
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
         k, v: `[batch, kv_heads, kv_len, head_dim]`; `kv_heads` divides `heads`.
-        pattern: `pattern.q_len` and `pattern.kv_len` match q and k; with bits, of a token tree, only the twin takes it.
+        pattern: `pattern.q_len` and `pattern.kv_len` match q and k; with a tree mask only the twin takes it.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
         softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
         sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
@@ -67,8 +67,8 @@ def attention(
     check_backend(backend, q.device)
     if backend == "eager":
         return reference.attention(q, k, v, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
-    if pattern.bits is not None:
-        raise ValueError(f'pattern: expected one without bits, or backend="eager", got {pattern.name}')
+    if pattern.tree_mask is not None:
+        raise ValueError(f'pattern: expected one without tree mask, or backend="eager", got {pattern.name}')
     # On the pattern's own device without its memo: `torch.compile` would guard on that and compile twice.
     lead, own, *_ = (pattern.lead, pattern.own) if q.device == pattern.lead.device else pattern.on(q.device)
     out, lse = operator(Rows(q, lead, own), Keys(k, v), scores)

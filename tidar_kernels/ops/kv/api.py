@@ -148,7 +148,7 @@ def rotary_append(
         Turned(q, cos, sin), Keys(k, v), Cached(k_cache, v_cache, lengths), keep=keep
     )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        turned = _WithoutGradient.apply(*turned, q, k)  # type: ignore[no-untyped-call]
+        turned = _WithoutGradient.apply(*turned, q, k)
     return turned
 
 

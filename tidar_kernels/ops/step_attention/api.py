@@ -35,7 +35,8 @@ def step_attention(
 ) -> Tensor | Any:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
-    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and `bits[q]`
+    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and
+    `tree_mask[q]`
     (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
     these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
     was launched: draft row m of a step at length P equals single-token decoding at length P + m. It has no gradient: a
@@ -99,7 +100,7 @@ def _fake(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tenso
 operator = Operator(
     "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor lead, Tensor own, float scale, int max_context, "
-    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? bits=None) -> (Tensor, Tensor)",
+    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? tree_mask=None) -> (Tensor, Tensor)",
     Rows,
     Keys,
     Cached,

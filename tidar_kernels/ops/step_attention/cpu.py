@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...patterns.rows import unpack_bits
+from ...patterns.rows import unpack_tree_mask
 from .._cpu import add_sinks, capped_attention, share, unit_stride
 from ..operands import Cached, Keys, Rows, Scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# lead tensor -> (own tensor, bits, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
+# lead tensor -> (own tensor, tree mask, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
 _masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def dense_mask(lead: Tensor, own: Tensor, kv_len: int, bits: Tensor | None = None) -> Tensor:
-    """The in-flight part of a pattern as booleans `[q_len, kv_len]`, from its interval tensors and bits."""
+def dense_mask(lead: Tensor, own: Tensor, kv_len: int, tree_mask: Tensor | None = None) -> Tensor:
+    """The in-flight part of a pattern as booleans `[q_len, kv_len]`, from its interval tensors and tree mask."""
     key = torch.arange(kv_len, dtype=lead.dtype, device=lead.device)
     seen = ((lead[:, :1] <= key) & (key < lead[:, 1:])) | ((own[:, :1] <= key) & (key < own[:, 1:]))
-    return seen if bits is None else seen | unpack_bits(bits, kv_len)
+    return seen if tree_mask is None else seen | unpack_tree_mask(tree_mask, kv_len)
 
 
 def _packed_mask(
-    lead: Tensor, own: Tensor, bits: Tensor | None, kv_len: int, dtype: torch.dtype, group: int
+    lead: Tensor, own: Tensor, tree_mask: Tensor | None, kv_len: int, dtype: torch.dtype, group: int
 ) -> tuple[Tensor, Tensor | None]:
     """`(additive mask [1, 1, group * q_len, kv_len], rows that see no in-flight key or None)`."""
     found = _masks.get(lead)
-    if found is None or found[0] is not own or found[1] is not bits:
-        found = _masks[lead] = (own, bits, {})
+    if found is None or found[0] is not own or found[1] is not tree_mask:
+        found = _masks[lead] = (own, tree_mask, {})
     key = (kv_len, dtype, group)
     if key not in found[2]:
-        found[2][key] = _additive(dense_mask(lead, own, kv_len, bits), dtype, group)
+        found[2][key] = _additive(dense_mask(lead, own, kv_len, tree_mask), dtype, group)
     return found[2][key]
 
 
@@ -78,7 +78,7 @@ def _attend(
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
-    (q, lead, own, reach, bits), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
     k_cache, v_cache, lengths, _ = cached
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -88,7 +88,7 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
     if packed.numel() == 0 or kv_len == 0:  # ATen divides by zero there
         out, lse = torch.zeros_like(packed), packed.new_full(packed.shape[:-1], -math.inf, dtype=lse_dtype)
     else:
-        out, lse = _attend(packed, k, v, scale, softcap, *_packed_mask(lead, own, bits, kv_len, q.dtype, group))
+        out, lse = _attend(packed, k, v, scale, softcap, *_packed_mask(lead, own, tree_mask, kv_len, q.dtype, group))
     counts = lengths.tolist() if packed.numel() else []
     # Sequences of one length share a call; a ragged batch takes one call a sequence.
     groups = (

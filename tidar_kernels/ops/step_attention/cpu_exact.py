@@ -43,8 +43,8 @@ def step_attention(
         out, lse = (torch.cat(x).unflatten(0, (batch, causal_rows)) for x in zip(*alone, strict=True))
         parts.append((out[:, :, :, 0].transpose(1, 2), lse[:, :, :, 0].transpose(1, 2)))
     if q.shape[2] > causal_rows or not alone:
-        reach, bits = (None if x is None else x[causal_rows:] for x in (rows.reach, rows.bits))
-        rest = Rows(q[:, :, causal_rows:], rows.lead[causal_rows:], rows.own[causal_rows:], reach, bits)
+        reach, tree_mask = (None if x is None else x[causal_rows:] for x in (rows.reach, rows.tree_mask))
+        rest = Rows(q[:, :, causal_rows:], rows.lead[causal_rows:], rows.own[causal_rows:], reach, tree_mask)
         parts.append(cpu.step_attention(rest, keys, cached, scores))
     out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     return out, lse

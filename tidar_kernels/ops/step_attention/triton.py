@@ -2,16 +2,16 @@
 
 Computes, for every row of every sequence (twin: `tidar_kernels.eager.step_attention`):
 
-    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead, own and bits of the row
+    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead, own and tree mask of the row
 
 Keys lie on one line of absolute positions: key n comes from the cache below P and from the in-flight tensors at and
 above it, so that tiles and splits mean the same whether a draft is in flight or already committed. Only a row's *own*
-block, whose keys no other row of the line shares, is a tile of its own; so are the paths of a token tree (*bits*). A
-program takes BLOCK_M packed rows (q_len x heads of one kv head) and one split of the line:
+block, whose keys no other row of the line shares, is a tile of its own; so is the tree mask. A program
+takes BLOCK_M packed rows (q_len x heads of one kv head) and one split of the line:
 
     1. whole tiles below P             no mask at all
     2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
-    3. split 0 only: own and bits      in-flight tiles, masked by them
+    3. split 0 only: own and tree mask in-flight tiles, masked by them
 
 Behind a sliding window (`reach`) a row's part of the line starts later: tiles before every row's first key are skipped,
 and those that some row sees in part come before step 1, masked. Tiles stay where they are, so bits stay too. Sinks,
@@ -81,11 +81,11 @@ def _spliced_tile(old, new, cached, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.con
 
 
 @triton.jit
-def _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N: tl.constexpr):
+def _with_tree_mask(own_start, own_end, tree_mask, row, live, kv_len, BLOCK_N: tl.constexpr):
     """Own tiles' `(start, end)`, made to cover the words in which some row has a bit."""
     words = tl.cdiv(kv_len, 32)
     for i in range(0, words):
-        word = tl.load(bits + row.to(tl.int64) * words + i, mask=live, other=0)
+        word = tl.load(tree_mask + row.to(tl.int64) * words + i, mask=live, other=0)
         if tl.max((word != 0).to(tl.int32), 0) > 0:
             own_start = tl.minimum(own_start, i * 32 // BLOCK_N * BLOCK_N)
             own_end = tl.maximum(own_end, tl.minimum(i * 32 + 32, kv_len))
@@ -93,13 +93,13 @@ def _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
-    """`visible`, and the keys of the tile at n0 whose bits each row has. A word is a load a row, not one a key."""
+def _see_tree_mask(visible, tree_mask, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
+    """`visible`, and the keys of the tile at n0 in each row's tree mask. One load a row and word, not one a key."""
     words = tl.cdiv(kv_len, 32)
     n = n0 + tl.arange(0, BLOCK_N)
     for i in tl.static_range((BLOCK_N + 31) // 32):
         at = n0 // 32 + i
-        word = tl.load(bits + row.to(tl.int64) * words + at, mask=live & (at < words), other=0)
+        word = tl.load(tree_mask + row.to(tl.int64) * words + at, mask=live & (at < words), other=0)
         visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == at)[None, :])
     return visible
 
@@ -107,10 +107,10 @@ def _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
 @triton.jit(
     do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
-    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "bits"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "tree_mask"],
 )
 def step_attention_kernel(
-    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, bits, out, lse,
+    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, tree_mask, out, lse,
     q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
@@ -119,7 +119,8 @@ def step_attention_kernel(
     """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
 
     `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial. `reach` is
-    None without a window, `sinks` without sinks, `bits` without them, `inner` without a cap (`common.modify_scores`).
+    None without a window, `sinks` without sinks, `tree_mask` without one, `inner` without a cap
+    (`common.modify_scores`).
     """
     row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
     kv_sequence = tl.program_id(0) // row_tiles
@@ -187,20 +188,20 @@ def step_attention_kernel(
             seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
         acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
 
-    # 3. the rows' own blocks and bits, in tiles aligned to in-flight indices so that a row's mates do not change it
+    # 3. own blocks and tree masks, in tiles aligned to in-flight indices so that a row's mates do not change it
     if split == 0:
         has_own = own_lo < own_hi
         own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
         own_end = tl.max(own_hi, 0)
-        if bits is not None:
-            own_start, own_end = _with_bits(own_start, own_end, bits, row, live, kv_len, BLOCK_N)
+        if tree_mask is not None:
+            own_start, own_end = _with_tree_mask(own_start, own_end, tree_mask, row, live, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
             k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
-            if bits is not None:
-                visible = _see_bits(visible, bits, row, live, n0, kv_len, BLOCK_N)
+            if tree_mask is not None:
+                visible = _see_tree_mask(visible, tree_mask, row, live, n0, kv_len, BLOCK_N)
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
@@ -301,7 +302,7 @@ def plan_step_attention(
     Raises:
         TypeError: float64, which only the eager twin and the CPU path compute.
     """
-    (q, lead, own, reach, bits), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
     k_cache, v_cache, lengths, max_context = cached
     if q.dtype == torch.float64:
         raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
@@ -309,7 +310,7 @@ def plan_step_attention(
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
     extras = reach is not None or softcap is not None or sinks is not None
-    kind = TREE if bits is not None else EXTRAS if extras else PLAIN
+    kind = TREE if tree_mask is not None else EXTRAS if extras else PLAIN
     config, split = step_config(chip, q.dtype, head_dim, kind), split_size(chip, max_len)
     unit, inner = score_units(scale, softcap)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
@@ -331,7 +332,7 @@ def plan_step_attention(
         (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
         (
             *map(strided, (q, k, v, k_cache, v_cache)),
-            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), bits, strided(part), part_lse),
+            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
         _attend_options(config, head_dim, split, num_splits > 1, upcast, one_load),
