@@ -56,10 +56,11 @@ class KVCache:
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
         shape = tuple(sizes.values())
-        # Zeroed, not empty: a fresh cache is finite everywhere, so a debugging dump of it is too.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # a cache made in inference mode may be written outside of it
+            # Zeroed, not empty: a fresh cache is finite everywhere, so a debugging dump of it is too.
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
+            self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.length_bounds = np.zeros(batch_size, dtype=np.int64)
 
     @property

@@ -456,5 +456,5 @@ class Session:
         self.cache.length_bounds[:] = bounds
         for buffer, content in zip(buffers, saved, strict=True):
             buffer.copy_(content)
-        self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True)
+        self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         self._reported = torch.cuda.Event()

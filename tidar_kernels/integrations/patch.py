@@ -72,7 +72,8 @@ def _causal(rows: int) -> Pattern:
 @lru_cache(maxsize=16)
 def _rotary(head_dim: int, theta: float, device: torch.device) -> RotaryEmbedding:
     """One for all layers, and part of none: a model cast to half precision would take its frequencies along."""
-    return RotaryEmbedding(head_dim, theta).to(device)
+    with torch.inference_mode(False):
+        return RotaryEmbedding(head_dim, theta, device)
 
 
 class PatchedAttention(TiDARAttention):
@@ -306,7 +307,7 @@ def _compare(where: str, old: nn.Module, new: PatchedAttention, call: Callable[[
     weight = new.o_proj.weight
     generator = torch.Generator().manual_seed(0)
     width = int(getattr(new.q_proj, "in_features", weight.shape[0]))
-    x = torch.randn(2, _CHECK_ROWS, width, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(2, _CHECK_ROWS, width, generator=generator, device="cpu").to(weight.device, weight.dtype)
     scores = float(new.q_proj(x).float().std() * new.k_proj(x).float().std())
     x *= (_CHECK_SCORES / max(scores, 1e-12)) ** 0.5
     training = old.training

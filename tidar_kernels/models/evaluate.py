@@ -58,11 +58,12 @@ def evaluate_likelihood(
     windows = _evenly(windows, max_windows)
     pattern, device = tidar_training(seq_len, block_size), model.embed_tokens.weight.device
     # The first block's masks see nothing; decoding never asks for that, so it is left out of the row figures.
-    rows = torch.arange(block_size, seq_len // block_size * block_size).view(-1, block_size)
-    nats, hits, row_hits = torch.zeros(2, dtype=torch.float64), 0, torch.zeros(block_size, dtype=torch.int64)
+    rows = torch.arange(block_size, seq_len // block_size * block_size, device="cpu").view(-1, block_size)
+    nats, hits = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
+    row_hits = torch.zeros(block_size, dtype=torch.int64, device="cpu")
     for window in windows:
-        tokens = torch.tensor(list(window))
-        doubled = torch.cat([tokens[:-1], torch.full((seq_len,), mask_token_id)])
+        tokens = torch.tensor(list(window), device="cpu")
+        doubled = torch.cat([tokens[:-1], torch.full((seq_len,), mask_token_id, device="cpu")])
         logits = model.logits(model(doubled[None].to(device), pattern))[0].float().cpu()
         labels = torch.cat([tokens[1:], tokens[:-1]])
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()

@@ -9,15 +9,27 @@ __all__ = ["RotaryEmbedding", "apply_rotary"]
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary positions, in the half-split layout of Llama and Qwen."""
+    """cos and sin of rotary positions, in the half-split layout of Llama and Qwen.
+
+    Args:
+        head_dim: even.
+        theta: base of the frequencies.
+        device: of the frequencies, float32 `[head_dim / 2]`; None for PyTorch's default device, as in its modules.
+
+    Raises:
+        ValueError: `head_dim` is odd.
+    """
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int, theta: float = 10_000.0) -> None:
+    def __init__(self, head_dim: int, theta: float = 10_000.0, device: torch.device | str | None = None) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary positions, got {head_dim}")
-        self.register_buffer("inv_freq", theta ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
+        # Computed in float32 on the CPU, whatever the defaults: the same bits on every device.
+        inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        device = torch.get_default_device() if device is None else device
+        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`positions` int `[..., rows]` -> `(cos, sin)`, each `[..., rows, 1, head_dim]`, for `apply_rotary`.

@@ -1,16 +1,56 @@
-"""What the CPU paths share: merging by log-sum-exp, sinks, and attention with capped logits, which ATen has not."""
+"""What the CPU paths share: a memo, the merge by log-sum-exp, sinks, and attention with capped logits, not in ATen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+T = TypeVar("T")
 
 # Scores a head that capped attention holds at a time: 256 rows by 512 keys are 512 kB in float32.
 CAPPED_ROWS = 256
 CAPPED_KEYS = 512
+
+
+class TensorMemo:
+    """What is computed from tensors that rarely change, those of a pattern: kept while the first of them is alive.
+
+    It is computed anew once another tensor stands beside the first, or one of them was written into. Nothing is kept of
+    inference tensors, which do not count writes, and what is kept is never an inference tensor itself.
+    """
+
+    def __init__(self) -> None:
+        # first tensor -> (the others, versions of all, what was computed); the first may be among the others
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def get(self, key: Hashable, compute: Callable[[], T], first: Tensor, *others: Tensor | None) -> T:
+        """`compute()`, or what it returned before for this key and these tensors."""
+        kept = self._kept_of(first, others)
+        if key not in kept:
+            with torch.inference_mode(False):
+                kept[key] = compute()
+        return kept[key]
+
+    def _kept_of(self, first: Tensor, others: tuple[Tensor | None, ...]) -> dict[Hashable, Any]:
+        tensors = [x for x in (first, *others) if x is not None]
+        if any(x.is_inference() for x in tensors):
+            return {}
+        versions = [x._version for x in tensors]
+        found = self._kept.get(first)
+        if found is not None and found[1] == versions and all(a() is b for a, b in zip(found[0], others, strict=True)):
+            return found[2]
+        kept: dict[Hashable, Any] = {}
+        self._kept[first] = [_nothing if x is None else TensorWeakRef(x) for x in others], versions, kept
+        return kept
+
+
+def _nothing() -> None:
+    """The weak reference of a tensor that is not given."""
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -85,7 +125,7 @@ def capped_attention_backward(
         lse: `[.., rows]`, over all that the rows see; +inf for rows that see nothing.
     """
     wide = lse.dtype
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device="cpu") for x in (q, k, v))
     for rows, keys in _blocks(q.shape[-2], k.shape[-2]):
         q_part, k_part, grad_part = q[..., rows, :].to(wide), k[..., keys, :].to(wide), grad_out[..., rows, :].to(wide)
         capped = (q_part @ k_part.transpose(-1, -2)).mul_(scale / softcap).tanh_()

@@ -55,13 +55,13 @@ def block_step(length: int) -> Pattern:
     Raises:
         TypeError, ValueError: `length` is not an int >= 1.
     """
-    row = torch.arange(check_int("length", length, 1))
+    row = torch.arange(check_int("length", length, 1), device="cpu")
     zero = torch.zeros_like(row)
     return Pattern(
         lead=intervals(zero, zero, row < 0),
         own=intervals(zero, zero + length, row >= 0),
         positions=row.to(torch.int32),
         kv_len=length,
-        roles=torch.full((length,), int(Role.MASK), dtype=torch.int8),
+        roles=torch.full((length,), int(Role.MASK), dtype=torch.int8, device="cpu"),
         name=f"block_step(length={length})",
     )

@@ -16,7 +16,7 @@ def causal(length: int) -> Pattern:
     Raises:
         TypeError, ValueError: `length` is not an int >= 1.
     """
-    row = torch.arange(check_int("length", length, 1))
+    row = torch.arange(check_int("length", length, 1), device="cpu")
     live = torch.ones_like(row, dtype=torch.bool)
     return Pattern(
         lead=intervals(torch.zeros_like(row), row + 1, live),

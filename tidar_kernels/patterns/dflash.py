@@ -28,11 +28,11 @@ def dflash_training(context_len: int, anchors: Sequence[int], block_size: int) -
     for anchor in anchors:
         if check_int("anchors", anchor, 0) > n:
             raise ValueError(f"anchors: expected <= context_len = {n}, got {anchor}")
-    row = torch.arange(len(anchors) * block)
-    anchor_of = torch.tensor(list(anchors), dtype=torch.int64)[row // block]
+    row = torch.arange(len(anchors) * block, device="cpu")
+    anchor_of = torch.tensor(list(anchors), dtype=torch.int64, device="cpu")[row // block]
     noisy, own_start = row >= 0, n + row // block * block
     lead, own = intervals(torch.zeros_like(row), anchor_of, noisy), intervals(own_start, own_start + block, noisy)
     name = f"dflash_training(context_len={n}, {len(anchors)} anchors, block_size={block})"
     positions = anchor_of + row % block
-    predicts, keys = torch.where(positions < n, positions, -1), torch.cat([torch.arange(n), positions])
+    predicts, keys = torch.where(positions < n, positions, -1), torch.cat([torch.arange(n, device="cpu"), positions])
     return of_rows(lead, own, positions, noisy, predicts, n + len(row), name, keys)

@@ -178,7 +178,7 @@ def _groups(pattern: Pattern) -> list[_Group]:
     lo, hi = pattern.own.unbind(1)
     apart = torch.maximum(lo[1:], lo[:-1]) >= torch.minimum(hi[1:], hi[:-1])
     apart &= (lo < hi)[1:] | (lo < hi)[:-1]
-    role = torch.tensor(roles)
+    role = torch.tensor(roles, device="cpu")
     starts = [0, *((apart | (role[1:] != role[:-1])).nonzero().flatten() + 1).tolist()]
     spans = list(zip(starts, [*starts[1:], pattern.q_len], strict=True))
     # A decode step has no block 0: its block g is the one conditioned on g drafts.
@@ -213,11 +213,11 @@ def _axis(groups: list[_Group], length: int, limit: int) -> _Axis:
 
 def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> Tensor:
     """The share of each cell's pairs that each of `_TERMS` sees: float64 `[3, row cells, column cells]`."""
-    edges = torch.tensor(columns.edges)
+    edges = torch.tensor(columns.edges, device="cpu")
     left, right = edges[:-1], edges[1:]
-    shares = torch.zeros(len(_TERMS), rows.cells, columns.cells, dtype=torch.float64)
+    shares = torch.zeros(len(_TERMS), rows.cells, columns.cells, dtype=torch.float64, device="cpu")
     for cell, (a, b) in enumerate(pairwise(rows.edges)):
-        pairs = torch.zeros(len(_TERMS), columns.cells, dtype=torch.int64)
+        pairs = torch.zeros(len(_TERMS), columns.cells, dtype=torch.int64, device="cpu")
         for term, interval in enumerate((pattern.lead.long(), pattern.own.long())):
             lo, hi = interval[a:b, :1], interval[a:b, 1:]
             pairs[term] = (torch.minimum(hi, right) - torch.maximum(lo, left)).clamp(min=0).sum(dim=0)
@@ -231,9 +231,9 @@ def _shares(pattern: Pattern, rows: _Axis, columns: _Axis) -> Tensor:
 
 def _context_shares(pattern: Pattern, rows: _Axis, shown: int) -> Tensor:
     """The share of each cell's rows that see each of the last `shown` context keys: float64 `[row cells, shown]`."""
-    shares = torch.ones(rows.cells, shown, dtype=torch.float64)
+    shares = torch.ones(rows.cells, shown, dtype=torch.float64, device="cpu")
     if pattern.reach is not None:
-        seen = torch.arange(shown, 0, -1) <= pattern.reach[:, None]
+        seen = torch.arange(shown, 0, -1, device="cpu") <= pattern.reach[:, None]
         for cell, (a, b) in enumerate(pairwise(rows.edges)):
             shares[cell] = seen[a:b].double().mean(dim=0)
     return shares
@@ -360,7 +360,7 @@ def _render(pattern: Pattern, context_len: int) -> bytes:
 
 def _rgb(colour: str) -> Tensor:
     """`#rrggbb` as float64 `[3]` in 0..1."""
-    return torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.float64) / 255
+    return torch.tensor(list(bytes.fromhex(colour[1:])), dtype=torch.float64, device="cpu") / 255
 
 
 def _shade(colour: Tensor, term: str) -> Tensor:

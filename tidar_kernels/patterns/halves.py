@@ -14,7 +14,7 @@ __all__ = ["next_token", "noisy_then_clean", "of_rows"]
 def noisy_then_clean(seq_len: int, block_size: int) -> tuple[int, int, Tensor, Tensor, Tensor]:
     """`(S, B, token of each row, whether it is noisy, first token of its block)` of `[x_t (S) | x_0 (S)]`."""
     s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
-    row = torch.arange(2 * s)
+    row = torch.arange(2 * s, device="cpu")
     return s, block, row % s, row < s, row % s // block * block
 
 

@@ -45,7 +45,7 @@ def isd_step(stride: int, *, bidirectional: bool = False, shifted: bool = True) 
     for name, value in (("bidirectional", bidirectional), ("shifted", shifted)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    row = torch.arange(2 * n - 1 if shifted else 2 * n)
+    row = torch.arange(2 * n - 1 if shifted else 2 * n, device="cpu")
     is_mask, zero = row >= n, torch.zeros_like(row)
     apart = is_mask & bidirectional
     options = f"{', bidirectional=True' if bidirectional else ''}{'' if shifted else ', shifted=False'}"

@@ -22,7 +22,7 @@ def jacobi_forcing_training(prompt_len: int, response_len: int) -> Pattern:
         TypeError, ValueError: `prompt_len` is not an int >= 0 or `response_len` not an int >= 1.
     """
     n, s = check_int("prompt_len", prompt_len, 0), check_int("response_len", response_len, 1)
-    row = torch.arange(n + 2 * s)
+    row = torch.arange(n + 2 * s, device="cpu")
     noisy, clean = (row >= n) & (row < n + s), row >= n + s
     lead = intervals(torch.zeros_like(row), torch.where(clean, n, row + 1), row >= 0)
     own = intervals(torch.full_like(row, n + s), row + 1, clean)

@@ -27,8 +27,9 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     for index, pattern in enumerate(patterns):
         if not isinstance(pattern, Pattern):
             raise TypeError(f"patterns: expected tidar_kernels.Pattern, got {type(pattern).__name__} at {index}")
-    lengths = torch.tensor([pattern.kv_len for pattern in patterns])
-    offsets = (lengths.cumsum(0) - lengths).repeat_interleave(torch.tensor([pattern.q_len for pattern in patterns]))
+    lengths = torch.tensor([pattern.kv_len for pattern in patterns], device="cpu")
+    rows = torch.tensor([pattern.q_len for pattern in patterns], device="cpu")
+    offsets = (lengths.cumsum(0) - lengths).repeat_interleave(rows)
     shifted = []
     for both in (torch.cat([pattern.lead for pattern in patterns]), torch.cat([p.own for p in patterns])):
         lo, hi = both.unbind(1)
@@ -44,7 +45,7 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     tree_mask = None
     if any(pattern.tree_mask is not None for pattern in patterns):
         seen = [
-            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool)
+            torch.zeros(p.q_len, p.kv_len, dtype=torch.bool, device="cpu")
             if p.tree_mask is None
             else unpack_tree_mask(p.tree_mask, p.kv_len)
             for p in patterns

@@ -6,32 +6,50 @@ Every mask of the "draft by diffusion, verify autoregressively" family is an ins
     visible(q, context key k)   = P - reach[q] <= k < P
     visible(q, in-flight key k) = lead_lo[q] <= k < lead_hi[q]  or  own_lo[q] <= k < own_hi[q]
 
-*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block, and *reach* is without
-bound but for sliding windows (`Pattern.windowed`). A `Pattern` holds these and nothing else, so it costs 16 bytes a row
-where a dense mask costs `kv_len` a row, and it is built once and reused at every prefix length `P`. The ancestors of a
-node of a token tree (Medusa, EAGLE) are no intervals: such patterns have a *tree mask* besides, one bit a key.
+*lead* are the clean or draft tokens a row is conditioned on, *own* is the row's own block, and *reach* is unlimited
+except for sliding windows (`Pattern.windowed`). A `Pattern` holds these and nothing else: 16 bytes a row, where a dense
+mask costs `kv_len` bytes a row, and one pattern serves every context length `P`. The ancestors of a node of a token
+tree (Medusa, EAGLE) are no intervals: such patterns have a *tree mask* besides, one bit a key.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+import weakref
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._moved import renamed_keyword
 from . import drawing
-from .rows import Role, check_int, intervals, pack_tree_mask, unpack_tree_mask
+from .rows import Role, check_int, intervals, ordinary, pack_tree_mask, unpack_tree_mask
 
 __all__ = ["Pattern"]
 
+# lead -> weak reference to the last pattern made with it.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class _Derived:
+    """What a pattern computes from its fields and keeps. Not a dataclass: whatever copies, pickles or rebuilds a
+    pattern takes the fields alone."""
+
+    num_labels: int
+    _versions: list[int]  # of the tensors in the fields, when the pattern was made
+    _on_device: dict[torch.device, tuple[Tensor | None, ...]]
+    _windowed: dict[int, Pattern]
+
 
 @dataclass(frozen=True, eq=False)
-class Pattern:
+class Pattern(_Derived):
     """Which keys each query row sees: the cached context as far as it reaches, and two intervals of in-flight keys.
+
+    A pattern can be copied, pickled and rebuilt from its fields; to `torch.utils._pytree` it is a leaf. It may be made
+    and used in inference mode and outside of it, and under any default device.
 
     Args:
         lead: int32 `[q_len, 2]`, half-open intervals over in-flight key indices.
@@ -47,7 +65,9 @@ class Pattern:
             `positions` where there are as many rows as keys, else unknown (None).
         tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys of each row: bit i of word w, the
             sign bit included, is in-flight key 32 * w + i. None for none.
-        num_labels: derived; one past the last clean token that any row predicts, 0 if none does.
+
+    Attributes:
+        num_labels: one past the last clean token that any row predicts, 0 if none does.
 
     Raises:
         TypeError: a field is not an int32 (`roles`: int8) CPU tensor, or `kv_len` is not an int.
@@ -66,19 +86,65 @@ class Pattern:
     reach: Tensor | None = None
     key_positions: Tensor | None = None
     tree_mask: Tensor | None = None
-    num_labels: int = field(init=False, default=0)
-    _on_device: dict[torch.device, tuple[Tensor | None, ...]] = field(init=False, default_factory=dict, repr=False)
-    _windowed: dict[int, Pattern] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        twin = self._twin()
+        if twin is not None:
+            vars(self).update(vars(twin))
+            return
+        with torch.inference_mode(False):  # a pattern made while decoding must still serve training
+            self._fill_in()
+            self._check()
+        derived = {
+            # Eager, unlike the cached properties: the loss asks for it in compiled graphs, which cannot read tensors.
+            "num_labels": int(self.predicts.max()) + 1 if self.q_len else 0,
+            "_versions": [tensor._version for tensor in self._tensors()],
+            "_on_device": {},
+            "_windowed": {},
+        }
+        vars(self).update(derived)
+        _made[self.lead] = weakref.ref(self)
+
+    def _twin(self) -> Pattern | None:
+        """A pattern with the very same fields, if one is alive: what it has checked and copied holds for this one too.
+
+        FSDP2's mixed precision rebuilds the dataclasses among a module's arguments, twice a module and forward pass.
+        """
+        made = _made.get(self.lead) if isinstance(self.lead, Tensor) else None
+        twin = None if made is None else made()
+        if type(twin) is not type(self) or twin._versions != [tensor._version for tensor in twin._tensors()]:
+            return None
+        pairs = [(getattr(self, field.name), getattr(twin, field.name)) for field in fields(self)]
+        same = all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+        return twin if same else None
+
+    def _tensors(self) -> list[Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def _fill_in(self) -> None:
+        """Defaults where a field is None, and ordinary tensors in the place of inference tensors."""
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.positions, Tensor):
+            rows = self.positions.numel()
+            if given["roles"] is None:
+                given["roles"] = torch.zeros(rows, dtype=torch.int8, device="cpu")
+            if given["predicts"] is None:
+                given["predicts"] = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+            if given["key_positions"] is None and self.kv_len == rows:
+                given["key_positions"] = self.positions
+        ordinary_of: dict[int, Tensor] = {}  # one copy of a tensor that serves two fields
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                value = ordinary_of.setdefault(id(value), ordinary(value, value.device))
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
         if not isinstance(self.kv_len, int) or isinstance(self.kv_len, bool):
             raise TypeError(f"kv_len: expected an int, got {type(self.kv_len).__name__}")
         for name in ("lead", "own", "positions"):
             _check_tensor(name, getattr(self, name), torch.int32)
         rows = self.positions.numel()
-        optional: dict[str, Any] = {"predicts": self.predicts, "roles": self.roles}
-        if optional["predicts"] is None:
-            object.__setattr__(self, "predicts", torch.full((rows,), -1, dtype=torch.int32))
         predicts = _check_tensor("predicts", self.predicts, torch.int32)
         if predicts.shape != (rows,) or bool(((predicts < -1) | (predicts >= self.kv_len)).any()):
             raise ValueError(
@@ -87,21 +153,22 @@ class Pattern:
             )
         for name, shape in (("lead", (rows, 2)), ("own", (rows, 2)), ("positions", (rows,))):
             _check_shape(name, getattr(self, name), shape)
-        if optional["roles"] is None:
-            object.__setattr__(self, "roles", torch.zeros(rows, dtype=torch.int8))
         _check_shape("roles", _check_tensor("roles", self.roles, torch.int8), (rows,))
-        if not set(self.roles.tolist()) <= set(Role):
-            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {sorted(set(self.roles.tolist()))}")
+        if not set(self.roles.unique().tolist()) <= set(Role):
+            raise ValueError(f"roles: expected values of Role (0, 1, 2), got {self.roles.unique().tolist()}")
         if self.reach is not None:
             _check_shape("reach", _check_tensor("reach", self.reach, torch.int32), (rows,))
             if bool((self.reach < 0).any()):
                 raise ValueError(f"reach: expected >= 0, got {int(self.reach.min())}")
-        if self.key_positions is None and self.kv_len == rows:
-            object.__setattr__(self, "key_positions", self.positions)
         if self.key_positions is not None:
             _check_shape(
                 "key_positions", _check_tensor("key_positions", self.key_positions, torch.int32), (self.kv_len,)
             )
+        self._check_intervals()
+        if self.tree_mask is not None:
+            self._check_tree_mask(_check_tensor("tree_mask", self.tree_mask, torch.int32))
+
+    def _check_intervals(self) -> None:
         for name in ("lead", "own"):
             lo, hi = getattr(self, name).unbind(1)
             bad = (lo < 0) | (hi < lo) | (hi > self.kv_len)
@@ -119,10 +186,6 @@ class Pattern:
                 f"own: expected an interval disjoint from lead, got lead {self.lead[row].tolist()} "
                 f"and own {self.own[row].tolist()} in row {row}"
             )
-        if self.tree_mask is not None:
-            self._check_tree_mask(_check_tensor("tree_mask", self.tree_mask, torch.int32))
-        # Eager, unlike the cached properties: the loss asks for it inside compiled graphs, which cannot read tensors.
-        object.__setattr__(self, "num_labels", int(self.predicts.max()) + 1 if rows else 0)
 
     def _check_tree_mask(self, tree_mask: Tensor) -> None:
         words = -(-self.kv_len // 32)
@@ -154,7 +217,7 @@ class Pattern:
         These rows compute what autoregressive decoding would, so their K/V may enter the cache. Rows that see keys by
         the tree mask are not among them.
         """
-        rows = torch.arange(self.q_len, dtype=torch.int32)
+        rows = torch.arange(self.q_len, dtype=torch.int32, device="cpu")
         causal = (self.lead[:, 1] == rows + 1) & (self.own[:, 0] == self.own[:, 1]) & (self.positions == rows)
         causal &= self.roles != int(Role.MASK)
         if self.tree_mask is not None:
@@ -230,10 +293,23 @@ class Pattern:
     def _copies(self, device: torch.device | str) -> tuple[Any, ...]:
         device = torch.device(device)
         if device not in self._on_device:
-            fields = (self.lead, self.own, self.positions, self.reach, self.tree_mask)
-            with torch.inference_mode(False):  # a copy made while decoding must still serve training
-                self._on_device[device] = tuple(None if x is None else x.to(device) for x in fields)
+            needed = (self.lead, self.own, self.positions, self.reach, self.tree_mask)
+            self._on_device[device] = tuple(None if x is None else ordinary(x, device) for x in needed)
         return self._on_device[device]
+
+    def to(self, *args: Any, **kwargs: Any) -> Pattern:
+        """This pattern, with its copy on the device made: what frameworks call on everything in a batch.
+
+        Takes what `torch.nn.Module.to` takes. The fields stay int32 on the CPU, whatever is asked for.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None:
+            self._copies(device)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made of the fields, without what was derived from them."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def windowed(self, window: int) -> Pattern:
         """The same rows behind a sliding window: a key stays visible if it is less than `window` positions behind.
@@ -248,8 +324,7 @@ class Pattern:
         """
         if window not in self._windowed:
             check_int("window", window, 1)
-            with torch.inference_mode(False):  # as in `_copies`
-                self._windowed[window] = self._clip(window)
+            self._windowed[window] = self._clip(window)
         return self._windowed[window]
 
     def _clip(self, window: int) -> Pattern:
@@ -294,17 +369,18 @@ class Pattern:
             TypeError, ValueError: `context_len` is not an int >= 0.
         """
         check_int("context_len", context_len, 0)
-        in_flight = self._in_intervals()
-        if self.tree_mask is not None:
-            in_flight |= unpack_tree_mask(self.tree_mask, self.kv_len)
-        context = torch.ones(self.q_len, context_len, dtype=torch.bool)
-        if self.reach is not None:
-            context = torch.arange(context_len) >= context_len - self.reach[:, None].long()
-        return torch.cat([context, in_flight], dim=1)
+        with torch.inference_mode(False):  # a mask made while decoding must still serve training
+            in_flight = self._in_intervals()
+            if self.tree_mask is not None:
+                in_flight |= unpack_tree_mask(self.tree_mask, self.kv_len)
+            context = torch.ones(self.q_len, context_len, dtype=torch.bool, device="cpu")
+            if self.reach is not None:
+                context = torch.arange(context_len, device="cpu") >= context_len - self.reach[:, None].long()
+            return torch.cat([context, in_flight], dim=1)
 
     def _in_intervals(self) -> Tensor:
-        key = torch.arange(self.kv_len, dtype=torch.int32)
-        seen = torch.zeros(self.q_len, self.kv_len, dtype=torch.bool)
+        key = torch.arange(self.kv_len, dtype=torch.int32, device="cpu")
+        seen = torch.zeros(self.q_len, self.kv_len, dtype=torch.bool, device="cpu")
         for interval in (self.lead, self.own):
             seen |= (interval[:, :1] <= key) & (key < interval[:, 1:])
         return seen

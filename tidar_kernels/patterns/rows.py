@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Role", "check_int", "intervals", "pack_tree_mask", "unpack_tree_mask"]
+__all__ = ["Role", "check_int", "intervals", "ordinary", "pack_tree_mask", "unpack_tree_mask"]
 
 
 class Role(IntEnum):
@@ -28,6 +28,16 @@ def check_int(name: str, value: Any, at_least: int) -> int:
     return value
 
 
+def ordinary(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """`x` on `device`, as a tensor that may be kept: never an inference tensor, which would later end a training step.
+
+    Whoever keeps a tensor beyond the call keeps what this returns.
+    """
+    with torch.inference_mode(False):
+        moved = x.to(device)
+        return moved.clone() if moved.is_inference() else moved
+
+
 def intervals(lo: Tensor, hi: Tensor, live: Tensor) -> Tensor:
     """Stack `[lo, hi)`, written as `[0, 0)` where `live` is false."""
     return torch.where(live[:, None], torch.stack([lo, hi], dim=1), 0).to(torch.int32)
@@ -37,7 +47,7 @@ def pack_tree_mask(seen: Tensor) -> Tensor:
     """Booleans `[rows, keys]` as `Pattern.tree_mask`: int32 `[rows, ceil(keys / 32)]`."""
     words = -(-seen.shape[1] // 32)
     padded = torch.nn.functional.pad(seen, (0, 32 * words - seen.shape[1])).view(len(seen), words, 32)
-    values = (padded.long() << torch.arange(32)).sum(-1)
+    values = (padded.long() << torch.arange(32, device=seen.device)).sum(-1)
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
 
 

@@ -22,7 +22,7 @@ def tidar_prefill(prompt_len: int, block_size: int) -> Pattern:
         TypeError, ValueError: `prompt_len` or `block_size` is not an int >= 1.
     """
     n, block = check_int("prompt_len", prompt_len, 1), check_int("block_size", block_size, 1)
-    row = torch.arange(n + block)
+    row = torch.arange(n + block, device="cpu")
     is_mask = row >= n
     zero = torch.zeros_like(row)
     return Pattern(
@@ -58,9 +58,9 @@ def tidar_step(block_size: int, bidirectional: bool = True, levels: Sequence[int
     chosen = list(range(1, block + 1)) if levels is None else [check_int("levels", level, 1) for level in levels]
     if chosen[:1] != [1] or chosen != sorted(set(chosen)) or chosen[-1] > block:
         raise ValueError(f"levels: expected ascending ints from 1 to at most {block}, got {chosen}")
-    row = torch.arange(block + len(chosen) * block)
+    row = torch.arange(block + len(chosen) * block, device="cpu")
     g, m = row // block, row % block
-    level = torch.tensor([0, *chosen])[g]
+    level = torch.tensor([0, *chosen], device="cpu")[g]
     is_mask = g >= 1
     options = f"{'' if bidirectional else ', bidirectional=False'}{'' if levels is None else f', levels={chosen}'}"
     return Pattern(
@@ -111,19 +111,21 @@ def tidar_training(
         if check_int("prompt_lengths", prompt, 0) > length:
             raise ValueError(f"prompt_lengths: expected <= the document's length {length}, got {prompt}")
 
-    lengths = torch.tensor(documents)
-    document, token = torch.arange(len(documents)).repeat_interleave(lengths), torch.arange(s)
+    lengths = torch.tensor(documents, device="cpu")
+    document = torch.arange(len(documents), device="cpu").repeat_interleave(lengths)
+    token = torch.arange(s, device="cpu")
     first = (lengths.cumsum(0) - lengths)[document]
-    response = token - first - torch.tensor(prompts)[document]  # index in the response, negative in the prompt
+    # The index in the response, negative in the prompt.
+    response = token - first - torch.tensor(prompts, device="cpu")[document]
     masked = response >= 0
     mask_row = s + masked.cumsum(0) - 1  # of a token that is not in a prompt
     block_start = (token - response % block)[masked]
     block_len = torch.minimum(block_start + block, (first + lengths[document])[masked]) - block_start
     own_start = mask_row[block_start]
-    is_mask = torch.arange(s + len(block_start)) >= s
+    is_mask = torch.arange(s + len(block_start), device="cpu") >= s
     lead_lo, lead_hi = torch.cat([first, first[masked]]), torch.cat([token + 1, block_start])
     own_lo, own_hi = torch.cat([token, own_start]), torch.cat([token, own_start + block_len])
-    follows = torch.cat([(document[1:] == document[:-1]) & masked[1:], torch.zeros(1, dtype=torch.bool)])
+    follows = torch.cat([(document[1:] == document[:-1]) & masked[1:], torch.zeros(1, dtype=torch.bool, device="cpu")])
     options = "" if document_lengths is None else f", {len(documents)} documents"
     return Pattern(
         lead=intervals(lead_lo, lead_hi, lead_lo < lead_hi),

@@ -39,18 +39,18 @@ def tree(parents: Sequence[int]) -> Pattern:
             cycle = _cycle(parents, node)
             got = f"the cycle {' -> '.join(map(str, cycle))}" if cycle else f"node {parent} as that of node {node}"
             raise ValueError(f"parents: expected each before its children, got {got}")
-    seen = torch.eye(nodes, dtype=torch.bool)
+    seen = torch.eye(nodes, dtype=torch.bool, device="cpu")
     for node, parent in enumerate(parents):
         if parent >= 0:
             seen[node] |= seen[parent]
     depth = seen.sum(1, dtype=torch.int32) - 1
-    nothing = torch.zeros(nodes, 2, dtype=torch.int32)
+    nothing = torch.zeros(nodes, 2, dtype=torch.int32, device="cpu")
     return Pattern(
         lead=nothing,
         own=nothing,
         positions=depth,
         kv_len=nodes,
-        roles=torch.full((nodes,), int(Role.DRAFT), dtype=torch.int8),
+        roles=torch.full((nodes,), int(Role.DRAFT), dtype=torch.int8, device="cpu"),
         name=f"tree({nodes} nodes, depth {int(depth.max())})",
         tree_mask=pack_tree_mask(seen),
     )

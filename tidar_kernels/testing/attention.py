@@ -217,7 +217,7 @@ def attention_operands(case: AttentionCase, device: torch.device | str = "cpu") 
     draw = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
 
     def place(heads: int, rows: int, layout: str) -> Guarded:
-        values = torch.randn(case.batch, heads, rows, case.head_dim, generator=draw, dtype=torch.float64)
+        values = torch.randn(case.batch, heads, rows, case.head_dim, generator=draw, dtype=torch.float64, device="cpu")
         return guarded(values.to(case.dtype).to(device), layout)
 
     row_layout = "bnhd" if case.layout == "shared_heads" else case.layout
@@ -229,10 +229,11 @@ def attention_operands(case: AttentionCase, device: torch.device | str = "cpu") 
         place(case.num_heads, rows, row_layout),
     )
     lse_dtype = torch.promote_types(case.dtype, torch.float32)
-    grad_lse = torch.randn(case.batch, case.num_heads, rows, generator=draw, dtype=torch.float64).to(lse_dtype)
+    shape = case.batch, case.num_heads, rows
+    grad_lse = torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(lse_dtype)
     if not case.sinks:
         grad_lse *= case.pattern.dense().any(1)
-    sinks = torch.randn(case.num_heads, generator=draw).to(device, case.dtype) if case.sinks else None
+    sinks = torch.randn(case.num_heads, generator=draw, device="cpu").to(device, case.dtype) if case.sinks else None
     return AttentionOperands(q, k, v, grad_out, guarded(grad_lse.to(device)), None if sinks is None else guarded(sinks))
 
 

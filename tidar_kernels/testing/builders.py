@@ -59,7 +59,7 @@ def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, i
 def random_tree(nodes: int, seed: int = 0) -> Pattern:
     """A token tree whose nodes have any of the nodes before them as parents."""
     draw = torch.Generator().manual_seed(seed)
-    return tree([-1, *(int(torch.randint(node, (), generator=draw)) for node in range(1, nodes))])
+    return tree([-1, *(int(torch.randint(node, (), generator=draw, device="cpu")) for node in range(1, nodes))])
 
 
 @renamed_keyword("with_bits", "with_tree_mask")
@@ -72,26 +72,26 @@ def irregular_pattern(
     some rows see some of the other keys too, and some of them nothing else.
     """
     draw = torch.Generator().manual_seed(seed)
-    lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32).unbind(0)
+    lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32, device="cpu").unbind(0)
     for row in range(q_len):
-        cuts = torch.randint(0, kv_len + 1, (4,), generator=draw).sort().values.to(torch.int32)
+        cuts = torch.randint(0, kv_len + 1, (4,), generator=draw, device="cpu").sort().values.to(torch.int32)
         lead[row], own[row] = (cuts[:2], cuts[2:]) if row % 2 else (cuts[2:], cuts[:2])
     lead[::5] = 0
     own[::3] = 0
     reaches = None
     if reach is not None:
-        reaches = torch.randint(0, reach + 1, (q_len,), generator=draw).to(torch.int32)
+        reaches = torch.randint(0, reach + 1, (q_len,), generator=draw, device="cpu").to(torch.int32)
         reaches[::4] = 0
     pattern = Pattern(
         lead,
         own,
-        torch.arange(q_len, dtype=torch.int32),
+        torch.arange(q_len, dtype=torch.int32, device="cpu"),
         kv_len,
         name=f"irregular({q_len}, {kv_len})",
         reach=reaches,
     )
     if not with_tree_mask:
         return pattern
-    share = torch.tensor([0.0, 0.05, 0.5])[torch.randint(3, (q_len, 1), generator=draw)]
-    seen = (torch.rand(q_len, kv_len, generator=draw) < share) & ~pattern.dense()
+    share = torch.tensor([0.0, 0.05, 0.5], device="cpu")[torch.randint(3, (q_len, 1), generator=draw, device="cpu")]
+    seen = (torch.rand(q_len, kv_len, generator=draw, device="cpu") < share) & ~pattern.dense()
     return replace(pattern, tree_mask=pack_tree_mask(seen))

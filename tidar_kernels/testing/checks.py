@@ -73,7 +73,8 @@ def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOpe
     draw, batch = generator_of(case), len(case.lengths)
 
     def normal(heads: int, rows: int) -> Tensor:
-        return torch.randn(batch, heads, rows, case.head_dim, generator=draw, dtype=torch.float64).to(case.dtype)
+        shape = batch, heads, rows, case.head_dim
+        return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(case.dtype)
 
     def cache() -> Tensor:
         values = normal(case.num_kv_heads, case.cache_len)
@@ -94,7 +95,9 @@ def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOpe
         k_cache=place(cache(), case.cache_layout),
         v_cache=place(cache(), case.cache_layout),
         lengths=guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device)),
-        sinks=guarded(torch.randn(case.num_heads, generator=draw).to(device, case.dtype)) if case.sinks else None,
+        sinks=guarded(torch.randn(case.num_heads, generator=draw, device="cpu").to(device, case.dtype))
+        if case.sinks
+        else None,
     )
 
 
@@ -235,7 +238,7 @@ def check_append_kv(
 
     def noise(rows: int) -> Tensor:
         shape = (batch, case.num_kv_heads, rows, case.head_dim * case.dtype.itemsize)
-        return torch.randint(256, shape, generator=draw, dtype=torch.uint8).view(case.dtype).to(device)
+        return torch.randint(256, shape, generator=draw, dtype=torch.uint8, device="cpu").view(case.dtype).to(device)
 
     caches = [guarded(noise(case.max_len), case.cache_layout) for _ in "kv"]
     new = [guarded(noise(case.num_new), case.layout) for _ in "kv"]

@@ -93,7 +93,10 @@ def check_compact_kv(
     draw, batch = generator_of(case), len(case.lengths)
     shape = (batch, case.num_kv_heads, case.max_len, case.head_dim * case.dtype.itemsize)
     caches = [
-        guarded(torch.randint(256, shape, generator=draw, dtype=torch.uint8).view(case.dtype).to(device), case.layout)
+        guarded(
+            torch.randint(256, shape, generator=draw, dtype=torch.uint8, device="cpu").view(case.dtype).to(device),
+            case.layout,
+        )
         for _ in "kv"
     ]
     padded = [[*path, *[-1] * (case.width - len(path))] for path in case.paths]

@@ -84,7 +84,9 @@ def matrix(values: Tensor, layout: str) -> Guarded:
 
 def random_gate(rows: int, draw: torch.Generator | None = None) -> Tensor:
     """None, some and all rows of a tile: rows 16 to 32 (a tile, interpreted) have no adapter, the next 16 all do."""
-    gate = torch.where(torch.rand(rows, generator=draw) < 0.5, torch.randn(rows, generator=draw), 0.0)
+    gate = torch.where(
+        torch.rand(rows, generator=draw, device="cpu") < 0.5, torch.randn(rows, generator=draw, device="cpu"), 0.0
+    )
     gate[16:32], gate[32:48] = 0.0, 1.0
     gate[:1] = 0.5
     return gate
@@ -100,7 +102,7 @@ def check_gated_lora(case: LinearCase, device: torch.device | str = "cpu") -> Pa
     rows = torch.Size(case.rows).numel()
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=draw) * scale).to(device, case.dtype)
+        return (torch.randn(shape, generator=draw, device="cpu") * scale).to(device, case.dtype)
 
     matrices = {
         "x": matrix(normal(rows, inner), case.layout),
@@ -140,11 +142,12 @@ def check_row_invariant_linear(case: LinearCase, device: torch.device | str = "c
     """
     draw, inner, outer = generator_of(case), case.in_features, case.out_features
     x = matrix(
-        torch.randn(torch.Size(case.rows).numel(), inner, generator=draw).to(device, case.dtype), case.layout
+        torch.randn(torch.Size(case.rows).numel(), inner, generator=draw, device="cpu").to(device, case.dtype),
+        case.layout,
     ).tensor
-    weight = (torch.randn(outer, inner, generator=draw) * inner**-0.5).to(device, case.dtype)
+    weight = (torch.randn(outer, inner, generator=draw, device="cpu") * inner**-0.5).to(device, case.dtype)
     weight = matrix(weight, case.layout).tensor
-    bias = torch.randn(outer, generator=draw).to(device, case.dtype) if case.bias else None
+    bias = torch.randn(outer, generator=draw, device="cpu").to(device, case.dtype) if case.bias else None
     with naming("row_invariant_linear", case, device):
         with poisoned_allocations():
             out = row_invariant_linear(x, weight, bias)

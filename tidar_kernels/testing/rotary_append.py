@@ -78,14 +78,14 @@ def check_rotary_append(
     draw, batch = generator_of(case), len(case.lengths)
 
     def normal(heads: int, rows: int) -> Tensor:
-        return torch.randn(batch, heads, rows, case.head_dim, generator=draw).to(device, case.dtype)
+        return torch.randn(batch, heads, rows, case.head_dim, generator=draw, device="cpu").to(device, case.dtype)
 
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     q, k, v = (guarded(normal(h, case.rows), case.layout) for h in heads)
     caches = [guarded(normal(case.num_kv_heads, case.max_len), case.layout) for _ in "kv"]
     slots = [cache.tensor.clone() for cache in caches]
     shape = (batch, case.rows) if case.own_positions else (case.rows,)
-    positions = torch.randint(0, 5000, shape, generator=draw).to(device)
+    positions = torch.randint(0, 5000, shape, generator=draw, device="cpu").to(device)
     rotary = RotaryEmbedding(case.head_dim).to(device)(positions, case.dtype)
     lengths = torch.tensor(case.lengths, device=device)
 

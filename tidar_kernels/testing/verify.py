@@ -94,13 +94,13 @@ def check_verify(case: VerifyCase, device: torch.device | str = "cpu", backend: 
     draw, vocab_size = generator_of(case), case.vocab_size
 
     def normal(scale: float) -> Tensor:
-        return torch.randn(2, case.rows, vocab_size, generator=draw) * scale
+        return torch.randn(2, case.rows, vocab_size, generator=draw, device="cpu") * scale
 
     logits = normal(3.0)
     wide = torch.full((2, case.rows, 2 * vocab_size), torch.nan, dtype=case.dtype, device=device)[..., ::2]
     wide.copy_(logits)
     draft_logits, mix = (x.to(device, case.dtype) for x in (logits + normal(0.7), logits + normal(1.0)))
-    given = {"mix": mix, "seen": (torch.rand(2, vocab_size, generator=draw) < 0.2).to(device)}
+    given = {"mix": mix, "seen": (torch.rand(2, vocab_size, generator=draw, device="cpu") < 0.2).to(device)}
     params = [SamplingParams(**case.shaping, seed=2**64 - 1), SamplingParams(seed=1)]
     state = sampling_tensors(params, device)
     positions = torch.tensor([3, 2**31 - 40], device=device)

@@ -27,6 +27,7 @@ from ...nn.adapters import lora_gate
 from ...ops.verify import RULES, Rule, SamplingTensors, Verified, sample, verify
 from ...ops.verify.noise import Stream
 from ...patterns import Pattern, Role
+from ...patterns.rows import ordinary
 from ..exact import exact_rows
 
 __all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy"]
@@ -207,8 +208,9 @@ class Drafting(Strategy):
         if device not in self._on_device:
             cold = self.sources[1] if self.cold is None else self.cold
             is_mask = self.pattern.roles == int(Role.MASK)
-            tables = (torch.cat([self.sources, cold[None]]), is_mask, torch.empty(0) if self.mix is None else self.mix)
-            self._on_device[device] = tuple(x.to(device) for x in tables)
+            mix = torch.empty(0, device="cpu") if self.mix is None else self.mix
+            tables = torch.cat([self.sources, cold[None]]), is_mask, mix
+            self._on_device[device] = tuple(ordinary(x, device) for x in tables)
         return self._on_device[device]
 
     def step(self, batch: Batch) -> Outcome:

@@ -29,10 +29,10 @@ def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Dr
     """
     pattern = patterns.isd_step(stride, bidirectional=bidirectional, shifted=shifted)
     shift = 0 if shifted else 1
-    behind = torch.arange(stride + shift, pattern.q_len)  # conditioned on all drafts
-    sources = torch.full((stride + 1, stride - 1), -1)
+    behind = torch.arange(stride + shift, pattern.q_len, device="cpu")  # conditioned on all drafts
+    sources = torch.full((stride + 1, stride - 1), -1, device="cpu")
     sources[stride] = behind
-    cold = torch.arange(1 + shift, stride + shift)  # the rows of the missing drafts
+    cold = torch.arange(1 + shift, stride + shift, device="cpu")  # the rows of the missing drafts
     return Drafting("flare" if bidirectional else "isd", pattern, stride, sources, cold)
 
 

@@ -77,8 +77,8 @@ def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequen
     """
     kept = [*acceptance[: block_size - 1], *[0.0] * (block_size - 1 - len(acceptance))]
     size = block_size
-    move = torch.zeros(size, size, dtype=torch.float64)
-    tokens = torch.zeros(size, dtype=torch.float64)
+    move = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+    tokens = torch.zeros(size, dtype=torch.float64, device="cpu")
     for skipped in range(size):
         so_far = 1.0
         for accepted in range(1, size - skipped + 1):
@@ -89,8 +89,9 @@ def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequen
             tokens[skipped] += so_far * (1.0 - stays) * accepted
             so_far *= stays
     # The stationary distribution solves p (move - 1) = 0, sum p = 1; state 0 is reached from every other.
-    system = torch.cat([(move - torch.eye(size, dtype=torch.float64)).T, torch.ones(1, size, dtype=torch.float64)])
-    right = torch.zeros(size + 1, 1, dtype=torch.float64)
+    stays_put = torch.eye(size, dtype=torch.float64, device="cpu")
+    system = torch.cat([(move - stays_put).T, torch.ones(1, size, dtype=torch.float64, device="cpu")])
+    right = torch.zeros(size + 1, 1, dtype=torch.float64, device="cpu")
     right[-1] = 1.0
     return float(torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0] @ tokens)
 

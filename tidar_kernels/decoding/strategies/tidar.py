@@ -41,16 +41,16 @@ def tidar(block_size: int, *, bidirectional: bool = True, levels: Sequence[int] 
     """
     pattern = patterns.tidar_step(block_size, bidirectional, levels)
     chosen = list(range(1, block_size + 1)) if levels is None else list(levels)
-    sources = torch.full((block_size + 1, block_size - 1), -1)
+    sources = torch.full((block_size + 1, block_size - 1), -1, device="cpu")
     for accepted in range(1, block_size + 1):
         block = sum(level <= accepted for level in chosen)  # blocks count from 1: rows [0, B) are the drafts
         skipped = accepted - chosen[block - 1]
-        known = torch.arange(block * block_size + skipped + 1, (block + 1) * block_size)
+        known = torch.arange(block * block_size + skipped + 1, (block + 1) * block_size, device="cpu")
         sources[accepted, : len(known)] = known
-    mix = torch.arange(block_size, pattern.q_len, block_size) if levels is None else None
+    mix = torch.arange(block_size, pattern.q_len, block_size, device="cpu") if levels is None else None
     return TiDAR("tidar", pattern, block_size, sources, mix=mix)
 
 
 def autoregressive() -> Drafting:
     """One token a step: one draft row, no mask."""
-    return Drafting("autoregressive", patterns.causal(1), 1, torch.empty(2, 0, dtype=torch.int64))
+    return Drafting("autoregressive", patterns.causal(1), 1, torch.empty(2, 0, dtype=torch.int64, device="cpu"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import patterns
 from ...ops.verify import SamplingTensors, Verified, sample
+from ...patterns.rows import ordinary
 from .base import Batch, Outcome, Strategy
 
 __all__ = ["Tree", "tree"]
@@ -63,7 +64,7 @@ class Tree(Strategy):
         parent = [0, *(known[path[:-1]] for path in self.paths)]
         ways = [[known[path[:n]] for n in range(len(path) + 1)] for path in known]
         padded = [way + [-1] * (self.drafts - len(way)) for way in ways]
-        self._tables = tuple(map(torch.tensor, (candidate, parent, padded)))
+        self._tables = tuple(torch.tensor(x, device="cpu") for x in (candidate, parent, padded))
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @property
@@ -77,7 +78,7 @@ class Tree(Strategy):
         hidden = batch.forward(seed.expand_as(is_mask), self._draft, is_mask)
         device = seed.device
         if device not in self._on_device:
-            self._on_device[device] = tuple(x.to(device) for x in self._tables)
+            self._on_device[device] = tuple(ordinary(x, device) for x in self._tables)
         candidate, parent, ways = self._on_device[device]
         tokens = self._candidates(batch, batch.model.logits(hidden[:, 1:])).flatten(1)[:, candidate]
         tokens[:, :1] = seed

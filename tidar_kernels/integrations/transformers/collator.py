@@ -130,7 +130,7 @@ class TiDARCollator:
         clean = -sum(len(document.tokens) for document in documents) % multiple
         masks = -sum(len(document.tokens) - document.prompt for document in documents) % multiple
         clean += multiple if masks > clean else 0
-        filler = torch.full((clean,), self.mask_token_id)
+        filler = torch.full((clean,), self.mask_token_id, device="cpu")
         return [_Document(filler, torch.full_like(filler, IGNORE_INDEX), clean - masks)] if clean else []
 
 
@@ -254,7 +254,7 @@ def _ints(example: Mapping[str, Any], key: str, name: str, like: Tensor | None =
     """Entry `key` as an int64 tensor `[n]`, as long as `like`; None if the example has none."""
     if example.get(key) is None:
         return None
-    value = torch.as_tensor(example[key])
+    value = torch.as_tensor(example[key], device="cpu")
     if value.ndim != 1 or (value.numel() and value.is_floating_point()):
         raise TypeError(
             f"{name}.{key}: expected a list of ints or an int tensor [n], got {value.dtype} {list(value.shape)}"

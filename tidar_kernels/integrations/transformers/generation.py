@@ -132,7 +132,7 @@ def tidar_generation(
     )
     sampled, seed = bool(generation_config.do_sample), 0
     if sampled:
-        seed = int(torch.randint(2**63 - len(prompts), ()))
+        seed = int(torch.randint(2**63 - len(prompts), (), device="cpu"))
     requests = {}
     for row, prompt in enumerate(prompts):
         params = replace(SamplingParams(temperature=float(sampled), seed=seed + row), **(options or {}))
@@ -149,7 +149,7 @@ def tidar_generation(
             for token in event.tokens:
                 tokens[row].append(token)
                 if streamer is not None:
-                    streamer.put(torch.tensor([token]))
+                    streamer.put(torch.tensor([token], device="cpu"))
                 if criteria and _is_done(criteria, given[row] + tokens[row], input_ids.device):
                     if event.finish_reason is None:
                         decoder.remove(event.id)

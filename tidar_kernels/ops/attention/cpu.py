@@ -22,9 +22,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._cpu import add_sinks, capped_attention, capped_attention_backward, share, unit_stride
+from .._cpu import TensorMemo, add_sinks, capped_attention, capped_attention_backward, share, unit_stride
 from ..operands import Keys, Results, Rows, Scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -77,26 +76,31 @@ class _Edges:
         first, last = int(self.starts[0]), int(self.starts[-1]) + self.height
         if last - first == len(self.starts) * self.height:
             return slice(first, last)
-        return (self.starts[:, None] + torch.arange(self.height)).flatten()
+        with torch.inference_mode(False):  # it is kept
+            return (self.starts[:, None] + torch.arange(self.height, device="cpu")).flatten()
 
     def keys(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(keys int64 [tiles * width], mask, unseen)`: the keys of all tiles; what to add to their scores, float32
         `[tiles, height, width]`; and rows that see none of them, bool `[tiles, height]`, or None."""
         if self._kept is not None:
             return self._kept
+        with torch.inference_mode(False):
+            found = self._gathered()
+        if self.width <= KEPT_WIDTH:
+            self._kept = found
+        return found
+
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor | None]:
         lo, size = self.spans[..., 0], self.spans[..., 1] - self.spans[..., 0]
-        column, end = torch.arange(self.width, dtype=torch.int32), size.cumsum(1, dtype=torch.int32)
+        column, end = torch.arange(self.width, dtype=torch.int32, device="cpu"), size.cumsum(1, dtype=torch.int32)
         span = (column >= end[:, :, None]).sum(1)
         used, span = span < 4, span.clamp_(max=3)
         keys = torch.where(used, (lo - end + size).gather(1, span) + column, 0)
         first, last = (self.rest[..., side].gather(2, span[:, None].expand(-1, self.height, -1)) for side in (0, 1))
         visible = (first <= keys[:, None]) & (keys[:, None] < last) & used[:, None]
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, -math.inf)
+        mask = torch.zeros(visible.shape, dtype=torch.float32, device="cpu").masked_fill_(~visible, -math.inf)
         unseen = ~visible.any(2)
-        found = keys.long().flatten(), mask, unseen if bool(unseen.any()) else None
-        if self.width <= KEPT_WIDTH:
-            self._kept = found
-        return found
+        return keys.long().flatten(), mask, unseen if bool(unseen.any()) else None
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _staircases(interval: Tensor) -> Iterator[tuple[slice, int, int]]:
     Row i of `rows` sees at least the keys from the first one to `besides + i`, and at most MAX_BEHIND more.
     """
     lo, hi = interval.unbind(1)
-    row = torch.arange(len(lo), dtype=torch.int32)
+    row = torch.arange(len(lo), dtype=torch.int32, device="cpu")
     step = hi[1:] - hi[:-1]
     follows = (lo[1:] == lo[:-1]) & (step >= 0) & (step <= MAX_BEHIND) & (lo[1:] < hi[1:]) & (lo[:-1] < hi[:-1])
     starts = [0, *((~follows).nonzero().flatten() + 1).tolist()]
@@ -150,7 +154,7 @@ def _cut_interval(interval: Tensor, rest: Tensor, staircases: bool) -> list[_Pie
             pieces.append(_Piece(rows, slice(key, key + besides), causal=False))
         length = rows.stop - rows.start
         pieces.append(_Piece(rows, slice(key + besides, key + besides + length), causal=True))
-        rest[rows, 0, 0] = torch.arange(key + besides + 1, key + besides + 1 + length, dtype=torch.int32)
+        rest[rows, 0, 0] = torch.arange(key + besides + 1, key + besides + 1 + length, dtype=torch.int32, device="cpu")
     return pieces
 
 
@@ -174,14 +178,14 @@ def _cut_edges(rest: Tensor) -> list[_Edges]:
 
 
 def _cut(lead: Tensor, own: Tensor, staircases: bool) -> _Plan:
-    rest = torch.zeros(len(lead), 4, 2, dtype=torch.int32)
+    rest = torch.zeros(len(lead), 4, 2, dtype=torch.int32, device="cpu")
     pieces = _cut_interval(lead, rest[:, :2], staircases) + _cut_interval(own, rest[:, 2:], staircases)
     rest *= (rest[..., :1] < rest[..., 1:]).to(torch.int32)
     edges = _cut_edges(rest)
     sources = (rest[..., 0] < rest[..., 1]).any(1).to(torch.int32)  # of each row: its edge, and its pieces
     for piece in pieces:
         sources[piece.rows] += 1
-    written = torch.zeros(len(lead), dtype=torch.bool)
+    written = torch.zeros(len(lead), dtype=torch.bool, device="cpu")
     for part in edges:
         written[part.rows] = True
     for piece in pieces:
@@ -192,18 +196,11 @@ def _cut(lead: Tensor, own: Tensor, staircases: bool) -> _Plan:
     return _Plan(pieces, edges, bare if len(bare) else None)
 
 
-# lead -> (own, versions of both, {staircases: plan}): a pattern is cut again only if someone wrote into its tensors.
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_plans = TensorMemo()  # a pattern is cut once
 
 
 def _plan_of(lead: Tensor, own: Tensor, staircases: bool = True) -> _Plan:
-    found = _plans.get(lead)
-    versions = [0 if x.is_inference() else x._version for x in (lead, own)]
-    if found is None or found[0] is not own or found[1] != versions:
-        found = _plans[lead] = (own, versions, {})
-    if staircases not in found[2]:
-        found[2][staircases] = _cut(lead, own, staircases)
-    return found[2][staircases]
+    return _plans.get(staircases, lambda: _cut(lead, own, staircases), lead, own)
 
 
 class _Heads:
@@ -281,7 +278,7 @@ def attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
     plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device="cpu")
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     if plan.bare is not None:
         out.index_fill_(2, plan.bare, 0.0)

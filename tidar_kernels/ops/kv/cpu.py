@@ -21,6 +21,6 @@ def compact_kv(cached: Cached, path: Tensor) -> None:
             if node > i and length + i >= 0 and length + node < max_len
         ]
         if moves:
-            to, of = torch.tensor(moves).unbind(1)
+            to, of = torch.tensor(moves, device="cpu").unbind(1)
             k_cache[b, :, to] = k_cache[b, :, of]  # the right side is a copy
             v_cache[b, :, to] = v_cache[b, :, of]

@@ -12,16 +12,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...patterns.rows import unpack_tree_mask
-from .._cpu import add_sinks, capped_attention, share, unit_stride
+from .._cpu import TensorMemo, add_sinks, capped_attention, share, unit_stride
 from ..operands import Cached, Keys, Rows, Scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-# lead tensor -> (own tensor, tree mask, {(kv_len, dtype, group): packed mask}): a pattern's masks are built once.
-_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_masks = TensorMemo()  # a pattern's masks are built once
 
 
 def dense_mask(lead: Tensor, own: Tensor, kv_len: int, tree_mask: Tensor | None = None) -> Tensor:
@@ -35,20 +33,18 @@ def _packed_mask(
     lead: Tensor, own: Tensor, tree_mask: Tensor | None, kv_len: int, dtype: torch.dtype, group: int
 ) -> tuple[Tensor, Tensor | None]:
     """`(additive mask [1, 1, group * q_len, kv_len], rows that see no in-flight key or None)`."""
-    found = _masks.get(lead)
-    if found is None or found[0] is not own or found[1] is not tree_mask:
-        found = _masks[lead] = (own, tree_mask, {})
-    key = (kv_len, dtype, group)
-    if key not in found[2]:
-        found[2][key] = _additive(dense_mask(lead, own, kv_len, tree_mask), dtype, group)
-    return found[2][key]
+
+    def build() -> tuple[Tensor, Tensor | None]:
+        return _additive(dense_mask(lead, own, kv_len, tree_mask), dtype, group)
+
+    return _masks.get((kv_len, dtype, group), build, lead, own, tree_mask)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor | None]:
     """`visible [q_len, keys]` as what is added to scores of packed rows, and the rows that see nothing, or None."""
     visible = visible.repeat(group, 1)
     empty = ~visible.any(dim=1)
-    additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)
+    additive = torch.zeros(visible.shape, dtype=dtype, device="cpu").masked_fill_(~visible, -math.inf)
     return additive[None, None], empty if bool(empty.any()) else None
 
 
@@ -62,7 +58,7 @@ def _context_parts(
     if near:
         yield slice(length - near, length), None, None
     if far > near and reach is not None:
-        slot = torch.arange(length - far, length - near)
+        slot = torch.arange(length - far, length - near, device="cpu")
         yield slice(length - far, length - near), *_additive(slot >= length - reach[:, None].long(), dtype, group)
 
 

@@ -11,7 +11,9 @@ from . import cpu
 __all__ = ["step_attention"]
 
 # The in-flight part of a step of one token: it sees itself.
-_ITSELF, _NOTHING = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([[0, 0]], dtype=torch.int32)
+with torch.inference_mode(False):  # whatever the mode in which the operator is first called
+    _ITSELF = torch.tensor([[0, 1]], dtype=torch.int32, device="cpu")
+    _NOTHING = torch.tensor([[0, 0]], dtype=torch.int32, device="cpu")
 
 
 def step_attention(
@@ -36,7 +38,7 @@ def step_attention(
             window = None if rows.reach is None else (rows.reach[m] + m - rows.lead[m, 0])[None]
             row = Rows(q[b : b + 1, :, m : m + 1], _ITSELF, _NOTHING, window)
             itself = Keys(line.k_cache[:, :, at], line.v_cache[:, :, at])
-            here = line._replace(lengths=torch.tensor([length + m]))
+            here = line._replace(lengths=torch.tensor([length + m], device="cpu"))
             alone.append(cpu.step_attention(row, itself, here, scores))
     parts: list[tuple[Tensor, Tensor]] = []
     if alone:  # rows of a sequence one after another, each [1, heads, 1(, d)]
