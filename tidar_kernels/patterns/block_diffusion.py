@@ -48,7 +48,7 @@ def set_block_training(seq_len: int, block_size: int) -> Pattern:
 
 
 def block_step(length: int) -> Pattern:
-    """A bidirectional block behind the context: a denoising pass of block diffusion, or self-speculation's draft pass.
+    """A bidirectional block after the context: a denoising pass of block diffusion, or self-speculation's draft pass.
 
     No row is causal, not even of a block of one: nothing of it enters the cache.
 

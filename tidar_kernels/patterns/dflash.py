@@ -18,7 +18,7 @@ def dflash_training(context_len: int, anchors: Sequence[int], block_size: int) -
 
     Row m of block j, at position `anchors[j] + m`, sees the context before its anchor and its own block, both ways, and
     predicts the context token at its position, if there is one. There are `len(anchors) * block_size` rows, and as
-    many keys behind the `context_len` keys of the context.
+    many keys after the `context_len` keys of the context.
 
     Raises:
         TypeError, ValueError: `context_len` is not an int >= 0, `block_size` not an int >= 1, or an anchor not an int

@@ -92,7 +92,7 @@ def as_text(pattern: Pattern, context_len: int = 0) -> str:
     """A pattern as a matrix of characters, one line a query row, labelled with its role and position.
 
     More than 80 rows or in-flight keys are binned (cut at block edges, where blocks are not too many), and more than
-    8 context keys are drawn as 8; the first lines say so. Behind a window these are the last 8.
+    8 context keys are drawn as 8; the first lines say so. With a sliding window these are the last 8.
 
     Args:
         pattern: what to draw.

@@ -35,8 +35,8 @@ def isd_step(stride: int, *, bidirectional: bool = False, shifted: bool = True) 
     Args:
         stride: N, rows that verify.
         bidirectional: of the masks.
-        shifted: masks predict the token behind their position, and N - 1 of them draft; False: the token at it, and
-            there is one more, whose own prediction the last draft row makes better.
+        shifted: masks predict the token after their position, and N - 1 of them draft; False: the token at it, and
+            there is one more mask, whose own prediction is not used: that of the last draft row is better.
 
     Raises:
         TypeError, ValueError: `stride` is not an int >= 2, or an option is not a bool.

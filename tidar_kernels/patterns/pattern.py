@@ -211,8 +211,8 @@ class Pattern(_Derived):
 
     @cached_property
     def causal_len(self) -> int:
-        """Number of leading rows of tokens, not masks, that are plainly causal: row i sees in-flight keys `[0, i]`, at
-        position P + i, or as much of context and keys as one window leaves of them.
+        """Number of leading rows of tokens, not masks, that are plainly causal: row i, at position P + i, sees the
+        context and in-flight keys `[0, i]`, or what one sliding window, the same for all, leaves of both.
 
         These rows compute what autoregressive decoding would, so their K/V may enter the cache. Rows that see keys by
         the tree mask are not among them.
@@ -225,34 +225,35 @@ class Pattern(_Derived):
         if self.reach is None:
             causal &= self.lead[:, 0] == 0
         else:  # the window is what row 0 sees: itself and its reach
-            behind = self.reach[:1] - rows
-            causal &= (self.reach == behind.clamp(min=0)) & (self.lead[:, 0] == (-behind).clamp(min=0))
+            before = self.reach[:1] - rows  # context tokens that the window leaves to row i; negative: keys it hides
+            causal &= (self.reach == before.clamp(min=0)) & (self.lead[:, 0] == (-before).clamp(min=0))
         return int(causal.to(torch.int32).cumprod(0).sum())
 
     @cached_property
     def kept_len(self) -> int:
-        """Number of leading rows whose K/V a step writes behind the context: `causal_len`, or the rows of a tree.
+        """Number of leading rows whose K/V a step writes into the cache after the context: `causal_len`, or of a tree
+        the rows that are its nodes.
 
-        A tree's row is a token that sees itself and just what its parent sees, a row before it and one position back;
-        a root sees itself alone. It computes what autoregressive decoding would on its path. (Behind a window it may
-        see less of the path's beginning.)
+        A node is a token that sees itself and exactly what its parent sees, which is an earlier row, one position
+        before it; a root sees itself alone. So it computes what autoregressive decoding would on its path. (With a
+        sliding window it may see less of the path's beginning.)
         """
         if self.tree_mask is None or self.kv_len != self.q_len:
             return self.causal_len
-        position, seen = self.positions, self.dense()
+        position, visible = self.positions, self.dense()
         for row in range(self.q_len):
-            before = seen[row].nonzero().flatten()
-            before = before[before != row]
-            if self.roles[row] == int(Role.MASK) or not seen[row, row] or bool((before > row).any()):
+            others = visible[row].nonzero().flatten()
+            others = others[others != row]
+            if self.roles[row] == int(Role.MASK) or not visible[row, row] or bool((others > row).any()):
                 return row
-            if not len(before):
+            if not len(others):
                 if position[row] == 0 or self.reach is not None:
                     continue
                 return row
-            parent = before[position[before].argmax()]
-            hidden = (seen[parent] & ~seen[row]).nonzero().flatten()
-            from_path = bool(seen[parent, before].all()) and bool(position[parent] == position[row] - 1)
-            whole = not len(hidden) or (self.reach is not None and position[hidden].max() < position[before].min())
+            parent = others[position[others].argmax()]
+            hidden = (visible[parent] & ~visible[row]).nonzero().flatten()
+            from_path = bool(visible[parent, others].all()) and bool(position[parent] == position[row] - 1)
+            whole = not len(hidden) or (self.reach is not None and position[hidden].max() < position[others].min())
             if not (from_path and whole):
                 return row
         return self.q_len
@@ -312,11 +313,10 @@ class Pattern(_Derived):
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def windowed(self, window: int) -> Pattern:
-        """The same rows behind a sliding window: a key stays visible if it is less than `window` positions behind.
+        """The same rows with a sliding window: a row sees itself and the `window - 1` positions before it.
 
-        That is `sliding_window` of transformers: a row sees itself and `window - 1` tokens before it. Keys at later
-        positions, in bidirectional blocks, stay visible. Each window is made once and kept, so a layer can ask for its
-        own in every forward pass; windows of a windowed pattern intersect.
+        That is `sliding_window` of transformers. Keys at later positions, in bidirectional blocks, stay visible. The
+        result is kept, so a layer can ask for it in every forward pass; windows of a windowed pattern intersect.
 
         Raises:
             TypeError, ValueError: `window` is not an int >= 1. ValueError: the positions of the keys are not known, or

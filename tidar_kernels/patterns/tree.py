@@ -16,7 +16,7 @@ def tree(parents: Sequence[int]) -> Pattern:
     """A tree of draft tokens (Medusa, arXiv 2401.10774; EAGLE, arXiv 2401.15077): every node sees its own path.
 
     Row i is node i. It sees the context, its ancestors and itself, and stands at the position of its depth: it computes
-    what autoregressive decoding would behind the tokens of its path. A step writes the K/V of all nodes behind the
+    what autoregressive decoding would after the tokens of its path. A step writes the K/V of all nodes after the
     context; which of them stay is a path (`KVCache.compact`).
 
     Args:
