@@ -330,6 +330,17 @@ def test_training_after_an_evaluation_in_a_compiled_graph() -> None:
     assert_same(leaf.grad, leaf_of_eager.grad)
 
 
+@pytest.mark.parametrize("make", [lambda: strategies.tidar(4), lambda: strategies.isd(3), lambda: strategies.tree(4)])
+def test_tables_of_strategies_made_in_inference_mode(make: Callable[[], Any]) -> None:
+    """They index logits, and gradients may flow through those when the strategy is used again."""
+    with torch.inference_mode():
+        strategy = make()
+        decoded(strategy=strategy)
+    tables = [table for kept in strategy._on_device.values() for table in kept]
+    assert tables
+    assert not any(table.is_inference() for table in tables)
+
+
 def test_a_cache_made_in_inference_mode_is_written_outside() -> None:
     with torch.inference_mode():
         cache = tk.KVCache(num_layers=1, batch_size=1, num_kv_heads=1, head_dim=8, max_len=4)
