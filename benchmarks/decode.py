@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from tidar_kernels import Decoder, patterns
-from tidar_kernels.models import data, shipped
+from tidar_kernels.models import shipped
+from tidar_kernels.models.training import data
 
 from . import rates, record, workloads
 from .decoder_step import model_floor

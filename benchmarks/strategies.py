@@ -23,7 +23,8 @@ from tidar_kernels.decoding.strategies import BlockDiffusion, Profile, SelfSpecu
 from tidar_kernels.decoding.strategies.isd import acceptance_of
 from tidar_kernels.decoding.strategies.isd import expected_tokens as expected_of_isd
 from tidar_kernels.decoding.strategies.levels import expected_tokens, plan
-from tidar_kernels.models import data, shipped
+from tidar_kernels.models import shipped
+from tidar_kernels.models.training import data
 
 from . import record
 from .decode import PROMPT_BYTES, prompts

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import ParamSpec, TypeVar
 
 __all__ = ["MOVED", "install", "renamed_keyword"]
@@ -26,6 +26,14 @@ MOVED = {
     "linear": "ops.linear",
     "lora": "nn.adapters",
     "loss": "nn.loss",
+    "models.adapter": "models.training.adapter",
+    "models.data": "models.training.data",
+    "models.evaluate": "models.training.evaluate",
+    "models.publish": "models.training.publish",
+    "models.train": "models.training.trainer",
+    "models.train_config": "models.training.config",
+    "models.train_progress": "models.training.progress",
+    "models.train_report": "models.training.report",
     "noise": "ops.verify.noise",
     "patching": "integrations.patch",
     "pattern": "patterns.pattern",
@@ -48,10 +56,20 @@ class _Moved(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == __package__ and name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
-        new = f"{__package__}.{MOVED[old.partition('.')[2]]}"
-        warnings.warn(f"{old} has moved to {new}; its old name goes in the next release", FutureWarning, stacklevel=2)
-        sys.modules[old] = import_module(new)
+        sys.modules[module.__name__] = import_module(_new_name(module.__name__))
+
+    def get_code(self, fullname: str) -> CodeType:
+        """What `python -m` runs for an old name: the new module."""
+        new = _new_name(fullname)
+        return compile(
+            f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)", fullname, "exec"
+        )
+
+
+def _new_name(old: str) -> str:
+    new = f"{__package__}.{MOVED[old.partition('.')[2]]}"
+    warnings.warn(f"{old} has moved to {new}; its old name goes in the next release", FutureWarning, stacklevel=3)
+    return new
 
 
 def install() -> None:

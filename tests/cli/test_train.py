@@ -20,8 +20,8 @@ from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import train
 from tidar_kernels.models import files, load_checkpoint
-from tidar_kernels.models.train import STATE, TrainConfig, Trainer, read_state, weights_sha256
-from tidar_kernels.models.train_config import read_toml
+from tidar_kernels.models.training.config import read_toml
+from tidar_kernels.models.training.trainer import STATE, TrainConfig, Trainer, read_state, weights_sha256
 
 SETTINGS = {
     "steps": 6,
@@ -103,7 +103,7 @@ def test_help_needs_no_torch() -> None:
     assert code == 0
     assert lines[0] == "usage: tidar-kernels train --out DIR [options]"
     assert "steps = 7" in lines
-    assert not {"torch", "numpy", "triton", "tidar_kernels.models.train"} & set(modules)
+    assert not {"torch", "numpy", "triton", "tidar_kernels.models.training.trainer"} & set(modules)
 
 
 def test_every_setting_is_an_option(run: Run) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +16,15 @@ from tidar_kernels.models import (
     ByteTokenizer,
     Transformer,
     TransformerConfig,
-    data,
     load_checkpoint,
     load_shipped,
-    publish,
     save_checkpoint,
     shipped,
     shipped_figures,
 )
-from tidar_kernels.models.evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
-from tidar_kernels.models.train_config import TrainConfig
+from tidar_kernels.models.training import data, publish
+from tidar_kernels.models.training.config import TrainConfig
+from tidar_kernels.models.training.evaluate import evaluate_decoding, evaluate_likelihood, held_out_prompts
 
 CONFIG = TransformerConfig(
     vocab_size=258,
@@ -237,7 +235,7 @@ def test_decoding_figures_add_up():
 
 def test_shipped_model_loads_and_is_small():
     model, tokenizer = load_shipped()
-    path = Path(shipped.__file__).parent / "shipped" / shipped.WEIGHTS
+    path = shipped.FOLDER / shipped.WEIGHTS
     figures = shipped_figures()
     assert path.stat().st_size == figures["file_bytes"] <= publish.MAX_BYTES
     assert model.config.to_dict() == figures["model"]

@@ -192,7 +192,7 @@ def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
 
 def _demo_prompt() -> tuple[str, str]:
     """The first lines of a held-out module of this interpreter's standard library."""
-    from ..models.data import held_out_texts, stdlib_folder
+    from ..models.training.data import held_out_texts, stdlib_folder
 
     texts = held_out_texts()
     if not texts:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.train_config import TrainConfig, read_toml
+from ..models.training.config import STATE, TrainConfig, read_toml
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -32,7 +32,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..models.train import Trainer
+    from ..models.training.trainer import Trainer
 
 SUMMARY = "train the package's own byte-level decoder on a folder of text"
 
@@ -50,8 +50,6 @@ examples:
   {PROGRAM} train --print-config --lr 0.002 > run.toml
   {PROGRAM} train --out runs/notes --config run.toml --data notes --suffix .md
 """
-
-_STATE = "state.pt"  # models.train has it too, and needs PyTorch
 
 # Arguments of the package whose errors are about an option.
 _OPTION_OF = {
@@ -210,7 +208,7 @@ def _check_out(options: argparse.Namespace) -> None:
         raise UserError(f"--out: expected a folder, got none (see {PROGRAM} train --help)")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out: expected a folder, got the file {options.out}")
-    state = options.out / _STATE
+    state = options.out / STATE
     if options.resume and not state.is_file():
         raise UserError(f"--resume: expected {state}, got no such file")
     if state.exists() and not (options.resume or options.overwrite):
@@ -222,8 +220,8 @@ def _check_out(options: argparse.Namespace) -> None:
 def _trainer(options: argparse.Namespace, config: TrainConfig | None, steps: int | None, device: str) -> Trainer:
     """A new trainer, or without `config` the one that was saved."""
     from ..models import load_checkpoint
-    from ..models.data import Corpus, TextFiles, folder_files
-    from ..models.train import Trainer, read_state
+    from ..models.training.data import Corpus, TextFiles, folder_files
+    from ..models.training.trainer import Trainer, read_state
 
     init = None if options.init is None else load_checkpoint(options.init)
     # A run goes on with its own files, unless they have moved.
@@ -280,8 +278,8 @@ def _evaluate(
     trainer: Trainer, held_out: dict[str, bytes], out: Path, say: Callable[[str], None]
 ) -> dict[str, str | None]:
     """Evaluate, print a table, write figures and curve; the paths of what the run has written."""
-    from ..models.train import STATE, WEIGHTS
-    from ..models.train_report import CURVE, FIGURES, draw_curve, evaluate_run, run_figures, write_figures
+    from ..models.training.report import CURVE, FIGURES, draw_curve, evaluate_run, run_figures, write_figures
+    from ..models.training.trainer import WEIGHTS
 
     evaluation = evaluate_run(trainer, held_out)
     for line in _evaluation_lines(evaluation):

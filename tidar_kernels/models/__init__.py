@@ -1,7 +1,7 @@
 """A small decoder in plain PyTorch, its training, and the checkpoint that the package ships.
 
-Names are imported when they are first used: what the command asks about training needs no PyTorch. The modules that
-make a model (`data`, `evaluate`, `publish`, `train` and its parts) are imported by name: decoding does not need them.
+Names are imported when they are first used: what the command asks about training needs no PyTorch. What makes a model
+is in `training/`, whose modules are imported by name: decoding does not need them.
 """
 
 from __future__ import annotations

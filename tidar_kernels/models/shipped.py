@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from .transformer import Transformer
 
 __all__ = ["load_shipped", "load_shipped_adapter", "shipped_figures"]
 
+FOLDER = Path(__file__).parent / "shipped"
 WEIGHTS = "model.safetensors"
-ADAPTER = "adapter"
 FIGURES = "training.json"
-_FOLDER = resources.files("tidar_kernels.models") / "shipped"
+ADAPTER = FOLDER / "adapter"
 
 
 def load_shipped(
@@ -33,23 +33,21 @@ def load_shipped(
         FileNotFoundError: the package was installed without its data files.
         ValueError: the file is damaged.
     """
-    with resources.as_file(_FOLDER / WEIGHTS) as path:
-        return load_checkpoint(path, dtype=dtype, device=device), ByteTokenizer()
+    return load_checkpoint(FOLDER / WEIGHTS, dtype=dtype, device=device), ByteTokenizer()
 
 
 def load_shipped_adapter(model: Transformer) -> Transformer:
     """Put the shipped gated adapter on the shipped model, in place, and return it: its mask rows then draft better.
 
-    What the model says does not change (R-ISD; `tidar_kernels.lora`).
+    What the model says does not change (R-ISD; `tidar_kernels.nn.adapters`).
 
     Raises:
         FileNotFoundError: the package was installed without its data files. ValueError: the model is another one.
     """
-    with resources.as_file(_FOLDER / ADAPTER) as path:
-        load_peft_adapter(model, path)
+    load_peft_adapter(model, ADAPTER)
     return model
 
 
 def shipped_figures() -> dict[str, Any]:
     """Configuration, loss curve and held-out figures of the shipped model, as measured when it was made."""
-    return json.loads((_FOLDER / FIGURES).read_text(encoding="utf-8"))
+    return json.loads((FOLDER / FIGURES).read_text(encoding="utf-8"))

@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.loss import TiDARLoss, tidar_loss
-from ..patterns import tidar_training
-from .checkpoint import save_checkpoint
+from ...nn.loss import TiDARLoss, tidar_loss
+from ...patterns import tidar_training
+from ..checkpoint import save_checkpoint
+from ..files import replacing
+from ..tokenizer import MASK_ID, VOCAB_SIZE
+from ..transformer import Transformer, TransformerConfig
+from .config import STATE, TrainConfig
 from .data import Corpus
-from .files import replacing
-from .tokenizer import MASK_ID, VOCAB_SIZE
-from .train_config import TrainConfig
-from .train_progress import Progress
-from .transformer import Transformer, TransformerConfig
+from .progress import Progress
 
 __all__ = [
     "STATE",
@@ -47,7 +47,6 @@ __all__ = [
     "weights_sha256",
 ]
 
-STATE = "state.pt"
 WEIGHTS = "model.safetensors"
 
 _NEEDED = frozenset({"config", "corpus", "done", "seconds", "curve", "model", "optimisers"})

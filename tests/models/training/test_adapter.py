@@ -10,8 +10,10 @@ import torch
 
 from tidar_kernels import Decoder
 from tidar_kernels.cli import main
-from tidar_kernels.models import Transformer, TransformerConfig, adapter, load_shipped, load_shipped_adapter
-from tidar_kernels.models.data import Corpus, folder_files
+from tidar_kernels.models import Transformer, TransformerConfig, load_shipped, load_shipped_adapter
+from tidar_kernels.models.shipped import ADAPTER
+from tidar_kernels.models.training import adapter
+from tidar_kernels.models.training.data import Corpus, folder_files
 from tidar_kernels.nn.adapters import add_gated_lora, load_peft_adapter, save_adapter
 from tidar_kernels.patterns import Role
 
@@ -64,7 +66,7 @@ def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:
 
 def test_the_shipped_adapter_drafts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Byte for byte the base model's output, greedy and sampled, and at most 1 MB."""
-    files = list(adapter.ADAPTER.iterdir())
+    files = list(ADAPTER.iterdir())
     assert sum(file.stat().st_size for file in files) <= adapter.MAX_BYTES
     base, tokenizer = load_shipped()
     adapted = load_shipped_adapter(load_shipped()[0])

@@ -8,13 +8,21 @@ import math
 import pytest
 import torch
 
-from tests.models.runs import TINY, changed, states_equal
-from tidar_kernels.models import load_checkpoint, publish
-from tidar_kernels.models.data import Corpus
-from tidar_kernels.models.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
+from tests.models.training.runs import TINY, changed, states_equal
+from tidar_kernels.models import load_checkpoint
 from tidar_kernels.models.tokenizer import MASK_ID
-from tidar_kernels.models.train import TrainConfig, Trainer, model_config, read_state, training_loss, weights_sha256
-from tidar_kernels.models.train_report import draw_curve, evaluate_run
+from tidar_kernels.models.training import publish
+from tidar_kernels.models.training.data import Corpus
+from tidar_kernels.models.training.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
+from tidar_kernels.models.training.report import draw_curve, evaluate_run
+from tidar_kernels.models.training.trainer import (
+    TrainConfig,
+    Trainer,
+    model_config,
+    read_state,
+    training_loss,
+    weights_sha256,
+)
 from tidar_kernels.models.transformer import Transformer
 from tidar_kernels.patterns import causal, tidar_prefill, tidar_training
 
@@ -237,7 +245,7 @@ def test_resume_with_another_end(folder, corpus, tmp_path):
 
 def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
-    monkeypatch.setattr("tidar_kernels.models.data.stdlib_folder", lambda: folder)
+    monkeypatch.setattr("tidar_kernels.models.training.data.stdlib_folder", lambda: folder)
     trainer = Trainer(changed(block_sizes=(4, 8)), Corpus())
     trainer.run(tmp_path / "run", steps=5)
     with pytest.raises(ValueError, match="run: expected all 6 steps done, got 5"):
@@ -272,7 +280,7 @@ def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
 
 def test_publish_says_what_a_run_started_from(folder, tmp_path, monkeypatch):
     (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
-    monkeypatch.setattr("tidar_kernels.models.data.stdlib_folder", lambda: folder)
+    monkeypatch.setattr("tidar_kernels.models.training.data.stdlib_folder", lambda: folder)
     first = Trainer(TINY, Corpus())
     first.run(tmp_path / "first")
     init = tmp_path / "first" / "model.safetensors"

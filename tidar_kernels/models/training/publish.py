@@ -1,6 +1,6 @@
 """Turn a finished training run into what the package ships: weights, figures, the loss curve and `docs/model.md`.
 
-    python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
+    python -m tidar_kernels.models.training.publish --run runs/stdlib --docs docs
 
 Without `--run` it draws the curve and writes the page again, from the figures that are shipped; `--measure` first
 measures the shipped weights again, on a machine that should be idle.
@@ -21,22 +21,21 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..shipped import FIGURES, FOLDER, WEIGHTS, shipped_figures
+from .config import TrainConfig
 from .data import HELD_OUT, SKIPPED_FOLDERS, Corpus, held_out_texts
 from .evaluate import evaluate_block_lengths, evaluate_decoding, evaluate_likelihood, held_out_prompts
-from .shipped import FIGURES, WEIGHTS, shipped_figures
-from .train import Trainer, weights_sha256
-from .train_config import TrainConfig
-from .train_report import draw_curve, run_figures, write_figures
+from .report import draw_curve, run_figures, write_figures
+from .trainer import Trainer, weights_sha256
 
 __all__ = ["document", "main", "measure", "measure_again", "publish"]
 
 MAX_BYTES = 8_000_000
 BLOCK_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_SHIPPED = Path(__file__).parent / "shipped"
 
 
-def publish(run: Path, shipped: Path = _SHIPPED, notes: Sequence[str] = (), init: Path | None = None) -> dict[str, Any]:
+def publish(run: Path, shipped: Path = FOLDER, notes: Sequence[str] = (), init: Path | None = None) -> dict[str, Any]:
     """Write the weights of a finished run and its figures into `shipped`; returns the figures.
 
     The weights are rounded to float16 first and measured as they will be loaded, in float32.
@@ -91,7 +90,7 @@ def measure(weights: Path, seq_len: int) -> dict[str, Any]:
     }
 
 
-def measure_again(shipped: Path = _SHIPPED) -> None:
+def measure_again(shipped: Path = FOLDER) -> None:
     """Replace the held-out figures in `shipped` by new ones of the same weights, as when decoding has become faster."""
     figures = json.loads((shipped / FIGURES).read_text(encoding="utf-8"))
     figures["held_out"] = measure(shipped / WEIGHTS, figures["training"]["seq_len"])
@@ -103,7 +102,7 @@ def _header(config: TrainConfig, corpus: Corpus) -> dict[str, str]:
 
 
 _PAGE = """\
-<!-- Generated from tidar_kernels/models/shipped/training.json by `python -m tidar_kernels.models.publish` -->
+<!-- Generated from tidar_kernels/models/shipped/training.json by `python -m tidar_kernels.models.training.publish` -->
 
 # The shipped model
 
@@ -143,7 +142,7 @@ Folders left out: {folders}. Modules held out by name, never trained on: {held_o
 
 ```
 tidar-kernels train --out runs/stdlib{options}
-python -m tidar_kernels.models.publish --run runs/stdlib --docs docs
+python -m tidar_kernels.models.training.publish --run runs/stdlib --docs docs
 ```
 
 {seeded}. An interrupted run goes on with `--resume` and repeats the
@@ -265,7 +264,7 @@ def _options(config: TrainConfig) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run from the shell; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m tidar_kernels.models.publish", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m tidar_kernels.models.training.publish", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--run", type=Path, help="folder that train wrote; without it, the figures are those shipped")
     parser.add_argument("--note", action="append", default=[], help="a remark on the run, for the page; repeatable")

@@ -1,7 +1,7 @@
 """Train a gated adapter that makes the shipped model draft better, and leaves what it says alone (R-ISD).
 
-    python -m tidar_kernels.models.adapter --out runs/adapter [--steps N] [--pattern isd|tidar]
-    python -m tidar_kernels.models.adapter --ship runs/adapter
+    python -m tidar_kernels.models.training.adapter --out runs/adapter [--steps N] [--pattern isd|tidar]
+    python -m tidar_kernels.models.training.adapter --ship runs/adapter
 
 The base model is frozen and mask rows alone run the adapter, so that the output is the base model's whatever the
 adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain behind the tokens they
@@ -27,18 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import patterns
-from ..nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
-from ..patterns import Pattern, Role
+from ... import patterns
+from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
+from ...patterns import Pattern, Role
+from ..shipped import ADAPTER, FIGURES, load_shipped
+from ..transformer import Transformer
 from .data import Corpus
-from .shipped import load_shipped
-from .train_progress import Progress
-from .transformer import Transformer
+from .progress import Progress
 
-__all__ = ["ADAPTER", "AdapterConfig", "main", "train", "training_pattern"]
+__all__ = ["AdapterConfig", "main", "train", "training_pattern"]
 
-ADAPTER = Path(__file__).parent / "shipped" / "adapter"
-FIGURES = "training.json"
 MAX_BYTES = 1_000_000
 
 
@@ -123,7 +121,9 @@ def distillation_loss(model: Transformer, hidden: Tensor, pattern: Pattern) -> T
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tidar_kernels.models.adapter", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tidar_kernels.models.training.adapter", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, help="train, and write the adapter and its figures into this folder")
     parser.add_argument("--ship", type=Path, help="take the adapter of this folder into the package")
     for name, value in asdict(AdapterConfig()).items():

@@ -12,10 +12,10 @@ import signal
 import pytest
 import torch
 
-from tests.models.runs import TINY, states_equal
+from tests.models.training.runs import TINY, states_equal
 from tidar_kernels.models import files
-from tidar_kernels.models.train import Trainer, read_state
-from tidar_kernels.models.train_progress import Progress
+from tidar_kernels.models.training.progress import Progress
+from tidar_kernels.models.training.trainer import Trainer, read_state
 
 # What is on the disk.
 

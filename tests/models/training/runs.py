@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tidar_kernels.models.train import TrainConfig, Trainer
+from tidar_kernels.models.training.trainer import TrainConfig, Trainer
 
 TINY = TrainConfig(
     steps=6,

@@ -13,7 +13,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TrainConfig", "read_toml"]
+__all__ = ["STATE", "TrainConfig", "read_toml"]
+
+STATE = "state.pt"  # the file in a run's folder from which it goes on
 
 
 def _setting(default: Any, text: str, low: float = 0, choices: tuple[str, ...] = ()) -> Any:

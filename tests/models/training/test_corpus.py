@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tidar_kernels.models.data import (
+from tidar_kernels.models.tokenizer import EOS_ID
+from tidar_kernels.models.training.data import (
     HELD_OUT,
     Corpus,
     TextFiles,
@@ -14,7 +15,6 @@ from tidar_kernels.models.data import (
     stdlib_files,
     stdlib_folder,
 )
-from tidar_kernels.models.tokenizer import EOS_ID
 
 
 def test_which_files_of_a_standard_library_are_trained_on(folder, tmp_path):
@@ -79,7 +79,7 @@ def test_a_small_folder_has_files_on_both_sides(tmp_path, count):
 
 def test_not_all_of_a_folder_is_held_out(tmp_path, monkeypatch):
     write(tmp_path, "a.py", "b.py", "c.py")
-    monkeypatch.setattr("tidar_kernels.models.data._hash", lambda name: 0)
+    monkeypatch.setattr("tidar_kernels.models.training.data._hash", lambda name: 0)
     assert len(folder_files(tmp_path).training) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidar_kernels.models.data import Corpus, stdlib_files
+from tidar_kernels.models.training.data import Corpus, stdlib_files
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.decoder import Decoder
-from ..patterns import tidar_training
-from .transformer import Transformer
+from ...decoding.decoder import Decoder
+from ...patterns import tidar_training
+from ..transformer import Transformer
 
 __all__ = ["evaluate_block_lengths", "evaluate_briefly", "evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokenizer import EOS_ID
+from ..tokenizer import EOS_ID
 
 __all__ = ["HELD_OUT", "Corpus", "TextFiles", "folder_files", "held_out_texts", "stdlib_files", "stdlib_folder"]
 

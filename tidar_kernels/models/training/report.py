@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
+from .config import TrainConfig
 from .evaluate import evaluate_briefly
-from .files import replacing
-from .train import Trainer
-from .train_config import TrainConfig
+from .trainer import Trainer
 
 __all__ = ["CURVE", "FIGURES", "draw_curve", "evaluate_run", "run_figures", "write_figures"]
 
