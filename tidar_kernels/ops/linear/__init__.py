@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .api import gated_lora, linear_operator, lora_operator, row_invariant_linear
+from .api import add_lora, gated_lora, linear_operator, lora_operator, row_invariant_linear
 
-__all__ = ["gated_lora", "linear_operator", "lora_operator", "row_invariant_linear"]
+__all__ = ["add_lora", "gated_lora", "linear_operator", "lora_operator", "row_invariant_linear"]

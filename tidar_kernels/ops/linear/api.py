@@ -24,7 +24,7 @@ from ..declaration import Backend, Gradient, Operator, check_backend, no_second_
 from . import cpu, reference
 from .operands import Adapter, Gated, Projection
 
-__all__ = ["gated_lora", "row_invariant_linear"]
+__all__ = ["add_lora", "gated_lora", "row_invariant_linear"]
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -126,18 +126,7 @@ def gated_lora(
     """
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
     _check_linear(x, weight, bias)
-    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        checks.tensor(name, value, 2)
-    checks.same_kind(x, lora_a=lora_a, lora_b=lora_b)
-    rank = lora_a.shape[0]
-    if rank < 1:
-        raise ValueError(f"lora_a: expected a rank of at least 1, got shape {list(lora_a.shape)}")
-    checks.shape("lora_a", lora_a, (rank, weight.shape[1]))
-    checks.shape("lora_b", lora_b, (weight.shape[0], rank))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    _check_lora(x, lora_a, lora_b, scale, weight.shape[0])
     gate = _rows_of_gate(gate, x)
     check_backend(backend, x.device)
     if backend == "eager":
@@ -146,6 +135,38 @@ def gated_lora(
     adapter = Adapter(lora_a, lora_b, gate, float(scale))
     out, _ = lora_operator(Projection(rows, weight, bias), adapter, row_invariant=row_invariant)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def add_lora(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float = 1.0) -> Tensor:
+    """`gated_lora` for a base that is more than `x W^T + bias`: the adapter's term added to what it gave, in PyTorch.
+
+    Args:
+        base: `[..., out_features]`, any float dtype, kept by the result; rows with gate 0 are its rows, bit for bit.
+        x, lora_a, lora_b, gate, scale: as for `gated_lora`.
+
+    Raises:
+        TypeError, ValueError: as `gated_lora`, or the base has other rows than x.
+    """
+    x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
+    _check_lora(x, lora_a, lora_b, scale, base.shape[-1])
+    checks.shape("base", base, (*x.shape[:-1], base.shape[-1]))
+    return reference.add_lora(base, x, lora_a, lora_b, _rows_of_gate(gate, x).view(x.shape[:-1]), scale)
+
+
+def _check_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out_features: int) -> None:
+    """Types and shapes of an adapter."""
+    for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        checks.tensor(name, value, 2)
+    checks.same_kind(x, lora_a=lora_a, lora_b=lora_b)
+    rank = lora_a.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_a: expected a rank of at least 1, got shape {list(lora_a.shape)}")
+    checks.shape("lora_a", lora_a, (rank, x.shape[-1]))
+    checks.shape("lora_b", lora_b, (out_features, rank))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def _rows_of_gate(gate: Tensor, x: Tensor) -> Tensor:
