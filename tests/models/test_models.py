@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -47,6 +47,37 @@ def tiny(seed: int = 0, config: TransformerConfig = CONFIG) -> Transformer:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
     return model
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_size": 10**9}, "hidden_size: expected <= 131072, got 1000000000"),
+        ({"hidden_size": 0}, "hidden_size: expected >= 1, got 0"),
+        ({"hidden_size": "32"}, "hidden_size: expected a whole number, got '32'"),
+        ({"hidden_size": 32.0}, "hidden_size: expected a whole number, got 32.0"),
+        ({"vocab_size": True}, "vocab_size: expected a whole number, got True"),
+        ({"num_layers": -1}, "num_layers: expected >= 1, got -1"),
+        ({"num_heads": 3}, "num_heads: expected a multiple of num_kv_heads = 2, got 3"),
+        ({"head_dim": 7}, "head_dim: expected an even number for rotary positions, got 7"),
+        ({"rope_theta": float("nan")}, "rope_theta: expected a number, got nan"),
+        ({"rope_theta": 0}, "rope_theta: expected >= 1e-06, got 0"),
+        ({"norm_eps": -1e-6}, "norm_eps: expected >= 0, got -1e-06"),
+        ({"qk_norm": 1}, "qk_norm: expected True or False, got 1"),
+        ({"mask_token_id": 258}, "mask_token_id: expected < vocab_size = 258, got 258"),
+        ({"mask_token_id": -1}, "mask_token_id: expected >= 0, got -1"),
+        ({"block_size": 0}, "block_size: expected >= 1, got 0"),
+        ({"block_size": 1e20}, "block_size: expected a whole number"),
+    ],
+)
+def test_shapes_are_checked(change, match):
+    with pytest.raises((TypeError, ValueError), match=f"^{match}"):
+        TransformerConfig(**{**CONFIG.to_dict(), **change})
+
+
+def test_the_number_of_weights_is_known_from_the_shape():
+    for config in (CONFIG, replace(CONFIG, qk_norm=True, num_kv_heads=4)):
+        assert config.num_parameters == sum(p.numel() for p in Transformer(config).parameters())
 
 
 def test_tokenizer_round_trip():
@@ -177,6 +208,10 @@ def test_wrong_tensors_are_named(tmp_path):
     rejected(good, None, r"expected 'transformer_config' in its metadata, got no metadata")
     rejected(good, {"transformer_config": "{"}, "expected a transformer configuration as JSON")
     rejected(good, {"transformer_config": "[1]"}, "expected a transformer configuration as JSON")
+    few = {name: value for name, value in CONFIG.to_dict().items() if name != "head_dim"}
+    rejected(good, {"transformer_config": json.dumps(few)}, r"config: expected entries \['head_dim'\], got none")
+    huge = {**CONFIG.to_dict(), "hidden_size": 131072, "intermediate_size": 1048576}
+    rejected(good, {"transformer_config": json.dumps(huge)}, r"expected shape \[258, 131072\] for embed_tokens")
     wrong = {**CONFIG.to_dict(), "colour": 1}
     rejected(good, {"transformer_config": json.dumps(wrong)}, r"got \['colour'\]")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..nn.rotary import RotaryEmbedding
 from .files import replacing
 from .transformer import Transformer, TransformerConfig
 
@@ -73,8 +74,9 @@ def load_checkpoint(
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from None
     config = _config(path, metadata)
-    with torch.random.fork_rng(devices=[]):  # loading must not move the caller's random stream
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = Transformer(config)
+    model.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, device="cpu")
     expected = model.state_dict()
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:

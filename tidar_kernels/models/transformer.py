@@ -6,7 +6,7 @@ hidden states; `logits` applies the lm_head to the rows that need it, which in a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,38 +15,65 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..nn.attention import RMSNorm, RotaryEmbedding, TiDARAttention
 from ..patterns import Pattern
+from .settings import MODEL_SIZES, check_settings, setting
 
 __all__ = ["Transformer", "TransformerConfig"]
 
 
+def _size(name: str) -> Any:
+    return setting(kind=int, low=1, high=MODEL_SIZES[name])
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a `Transformer`. `mask_token_id` and `block_size` are what the model was trained with."""
+    """Shape of a `Transformer`. `mask_token_id` and `block_size` are what the model was trained with.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    mask_token_id: int | None = None
-    block_size: int | None = None
+    Raises:
+        TypeError, ValueError: an entry is of the wrong type or out of range, or two do not fit together.
+    """
+
+    vocab_size: int = _size("vocab_size")
+    hidden_size: int = _size("hidden_size")
+    intermediate_size: int = _size("intermediate_size")
+    num_layers: int = _size("num_layers")
+    num_heads: int = _size("num_heads")
+    num_kv_heads: int = _size("num_kv_heads")
+    head_dim: int = _size("head_dim")
+    rope_theta: float = setting(10_000.0, low=1e-6, high=1e30)
+    qk_norm: bool = setting(False)
+    norm_eps: float = setting(1e-6, high=1.0)
+    mask_token_id: int | None = setting(None, kind=int)
+    block_size: int | None = setting(None, kind=int, low=1, high=2**16)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")
+        if self.num_heads % self.num_kv_heads:
+            expected = f"a multiple of num_kv_heads = {self.num_kv_heads}"
+            raise ValueError(f"num_heads: expected {expected}, got {self.num_heads}")
+        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
+            raise ValueError(f"mask_token_id: expected < vocab_size = {self.vocab_size}, got {self.mask_token_id}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of a model of this shape, known without making it."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        layer = (heads * self.head_dim + 3 * self.intermediate_size) * self.hidden_size + norms
+        return (self.vocab_size + 1) * self.hidden_size + self.num_layers * layer
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        """Raises ValueError naming unknown or missing entries."""
+        """Raises TypeError or ValueError naming an entry that is unknown, missing, or has a value that does not fit."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"config: expected entries among {sorted(known)}, got {unknown}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"config: {error}") from None
+        missing = sorted(f.name for f in fields(cls) if f.default is MISSING and f.name not in values)
+        if missing:
+            raise ValueError(f"config: expected entries {missing}, got none")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from tests.models.training.runs import TINY, changed, states_equal
 from tidar_kernels.models import load_checkpoint
-from tidar_kernels.models.tokenizer import MASK_ID
+from tidar_kernels.models.tokenizer import EOS_ID, MASK_ID
 from tidar_kernels.models.training import publish
-from tidar_kernels.models.training.data import Corpus
+from tidar_kernels.models.training.data import Corpus, folder_files
 from tidar_kernels.models.training.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
 from tidar_kernels.models.training.report import draw_curve, evaluate_run
 from tidar_kernels.models.training.trainer import (
     TrainConfig,
     Trainer,
+    document_lengths,
     model_config,
     read_state,
     training_loss,
     weights_sha256,
 )
-from tidar_kernels.models.transformer import Transformer
+from tidar_kernels.models.transformer import Transformer, TransformerConfig
 from tidar_kernels.patterns import causal, tidar_prefill, tidar_training
 
 
@@ -58,6 +60,55 @@ def test_loss_is_the_papers_formula(alpha):
     torch.testing.assert_close(loss.double(), (alpha * ar + diff) / (1 + alpha), rtol=1e-6, atol=0)
 
 
+def random_windows(generator: torch.Generator, batch: int, seq_len: int, share: float) -> torch.Tensor:
+    """Windows of text in which each token ends a document with probability `share`."""
+    tokens = torch.randint(0, 256, (batch, seq_len), generator=generator)
+    return torch.where(torch.rand(batch, seq_len, generator=generator) < share, EOS_ID, tokens)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_document_has_a_gradient_into_another(seed):
+    """Not a row of one document moves with an embedding of another one in its window, or in another window."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = random_windows(generator, 2, 18, 0.15 + 0.05 * seed)
+    lengths = document_lengths(tokens)
+    assert sum(lengths) == 36
+    assert len(lengths) > 2
+    model, kept = Transformer(model_config(TINY)).double(), {}
+
+    def keep(name):
+        return lambda module, args, out: kept.update({name: out})
+
+    model.embed_tokens.register_forward_hook(keep("embedded"))
+    model.norm.register_forward_hook(keep("hidden"))
+    training_loss(model, tokens, 3)
+    embedded, hidden = kept["embedded"], kept["hidden"]
+    assert hidden.shape[:2] == (1, 72)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).repeat(2)
+    for index in range(len(lengths)):
+        rows = document == index
+        probe = torch.randn(hidden[0, rows].shape, generator=generator, dtype=torch.float64)
+        (grad,) = torch.autograd.grad((hidden[0, rows] * probe).sum(), embedded, retain_graph=True)
+        assert not grad[0, ~rows].any(), index
+        assert grad[0, rows].any(), index
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_documents_in_windows_are_the_documents_one_by_one(share):
+    tokens = random_windows(torch.Generator().manual_seed(1), 3, 20, share)
+    model = Transformer(model_config(TINY)).double()
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for document in tokens.flatten().split(document_lengths(tokens)):
+        _, ar, diffusion = training_loss(model, document[None], 4)
+        own = torch.tensor([len(document) - 1, len(document)])
+        sums += torch.stack([ar, diffusion]).double() * own
+        counts += own
+    loss, ar, diffusion = training_loss(model, tokens, 4, alpha=0.3)
+    means = sums / counts
+    torch.testing.assert_close(torch.stack([ar, diffusion]).double(), means, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), (0.3 * means[0] + means[1]) / 1.3, rtol=1e-5, atol=0)
+
+
 def test_schedule():
     config = TrainConfig(steps=100, batch=4, seq_len=64, warmup=10, decay=0.3, lr=1.0, final_lr=0.1)
     assert [config.window(s) for s in (0, 69, 70, 99)] == [(8, 32), (8, 32), (4, 64), (4, 64)]
@@ -86,6 +137,24 @@ def test_schedule():
         ({"steps": 1.5}, "steps: expected a whole number, got 1.5"),
         ({"steps": True}, "steps: expected a whole number, got True"),
         ({"seed": 10**400}, "seed: expected a whole number"),
+        ({"seed": 10**23}, "seed: expected <= 18446744073709551615, got 100000000000000000000000"),
+        ({"seed": -1}, "seed: expected >= 0, got -1"),
+        ({"hidden_size": 10**9}, "hidden_size: expected <= 131072, got 1000000000"),
+        ({"intermediate_size": 10**9}, "intermediate_size: expected <= 1048576, got 1000000000"),
+        ({"num_layers": 10**20}, "num_layers: expected <= 4096, got 100000000000000000000"),
+        ({"num_heads": 10**9}, "num_heads: expected <= 4096"),
+        ({"head_dim": 10**6}, "head_dim: expected <= 4096"),
+        ({"workers": 10**5}, "workers: expected <= 1024, got 100000"),
+        ({"steps": 10**20}, "steps: expected <= 2147483647"),
+        ({"batch": 10**18}, "batch: expected <= 1048576"),
+        ({"accumulate": 10**18}, "accumulate: expected <= 1048576"),
+        ({"seq_len": 10**18}, "seq_len: expected <= 1048576"),
+        ({"warmup": 10**18}, "warmup: expected <= 2147483647"),
+        ({"block_sizes": (10**20,)}, r"block_sizes: expected each <= 65536, got \(100000000000000000000,\)"),
+        ({"lr": 1e300}, "lr: expected <= 1000.0, got 1e\\+300"),
+        ({"alpha": 1e300}, "alpha: expected <= 1000000.0"),
+        ({"final_lr": 2}, "final_lr: expected <= 1, got 2.0"),
+        ({"weight_decay": 1e9}, "weight_decay: expected <= 1000000.0"),
         ({"lr": "high"}, "lr: expected a number, got 'high'"),
         ({"lr": math.nan}, "lr: expected a number, got nan"),
         ({"alpha": 10**400}, "alpha: expected a number"),
@@ -96,6 +165,21 @@ def test_schedule():
 def test_bad_configurations(options, match):
     with pytest.raises((TypeError, ValueError), match=match):
         TrainConfig.from_dict(options)
+
+
+def test_every_number_has_a_range():
+    for entry in fields(TrainConfig):
+        if entry.metadata["kind"] is not str and entry.name != "grad_clip":  # a clip may be as large as one likes
+            assert entry.metadata["high"] < math.inf, entry.name
+    for entry in fields(TransformerConfig):
+        bounded = entry.metadata["kind"] is bool or entry.name == "mask_token_id" or entry.metadata["high"] < math.inf
+        assert bounded, entry.name
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated(corpus):
+    large = changed(hidden_size=2**17, intermediate_size=2**20, num_layers=2**12)
+    with pytest.raises(ValueError, match=r"^config: expected a model that fits into the .* GiB of cpu, got [\d,]+ p"):
+        Trainer(large, corpus)
 
 
 def test_block_lengths_take_turns():
@@ -179,8 +263,14 @@ def test_a_brief_evaluation_is_a_sample_of_the_long_one():
     assert [reason.partition(":")[0] for reason in short["skipped"]] == ["bits a byte", "tokens a forward"]
 
 
-def test_shares_of_a_step_add_up_to_the_whole_step(corpus):
+@pytest.mark.parametrize("short", [False, True], ids=["long documents", "short documents"])
+def test_shares_of_a_step_add_up_to_the_whole_step(corpus, tmp_path, short):
     """The mean gradient of four shares is that of one, to float32 rounding of sums in another order."""
+    if short:
+        (tmp_path / "short").mkdir()
+        for i in range(30):
+            (tmp_path / "short" / f"{i}.py").write_text(f"{i}\n" * (1 + i % 5))
+        corpus = Corpus(folder_files(tmp_path / "short"))
     one, *others = (
         Trainer(changed(precision="fp32", grad_clip=1e9, batch=4, workers=workers, accumulate=accumulate), corpus)
         for workers, accumulate in ((1, 1), (2, 1), (2, 2), (1, 4))

@@ -9,18 +9,18 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from ..settings import MODEL_SIZES, check_settings, setting
 
 __all__ = ["STATE", "TrainConfig", "read_toml"]
 
 STATE = "state.pt"  # the file in a run's folder from which it goes on
 
-
-def _setting(default: Any, text: str, low: float = 0, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text and the values that it takes: numbers >= `low`, or one of `choices`."""
-    return field(default=default, metadata={"help": text, "low": low, "choices": choices})
+# Steps are counted in int32, as tokens are; seeds are those of PyTorch's generators.
+_MOST_STEPS, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,37 @@ class TrainConfig:
         TypeError, ValueError: a setting is of the wrong type or out of range, or two do not fit together.
     """
 
-    steps: int = _setting(3600, "optimiser steps in all", 1)
-    batch: int = _setting(6, "sequences in a step", 1)
-    seq_len: int = _setting(512, "S, clean tokens of a sequence; half as many before the learning rate decays", 2)
-    block_sizes: tuple[int, ...] = _setting(
-        (8, 16), "block lengths B that the shares of a step take in turn; decoding takes the first by default", 1
+    steps: int = setting(3600, "optimiser steps in all", 1, _MOST_STEPS)
+    batch: int = setting(6, "sequences in a step", 1, 2**20)
+    seq_len: int = setting(512, "S, clean tokens of a sequence; half as many before the learning rate decays", 2, 2**20)
+    block_sizes: tuple[int, ...] = setting(
+        (8, 16), "block lengths B that the shares of a step take in turn; decoding takes the first by default", 1, 2**16
     )
-    alpha: float = _setting(1.0, "weight of the autoregressive loss against the diffusion loss")
-    lr: float = _setting(4e-3, "peak learning rate")
-    final_lr: float = _setting(0.05, "what it falls to, as a share of the peak")
-    warmup: int = _setting(60, "steps in which the learning rate rises", 1)
-    decay: float = _setting(0.3, "share of the steps, at the end, in which it falls: 1 for all after the warm-up")
-    weight_decay: float = _setting(0.1, "decoupled weight decay of the layers' matrices")
-    grad_clip: float = _setting(1.0, "largest norm of a step's gradient")
-    seed: int = _setting(0, "fixes the first weights and every window of text")
-    optimizer: str = _setting(
+    alpha: float = setting(1.0, "weight of the autoregressive loss against the diffusion loss", 0, 1e6)
+    lr: float = setting(4e-3, "peak learning rate", 0, 1e3)
+    final_lr: float = setting(0.05, "what it falls to, as a share of the peak", 0, 1)
+    warmup: int = setting(60, "steps in which the learning rate rises", 1, _MOST_STEPS)
+    decay: float = setting(0.3, "share of the steps, at the end, in which it falls: 1 for all after the warm-up", 0, 1)
+    weight_decay: float = setting(0.1, "decoupled weight decay of the layers' matrices", 0, 1e6)
+    grad_clip: float = setting(1.0, "largest norm of a step's gradient")
+    seed: int = setting(0, "fixes the first weights and every window of text", 0, _LARGEST_SEED)
+    optimizer: str = setting(
         "muon", "muon for the layers' matrices, with AdamW for the rest; or adamw for all", choices=("muon", "adamw")
     )
-    precision: str = _setting(
+    precision: str = setting(
         "bf16", "bf16 runs the forward pass under autocast, with float32 weights", choices=("bf16", "fp32")
     )
-    workers: int = _setting(2, "CPU threads that share a step by sequences, one core each", 1)
-    accumulate: int = _setting(1, "shares that each worker computes one after the other before a step", 1)
-    hidden_size: int = _setting(192, "width of the model", 1)
-    intermediate_size: int = _setting(640, "width inside its MLPs", 1)
-    num_layers: int = _setting(8, "its layers", 1)
-    num_heads: int = _setting(4, "query heads of a layer", 1)
-    num_kv_heads: int = _setting(2, "key and value heads of a layer", 1)
-    head_dim: int = _setting(32, "dimension of a head", 1)
+    workers: int = setting(2, "CPU threads that share a step by sequences, one core each", 1, 1024)
+    accumulate: int = setting(1, "shares that each worker computes one after the other before a step", 1, 2**20)
+    hidden_size: int = setting(192, "width of the model", 1, MODEL_SIZES["hidden_size"])
+    intermediate_size: int = setting(640, "width inside its MLPs", 1, MODEL_SIZES["intermediate_size"])
+    num_layers: int = setting(8, "its layers", 1, MODEL_SIZES["num_layers"])
+    num_heads: int = setting(4, "query heads of a layer", 1, MODEL_SIZES["num_heads"])
+    num_kv_heads: int = setting(2, "key and value heads of a layer", 1, MODEL_SIZES["num_kv_heads"])
+    head_dim: int = setting(32, "dimension of a head", 1, MODEL_SIZES["head_dim"])
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+        check_settings(self)
         if self.batch % self.shares:
             raise ValueError(f"batch: expected a multiple of workers x accumulate = {self.shares}, got {self.batch}")
         if self.seq_len % 2:
@@ -133,29 +132,6 @@ class TrainConfig:
         progress = max(0, step - self.stable_steps) / (self.steps - self.stable_steps)
         decayed = self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * min(1.0, (step + 1) / self.warmup) * decayed
-
-
-def _checked(entry: Field[Any], value: Any) -> Any:
-    """A setting's value in its own type, or an error; True is not a number here."""
-    low, choices = entry.metadata["low"], entry.metadata["choices"]
-    kind: type = type(entry.default)
-    if kind is tuple:
-        if not isinstance(value, (list, tuple)) or not value or any(type(one) is not int for one in value):
-            raise TypeError(f"{entry.name}: expected a list of one or more whole numbers, got {value!r}")
-        value, numbers = tuple(value), value
-    elif kind is str:
-        if value not in choices:
-            raise ValueError(f"{entry.name}: expected one of {', '.join(choices)}, got {value!r}")
-        numbers = ()
-    else:
-        # The comparison is false for NaN, infinities and integers that no float holds.
-        if type(value) not in (int, kind) or not abs(value) <= sys.float_info.max:
-            raise TypeError(f"{entry.name}: expected a {'whole ' * (kind is int)}number, got {value!r}")
-        value = kind(value)
-        numbers = (value,)
-    if any(number < low for number in numbers):
-        raise ValueError(f"{entry.name}: expected {'each ' * (kind is tuple)}>= {low:g}, got {value!r}")
-    return value
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Train a small byte-level decoder with the TiDAR objective; `tidar-kernels train` is this from the shell.
 
 One forward pass over `[x_0 .. x_{S-1} | M x S]` learns both jobs (arXiv 2511.08923, training): clean row i predicts
-x_{i+1} causally, mask row p predicts x_p from the clean blocks before its own. Everything follows from the settings
+x_{i+1} causally, mask row p predicts x_p from the clean blocks before its own. Documents that share a window do not
+see each other. Everything follows from the settings
 and the step number, so a resumed run repeats the uninterrupted one bit for bit on the same machine.
 """
 
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 import pickle
 import signal
 import threading
@@ -30,7 +32,7 @@ from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
 from ..checkpoint import save_checkpoint
 from ..files import replacing
-from ..tokenizer import MASK_ID, VOCAB_SIZE
+from ..tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE
 from ..transformer import Transformer, TransformerConfig
 from .config import STATE, TrainConfig
 from .data import Corpus
@@ -71,12 +73,36 @@ def model_config(config: TrainConfig) -> TransformerConfig:
 _training_pattern = functools.lru_cache(maxsize=64)(tidar_training)
 
 
-def training_loss(model: Transformer, tokens: Tensor, block_size: int, alpha: float = 1.0) -> TiDARLoss:
-    """The objective on `tokens` int64 `[batch, S]`: the model on `[tokens | M x S]`, then `tidar_loss`."""
-    pattern = _training_pattern(tokens.shape[1], block_size)
+def document_lengths(tokens: Tensor) -> list[int]:
+    """Tokens of each document in windows `[batch, S]` laid end to end: EOS ends a document, and so does a window."""
+    ends = tokens == EOS_ID
+    ends[:, -1] = True
+    last = ends.flatten().nonzero().flatten()
+    return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
+
+
+def training_loss(
+    model: Transformer, tokens: Tensor, block_size: int, alpha: float = 1.0, counts: Tensor | None = None
+) -> TiDARLoss:
+    """The objective on `tokens` int64 `[batch, S]`: the model on `[tokens | M x S]`, then `tidar_loss`.
+
+    Documents do not see each other: where a window holds more than one, all windows are packed into one sequence of
+    documents, each with positions and blocks of its own.
+    """
+    lengths = document_lengths(tokens)
+    if len(lengths) == len(tokens):
+        pattern = _training_pattern(tokens.shape[1], block_size)
+    else:
+        tokens = tokens.reshape(1, -1)
+        pattern = tidar_training(tokens.shape[1], block_size, lengths)
     doubled = torch.cat([tokens, torch.full_like(tokens, MASK_ID)], dim=1)
     hidden = model(doubled, pattern)
-    return tidar_loss(hidden, model.embed_tokens.weight, tokens, pattern, alpha=alpha)
+    return tidar_loss(hidden, model.embed_tokens.weight, tokens, pattern, alpha=alpha, counts=counts)
+
+
+def _label_counts(tokens: Tensor) -> Tensor:
+    """Clean rows and mask rows with a label in windows `[batch, S]`: the last token of a document predicts nothing."""
+    return torch.tensor([tokens.numel() - len(document_lengths(tokens)), tokens.numel()], dtype=torch.float32)
 
 
 def weights_sha256(model: Transformer) -> str:
@@ -103,7 +129,8 @@ class Trainer:
         device: "cpu", or a CUDA device, which takes the shares one after the other.
 
     Raises:
-        ValueError: `init` is of another shape, or the corpus is shorter than a window.
+        ValueError: `init` is of another shape, the corpus is shorter than a window, or the model does not fit into
+            memory; before anything large is allocated.
     """
 
     config: TrainConfig
@@ -123,8 +150,10 @@ class Trainer:
                 f"corpus: expected at least seq_len = {self.config.seq_len} tokens to train on, "
                 f"got {len(self.corpus.tokens)}"
             )
+        shape = model_config(self.config)
+        _check_memory(shape.num_parameters, self.device)
         torch.manual_seed(self.config.seed)
-        self.model = Transformer(model_config(self.config))
+        self.model = Transformer(shape)
         if init is not None:
             _check_shape(init.config, self.model.config)
             self.model.load_state_dict(init.state_dict())
@@ -154,11 +183,11 @@ class Trainer:
         count, length = self.config.window(step)
         return self.corpus.windows(step * 2 * self.config.batch, count, length, self.config.seed)
 
-    def _gradients(self, tokens: Tensor, block_size: int) -> tuple[tuple[Tensor, ...], float, float]:
-        """Gradients of one share of a step, and its `(CE_AR, CE_Diff)`."""
+    def _gradients(self, tokens: Tensor, block_size: int, counts: Tensor) -> tuple[tuple[Tensor, ...], float, float]:
+        """Gradients of one share of a step, whose sums are divided by `counts`, and its `(CE_AR, CE_Diff)`."""
         device = self.model.embed_tokens.weight.device
         with torch.autocast(device.type, torch.bfloat16, self.config.precision == "bf16"):
-            loss, ar, diff = training_loss(self.model, tokens.to(device), block_size, self.config.alpha)
+            loss, ar, diff = training_loss(self.model, tokens.to(device), block_size, self.config.alpha, counts)
         return torch.autograd.grad(loss, self.parameters), ar.item(), diff.item()
 
     def step(self) -> tuple[float, float]:
@@ -174,8 +203,12 @@ class Trainer:
         ar = diff = 0.0
         total = [torch.zeros_like(parameter) for parameter in self.parameters]
         # Summed share by share, in their order: the same bits whichever worker is done first.
-        for grads, share_ar, share_diff in self._map(self._gradients, parts, blocks):
-            ar, diff = ar + share_ar / config.shares, diff + share_diff / config.shares
+        counts = torch.stack([_label_counts(part) for part in parts])
+        weights = (counts / counts.sum(0).clamp(min=1)).tolist()
+        means = [counts.mean(0)] * config.shares
+        shares = self._map(self._gradients, parts, blocks, means)
+        for (ar_weight, diff_weight), (grads, share_ar, share_diff) in zip(weights, shares, strict=True):
+            ar, diff = ar + share_ar * ar_weight, diff + share_diff * diff_weight
             for grad, part in zip(total, grads, strict=True):
                 grad.add_(part, alpha=1 / config.shares)
         for parameter, grad in zip(self.parameters, total, strict=True):
@@ -284,6 +317,22 @@ def _check_shape(got: TransformerConfig, expected: TransformerConfig) -> None:
     for name, value in expected.to_dict().items():
         if name != "block_size" and getattr(got, name) != value:
             raise ValueError(f"init: expected a model with {name} = {value}, got {getattr(got, name)}")
+
+
+def _check_memory(num_parameters: int, device: str) -> None:
+    """ValueError if weights, gradients and what the optimisers keep of them, all float32, are more than there is."""
+    needed = 4 * 4 * num_parameters
+    if torch.device(device).type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise ValueError(
+            f"config: expected a model that fits into the {there / 2**30:.1f} GiB of {device}, "
+            f"got {num_parameters:,} parameters, which take {needed / 2**30:.1f} GiB to train"
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
