@@ -136,6 +136,14 @@ def test_frozen_operands_get_no_gradient() -> None:
         ({"pattern": tk.patterns.causal(12)}, ValueError, "pattern: expected a training pattern.*got causal"),
         ({"pattern": "causal"}, TypeError, "pattern: expected a tidar_kernels.Pattern, got str"),
         ({"alpha": -1.0}, ValueError, "alpha: expected >= 0, got -1.0"),
+        ({"alpha": float("nan")}, ValueError, "alpha: expected >= 0, got nan"),
+        ({"alpha": float("inf")}, ValueError, "alpha: expected a finite number, got inf"),
+        ({"alpha": "1"}, TypeError, "alpha: expected a number, got str"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size: expected an int, got float"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
+        ({"hidden": torch.zeros(2, 12, HIDDEN).long()}, TypeError, "hidden: expected a float dtype, got torch.int64"),
+        ({"tokens": torch.zeros(2, 6, device="meta").long()}, ValueError, "tokens: expected device cpu.*got meta"),
+        ({"head": torch.zeros(VOCAB, HIDDEN, device="meta")}, ValueError, "head: expected device cpu.*got meta"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected >= 1, got 0"),
     ],
 )
@@ -205,3 +213,72 @@ def test_heads_and_counts_are_checked() -> None:
         tidar_loss(hidden, "lm_head", tokens, pattern)
     with pytest.raises(ValueError, match=r"^counts: expected shape \[2\], got \[3\]"):
         tidar_loss(hidden, head, tokens, pattern, counts=torch.ones(3))
+
+
+# Dynamo makes an instance of the autograd function that it looks at.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("by_function", [False, True])
+def test_compiles_without_a_graph_break(by_function: bool) -> None:
+    hidden, head, tokens = operands(11, dtype=torch.float32)
+    pattern = tk.patterns.tidar_training(11, 4)
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor) -> tk.TiDARLoss:
+        return tidar_loss(
+            hidden, (lambda rows: rows @ head.t()) if by_function else head, tokens, pattern, chunk_size=5
+        )
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        result = run(hidden, head, tokens)
+        results.append((*result, *torch.autograd.grad(result.loss, (hidden, head))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_autocast_takes_what_its_layers_give(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A layer under autocast may give bfloat16 beside a float32 weight, or float32 beside a bfloat16 one."""
+    plain_hidden, plain_head, tokens = operands(11)
+    pattern = tk.patterns.tidar_training(11, 4)
+    for order in (dtypes, dtypes[::-1]):
+        hidden, head = (
+            t.detach().to(dtype).requires_grad_(True)
+            for t, dtype in zip((plain_hidden, plain_head), order, strict=True)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tidar_loss(hidden, head, tokens, pattern).loss
+        loss.backward()
+        assert (hidden.grad.dtype, head.grad.dtype) == order
+        assert loss.dtype == torch.float32
+        exact = torch.autograd.grad(
+            tidar_loss(plain_hidden, plain_head, tokens, pattern).loss, (plain_hidden, plain_head)
+        )
+        for ours, true in zip((hidden.grad, head.grad), exact, strict=True):
+            assert (ours.double() - true).norm() <= 0.05 * true.norm()
+
+
+def test_a_pattern_made_or_used_under_inference_mode_still_trains() -> None:
+    hidden, head, tokens = operands(7)
+    with torch.inference_mode():
+        pattern = tk.patterns.tidar_training(7, 3)
+        evaluated = tidar_loss(hidden.detach(), head.detach(), tokens, pattern).loss
+    trained = tidar_loss(hidden, head, tokens, pattern).loss
+    assert torch.equal(trained.detach(), evaluated)
+    assert all(bool(grad.any()) for grad in torch.autograd.grad(trained, (hidden, head)))
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_a_default_device_changes_nothing(by_function: bool) -> None:
+    hidden, head, tokens = operands(7)
+    pattern = tk.patterns.tidar_training(7, 3)
+    expected = tidar_loss(hidden, head, tokens, pattern).loss
+    with torch.device("meta"):
+        got = tidar_loss(hidden, (lambda rows: rows @ head.t()) if by_function else head, tokens, pattern)
+    torch.testing.assert_close(got.loss, expected)
+
+
+def test_a_second_derivative_is_an_error_not_zero() -> None:
+    hidden, head, tokens = operands(7)
+    loss = tidar_loss(hidden, head, tokens, tk.patterns.tidar_training(7, 3)).loss
+    with pytest.raises(RuntimeError, match=r"^tidar_loss: expected at most first derivatives, got create_graph=True$"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

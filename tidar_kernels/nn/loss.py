@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.checks import shape, tensor
-from ..patterns import Pattern, Role
+from ..ops.checks import FLOAT_DTYPES, shape, tensor
+from ..patterns import Pattern, Role, check_int
 
 __all__ = ["TiDARLoss", "label_counts", "tidar_loss"]
 
@@ -56,6 +57,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        # The gradients were made in the forward pass: a graph through them would say that they depend on nothing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("tidar_loss: expected at most first derivatives, got create_graph=True")
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
@@ -117,33 +121,41 @@ def tidar_loss(
 
     Args:
         hidden: `[batch, pattern.q_len, hidden_size]`, the model's output before the lm_head.
-        head: `[vocab_size, hidden_size]`, the lm_head's weight, in the dtype of `hidden`; or a function from rows
-            `[n, hidden_size]` to their logits, for heads that are more than a weight (it runs again in the backward).
+        head: `[vocab_size, hidden_size]`, the lm_head's weight, in the dtype of `hidden` (any under autocast); or a
+            function from rows `[n, hidden_size]` to their logits, for heads that are more than a weight (it runs again
+            in the backward).
         tokens: int64 `[batch, S]`, the clean tokens that the rows predict; `ignore_index` where none should
             (padding, prompts).
         pattern: a training pattern.
-        alpha: weight of the autoregressive mean, >= 0.
+        alpha: weight of the autoregressive mean, finite, >= 0.
         ignore_index: the label that counts for nothing.
         chunk_size: rows whose logits exist at a time; memory `chunk_size * vocab_size * 4` bytes.
         counts: `[2]`, clean and mask rows with a label that the sums are divided by; default those of this batch. With
             the `label_counts` of all batches of an accumulated step, its losses add up to the loss of them together.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not fit, the pattern predicts nothing, a label outside the
-            vocabulary (checked on the CPU only, where reading is free), or `alpha` is negative.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, the pattern predicts nothing, a label outside the
+            vocabulary (checked on the CPU only, where reading is free), or a number is out of range.
+        RuntimeError: in the backward pass, if it is to build a graph itself (`create_graph`) and the head is a weight.
     """
     tensor("hidden", hidden, 3)
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"hidden: expected a float dtype, got {hidden.dtype}")
     tensor("tokens", tokens, 2)
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
     vocab_size = None
     if isinstance(head, Tensor) or not callable(head):
         tensor("head", head, 2)
-        if head.dtype != hidden.dtype:
+        # Under autocast a layer may give another dtype than the weights have; products are cast either way.
+        if head.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(f"head: expected dtype {hidden.dtype} like hidden, got {head.dtype}")
         vocab_size = head.shape[0]
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
+    for name, operand in (("head", head), ("tokens", tokens)):
+        if isinstance(operand, Tensor) and operand.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {operand.device}")
     hidden_size = head.shape[1] if isinstance(head, Tensor) else hidden.shape[2]
     if hidden.shape[1] != pattern.q_len or hidden.shape[2] != hidden_size:
         expected = f"[batch, {pattern.q_len}, {hidden_size}]"
@@ -153,10 +165,14 @@ def tidar_loss(
     if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < pattern.num_labels:
         expected = f"[{hidden.shape[0]}, >= {pattern.num_labels}]"
         raise ValueError(f"tokens: expected shape {expected}, got {list(tokens.shape)}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
     if not alpha >= 0.0:
         raise ValueError(f"alpha: expected >= 0, got {alpha}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected >= 1, got {chunk_size}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    check_int("chunk_size", chunk_size, 1)
+    check_int("ignore_index", ignore_index, -(2**63))
     if counts is not None:
         tensor("counts", counts, 1)
         shape("counts", counts, (2,))
