@@ -137,6 +137,15 @@ def test_checkpoint_round_trip_is_bitwise(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_checkpoint_lies_where_it_is_asked_for_whatever_the_default(tmp_path):
+    model = tiny()
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        loaded = load_checkpoint(tmp_path / "m.safetensors")
+    tokens = torch.arange(5)[None]
+    assert torch.equal(loaded(tokens, patterns.causal(5)), model(tokens, patterns.causal(5)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_checkpoint_in_half_precision(tmp_path, dtype):
     model = tiny()

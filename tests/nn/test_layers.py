@@ -95,3 +95,21 @@ def test_state_dict_names_are_those_of_llama_and_qwen() -> None:
     names = set(tk.TiDARAttention(32, 4, 2, qk_norm=True, bias=True).state_dict())
     projections = {f"{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")}
     assert names == projections | {"o_proj.weight", "q_norm.weight", "k_norm.weight"}
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_backward_pass_through_a_cache_is_an_error(rotated: bool) -> None:
+    layer, pattern = tk.TiDARAttention(32, 4, 2), tk.patterns.causal(4)
+    cache = tk.KVCache(num_layers=1, batch_size=1, num_kv_heads=2, head_dim=8, max_len=8)
+    rotary = RotaryEmbedding(8)(pattern.positions[None], torch.float32) if rotated else None
+    out = layer(torch.randn(1, 4, 32), pattern, rotary=rotary, cache=cache)
+    with pytest.raises(RuntimeError, match=r"^step_attention: expected no backward pass"):
+        out.sum().backward()
+
+
+def test_layers_are_made_on_the_default_device() -> None:
+    with torch.device("meta"):
+        layer, rotary = tk.TiDARAttention(32, 4, 2, qk_norm=True, bias=True), RotaryEmbedding(8)
+        adapter = tk.GatedLoRA(torch.nn.Linear(8, 4), 2, 4.0)
+    tensors = [*layer.state_dict().values(), *adapter.state_dict().values(), rotary.inv_freq]
+    assert {t.device.type for t in tensors} == {"meta"}

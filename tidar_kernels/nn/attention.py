@@ -85,10 +85,14 @@ class TiDARAttention(nn.Module):
             pattern: which rows see what.
             rotary: `(cos, sin)` from `RotaryEmbedding`, or None for no rotation.
             cache: with it, rows see the committed context too, and the K/V of the pattern's causal rows, or of a tree's
-                nodes, is written behind the committed tokens; `cache.commit` decides later how many of them stay.
+                nodes, is written after the committed tokens; `cache.commit` decides later how many of them stay. Decoding only:
+                run it under `torch.inference_mode()` or `torch.no_grad()`, as `tidar_kernels.Decoder` does.
 
         Returns:
             `[batch, q_len, hidden_size]`.
+
+        Raises:
+            RuntimeError: in a backward pass through a call with a cache.
         """
         batch, rows, _ = x.shape
         q = self.q_proj(x).view(batch, rows, self.num_heads, self.head_dim)
