@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         Args:
             tokens: int64 `[batch, pattern.q_len]`.
             pattern: the rows' intervals and positions.
-            cache: context keys and values; the pattern's causal rows are written behind it (not yet committed).
+            cache: context keys and values; the pattern's causal rows are written after it, not yet committed.
 
         Returns:
             `[batch, q_len, hidden_size]`, after the final norm.

@@ -85,8 +85,8 @@ class TiDARAttention(nn.Module):
             pattern: which rows see what.
             rotary: `(cos, sin)` from `RotaryEmbedding`, or None for no rotation.
             cache: with it, rows see the committed context too, and the K/V of the pattern's causal rows, or of a tree's
-                nodes, is written after the committed tokens; `cache.commit` decides later how many of them stay. Decoding only:
-                run it under `torch.inference_mode()` or `torch.no_grad()`, as `tidar_kernels.Decoder` does.
+                nodes, is written after the committed tokens; `cache.commit` decides later how many of them stay. For
+                decoding, under `torch.inference_mode()` or `torch.no_grad()`, as in `tidar_kernels.Decoder`.
 
         Returns:
             `[batch, q_len, hidden_size]`.

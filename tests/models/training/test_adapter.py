@@ -22,7 +22,7 @@ CONFIG = TransformerConfig(260, 32, 48, 2, 2, 1, 16, mask_token_id=258, block_si
 
 @pytest.mark.parametrize(("seq_len", "block"), [(12, 4), (7, 3)])
 def test_rows_of_isd(seq_len: int, block: int) -> None:
-    """Masks are a chain behind the tokens before their block, and predict the token at their own position."""
+    """Masks are a chain after the tokens before their block, and predict the token at their own position."""
     pattern = adapter.training_pattern("isd", seq_len, block)
     dense = pattern.dense()
     for q in range(2 * seq_len):

@@ -31,7 +31,7 @@ from tidar_kernels.patterns import causal, tidar_prefill, tidar_training
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 0.25])
 def test_loss_is_the_papers_formula(alpha):
-    """Every term apart: a causal term from its own prefix, a mask term from its own block behind the clean tokens."""
+    """Every term apart: a causal term from its own prefix, a mask term from its own block after the clean tokens."""
     torch.manual_seed(0)
     seq_len, block_size, batch = 10, 4, 2
     model = Transformer(model_config(TINY)).double()

@@ -4,7 +4,7 @@
     python -m tidar_kernels.models.training.adapter --ship runs/adapter
 
 The base model is frozen and mask rows alone run the adapter, so that the output is the base model's whatever the
-adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain behind the tokens they
+adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain after the tokens they
 have seen, with `tidar` a block that sees itself both ways. What they learn is not the text but what the base model
 would say there, which is what verification will compare them with.
 """

@@ -44,7 +44,7 @@ SKIPPED_FOLDERS = frozenset(
 # Written when the interpreter was built: they name the machine and its compiler.
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
-# Of a folder whose held-out files nobody names, one in so many.
+# Where no held-out files are named, one file in so many is held out.
 _HELD_OUT_SHARE = 20
 
 # An additive recurrence with this step spreads window starts evenly over the corpus, at every number of windows.

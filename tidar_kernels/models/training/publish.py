@@ -169,7 +169,7 @@ Greedy decoding of {decoding[prompts]} prompts of {decoding[prompt_len]} bytes, 
 TiDAR is {decoding[speedup]:.2f} x as fast as the autoregressive mode of the same code. Outputs identical: {identical}.
 The two modes took turns on every prompt; load average of the machine before: {load}.
 
-Mask row m of a block guesses the byte m places behind the first unknown one. Beside its accuracy: the share of decode
+Mask row m of a block guesses the byte m places after the first unknown one. Beside its accuracy: the share of decode
 steps that committed m + 1 tokens.
 
 | m | argmax right, the true bytes before the block given | steps that committed m + 1 tokens |
