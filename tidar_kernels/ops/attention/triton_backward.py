@@ -10,16 +10,16 @@ nothing here: they are in lse.
 
 Every sum runs in a fixed order inside one program, so two runs give the same bits. Five kernels:
 
-    attention_rows        per row -lse / scale (-inf if it saw no key, so that its P is 0) and -delta
-    attention_dq          a row tile walks its key tiles, exactly as the forward pass does
-    row_tile_bounds       per row tile, the key tiles that it visits: `common.tile_bounds`, written down
+    attention_rows        per row -lse / unit (-inf if it saw no key, so that its P is 0) and -delta
+    attention_dq          a row tile visits its key tiles, exactly as the forward pass does
+    row_tile_bounds       per row tile, which key tiles it visits: a table of `tile_bounds`
     list_row_runs         that table transposed: per key tile, the runs of row tiles that see all of it or some of it
-    attention_dkdv        a key tile walks these runs for every head that shares its kv head
+    attention_dkdv        a key tile visits these runs, for every head that shares its kv head
 
-Runs and not lists of row tiles: within one the next tile's address is known without a load, which is what lets its
-copies be under way while this tile is multiplied. They are found on the device in every call (two launches of
-microseconds, no host read), so they can be captured in a CUDA graph and are never stale. They take at most 8 bytes a
-pair of tiles: 4 MB for 32k tokens doubled.
+`unit` is the scale, or the cap if there is one (`score_units`). Runs, not lists of row tiles: within a run the address
+of the next tile needs no load, so async copies for the next iteration overlap this iteration's MMAs. Runs are found on
+the device in every call (two launches of microseconds, no host read), so they can be captured in a CUDA graph and are
+never stale. They take at most 8 bytes a pair of tiles: 4 MB for 32k tokens doubled.
 """
 
 from __future__ import annotations
@@ -29,103 +29,103 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.common import (
-    load_interval,
-    load_tile,
-    modify_scores,
-    row_pointers,
-    score_units,
-    slope_of_scores,
-    tile_bounds,
-)
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
 from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.softmax import cap_gradient, cap_scores, score_units
+from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Results, Rows, Scores
 
 
 @triton.jit
 def attention_rows_kernel(
-    grad_out, out, lse, grad_lse, neg_lse, neg_delta, q_len, num_heads, scale,
+    grad_out, out, lse, grad_lse, neg_lse, neg_delta, q_len, num_heads, unit,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one head; `grad_lse` may be None. `scale` is the cap, if there is one (`common.score_units`)."""
+    """`neg_lse = -lse / unit` and `neg_delta = -delta`, float32 `[batch, heads, q_len]`, of BLOCK_M rows of one head.
+
+    `grad_lse` may be None. Rows that saw no key have -inf and 0.
+    """
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < q_len
-    at = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
-    do_tile = load_tile(at, live, HEAD_DIM, UPCAST).to(tl.float32)
-    at = row_pointers(out, b * out.stride[0] + head * out.stride[1], row, BLOCK_D)
-    o_tile = load_tile(at, live, HEAD_DIM, UPCAST).to(tl.float32)
-    at = tl.program_id(1).to(tl.int64) * q_len + row
-    row_lse = tl.load(lse + at, mask=live, other=float("-inf"))
+    in_bounds = row < q_len
+    do_ptrs = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
+    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM, UPCAST).to(tl.float32)
+    out_ptrs = row_pointers(out, b * out.stride[0] + head * out.stride[1], row, BLOCK_D)
+    out_tile = load_tile(out_ptrs, in_bounds, HEAD_DIM, UPCAST).to(tl.float32)
+    row_offset = tl.program_id(1).to(tl.int64) * q_len + row
+    row_lse = tl.load(lse + row_offset, mask=in_bounds, other=float("-inf"))
     empty = row_lse == float("-inf")
-    minus = -tl.sum(do_tile * o_tile, 1)
+    row_delta = -tl.sum(do_tile * out_tile, 1)
     if grad_lse is not None:
-        at_grad = b * grad_lse.stride[0] + head * grad_lse.stride[1] + row.to(tl.int64) * grad_lse.stride[2]
-        minus += tl.load(grad_lse.ptr + at_grad, mask=live, other=0.0)
-    tl.store(neg_lse + at, tl.where(empty, float("-inf"), -row_lse / scale), mask=live)
-    tl.store(neg_delta + at, tl.where(empty, 0.0, minus), mask=live)
+        grad_offset = b * grad_lse.stride[0] + head * grad_lse.stride[1] + row.to(tl.int64) * grad_lse.stride[2]
+        row_delta += tl.load(grad_lse.ptr + grad_offset, mask=in_bounds, other=0.0)
+    tl.store(neg_lse + row_offset, tl.where(empty, float("-inf"), -row_lse / unit), mask=in_bounds)
+    tl.store(neg_delta + row_offset, tl.where(empty, 0.0, row_delta), mask=in_bounds)
 
 
 @triton.jit
-def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, scale2, inner, visible):
-    """`dQ / scale` after one more key tile; `scale2` is scale * log2(e), `neg_lse2` is -lse in base 2."""
+def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, unit2, inner_scale, visible):
+    """`dq` after one more key tile: dQ but for its factor, `unit` or with a cap `unit * inner_scale`.
+
+    `neg_lse2` is -lse in base 2; `visible [rows, keys]` is None where every row sees every key.
+    """
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    scores = modify_scores(scores, inner, q_tile.dtype == tl.float32)
-    p = tl.exp2(tl.fma(scores, scale2, neg_lse2[:, None]))
+    scores = cap_scores(scores, inner_scale, q_tile.dtype == tl.float32)
+    p = tl.exp2(tl.fma(scores, unit2, neg_lse2[:, None]))
     if visible is not None:
         p = tl.where(visible, p, 0.0)
     ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee") + neg_delta[:, None])
-    ds = slope_of_scores(ds, scores, inner)
+    ds = cap_gradient(ds, scores, inner_scale)
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
 @triton.jit
 def attention_dq_kernel(
-    q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, scale, inner,
+    q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, unit, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one row tile of one head."""
+    """dQ `[batch, heads, q_len, d]` of one row tile of one head."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < q_len
-    q_tile = load_tile(row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D), live, HEAD_DIM, UPCAST)
-    at = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
-    do_tile = load_tile(at, live, HEAD_DIM, UPCAST)
-    at = tl.program_id(1).to(tl.int64) * q_len + row
-    scale2 = scale * 1.4426950408889634
-    neg_lse2 = tl.load(neg_lse + at, mask=live, other=float("-inf")) * scale2
-    row_delta = tl.load(neg_delta + at, mask=live, other=0.0)
+    in_bounds = row < q_len
+    q_ptrs = row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    do_ptrs = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
+    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    row_offset = tl.program_id(1).to(tl.int64) * q_len + row
+    unit2 = unit * 1.4426950408889634
+    row_lse2 = tl.load(neg_lse + row_offset, mask=in_bounds, other=float("-inf")) * unit2
+    row_delta = tl.load(neg_delta + row_offset, mask=in_bounds, other=0.0)
     key = tl.arange(0, BLOCK_N)
-    at_k = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
-    at_v = row_pointers(v, b * v.stride[0] + head // group * v.stride[1], key, BLOCK_D)
+    k_ptrs = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
+    v_ptrs = row_pointers(v, b * v.stride[0] + head // group * v.stride[1], key, BLOCK_D)
     k_step = tl.cast(k.stride[2], tl.int64) * BLOCK_N
     v_step = tl.cast(v.stride[2], tl.int64) * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for intervals in tl.static_range(2):
-        lo, hi = load_interval(lead if intervals == 0 else own, row, live)
-        first, full, full_end, last = tile_bounds(lo, hi, live, kv_len, BLOCK_N)
+        lo, hi = load_interval(lead if intervals == 0 else own, row, in_bounds)
+        first, full, full_end, last = tile_bounds(lo, hi, in_bounds, kv_len, BLOCK_N)
         for tile in tl.range(full, full_end):
-            k_tile = load_tile(at_k + tile * k_step, None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(at_v + tile * v_step, None, HEAD_DIM, UPCAST)
-            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, inner, None)
+            k_tile = load_tile(k_ptrs + tile * k_step, None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(v_ptrs + tile * v_step, None, HEAD_DIM, UPCAST)
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, None)
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            k_tile = load_tile(at_k + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(at_v + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
+            k_tile = load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
+            v_tile = load_tile(v_ptrs + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, neg_lse2, row_delta, scale2, inner, visible)
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, visible)
 
-    if inner is not None:
-        scale *= inner
+    if inner_scale is not None:
+        unit *= inner_scale
     in_head = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    at = row_pointers(dq, b * dq.stride[0] + head * dq.stride[1], row, BLOCK_D)
-    tl.store(at, (acc * scale).to(dq.ptr.dtype.element_ty), mask=live[:, None] & in_head)
+    dq_ptrs = row_pointers(dq, b * dq.stride[0] + head * dq.stride[1], row, BLOCK_D)
+    tl.store(dq_ptrs, (acc * unit).to(dq.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
 
 
 @triton.jit
@@ -134,54 +134,60 @@ def row_tile_bounds_kernel(
 ):
     """`bounds` int32 `[2, 4, num_row_tiles]`: first, full, full_end, last of lead, then of own."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < q_len
-    at = bounds + tl.program_id(0)
+    in_bounds = row < q_len
+    bound_ptr = bounds + tl.program_id(0)
     for intervals in tl.static_range(2):
-        lo, hi = load_interval(lead if intervals == 0 else own, row, live)
-        first, full, full_end, last = tile_bounds(lo, hi, live, kv_len, BLOCK_N)
-        tl.store(at, first)
-        tl.store(at + num_row_tiles, full)
-        tl.store(at + 2 * num_row_tiles, full_end)
-        tl.store(at + 3 * num_row_tiles, last)
-        at += 4 * num_row_tiles
+        lo, hi = load_interval(lead if intervals == 0 else own, row, in_bounds)
+        first, full, full_end, last = tile_bounds(lo, hi, in_bounds, kv_len, BLOCK_N)
+        tl.store(bound_ptr, first)
+        tl.store(bound_ptr + num_row_tiles, full)
+        tl.store(bound_ptr + 2 * num_row_tiles, full_end)
+        tl.store(bound_ptr + 3 * num_row_tiles, last)
+        bound_ptr += 4 * num_row_tiles
 
 
 @triton.jit
 def _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole):
-    """Which of the row tiles `tile` see all keys of a key tile, and which some: `(full, partial)`.
+    """Which of the row tiles `tile` see all keys of a key tile, and which visit it otherwise: `(full, partial)`.
 
-    Only the `num_whole` first row tiles have all their rows. One with fewer never counts as full, where loads have no
-    mask.
+    Only the first `num_whole` row tiles have BLOCK_M rows. The last, if it has fewer, is never full: full tiles are
+    loaded without a mask.
     """
-    inside = (tile >= 0) & (tile < num_row_tiles)
-    at = bounds + tile
-    full, visits = inside & ~inside, inside & ~inside
+    in_bounds = (tile >= 0) & (tile < num_row_tiles)
+    bound_ptrs = bounds + tile
+    full, visits = in_bounds & ~in_bounds, in_bounds & ~in_bounds
     for _ in tl.static_range(2):
-        first = tl.load(at, mask=inside, other=0)
-        full_start = tl.load(at + num_row_tiles, mask=inside, other=0)
-        full_end = tl.load(at + 2 * num_row_tiles, mask=inside, other=0)
-        last = tl.load(at + 3 * num_row_tiles, mask=inside, other=0)
+        first = tl.load(bound_ptrs, mask=in_bounds, other=0)
+        full_start = tl.load(bound_ptrs + num_row_tiles, mask=in_bounds, other=0)
+        full_end = tl.load(bound_ptrs + 2 * num_row_tiles, mask=in_bounds, other=0)
+        last = tl.load(bound_ptrs + 3 * num_row_tiles, mask=in_bounds, other=0)
         visits |= (first <= key_tile) & (key_tile < last)
         full |= (full_start <= key_tile) & (key_tile < full_end)
-        at += 4 * num_row_tiles
+        bound_ptrs += 4 * num_row_tiles
     full &= tile < num_whole
     return full, visits & ~full
 
 
 @triton.jit
-def _note_runs(at, step, opened, closed, tile, seen, before, after):
-    """Write the ends of the runs in `seen`, `(first, last + 1)` at every `step`; `(opened, closed)` after them."""
-    opens, closes = (seen & ~before).to(tl.int32), (seen & ~after).to(tl.int32)
-    tl.store(at + step * (opened + tl.cumsum(opens, 0) - 1), tile, mask=opens != 0)
-    tl.store(at + step * (closed + tl.cumsum(closes, 0) - 1) + 1, tile + 1, mask=closes != 0)
+def _store_runs(run_ptr, step, opened, closed, tile, chosen, before, after):
+    """Store the runs of `chosen` tiles as `(first, end)`, the next run `step` elements further.
+
+    `before` and `after` say whether the tile before or after each is chosen; `opened` and `closed` count the runs that
+    have begun and ended so far. Returns both counts after these tiles.
+    """
+    opens, closes = (chosen & ~before).to(tl.int32), (chosen & ~after).to(tl.int32)
+    tl.store(run_ptr + step * (opened + tl.cumsum(opens, 0) - 1), tile, mask=opens != 0)
+    tl.store(run_ptr + step * (closed + tl.cumsum(closes, 0) - 1) + 1, tile + 1, mask=closes != 0)
     return opened + tl.sum(opens, 0), closed + tl.sum(closes, 0)
 
 
 @triton.jit
 def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, BLOCK_T: tl.constexpr):
-    """One key tile: `runs[key tile]`, int32 `[num_row_tiles, 2]`, holds runs of row tiles `[first, end)`, ascending:
-    from the left those that see all of the key tile, from the right those that see some; `counts[key tile]` how many of
-    each."""
+    """One key tile: its runs of row tiles `[first, end)`, ascending, in `runs[key tile]`, int32 `[num_row_tiles, 2]`.
+
+    Runs that see all of the key tile fill it from the left, runs that see some of it from the right; `counts[key
+    tile]`, int32 `[2]`, says how many of each.
+    """
     key_tile = tl.program_id(0)
     left = runs + key_tile.to(tl.int64) * 2 * num_row_tiles
     right = left + 2 * num_row_tiles - 2
@@ -191,8 +197,8 @@ def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, BLOCK_T
         full, partial = _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole)
         full_before, partial_before = _row_tiles_seeing(key_tile, tile - 1, bounds, num_row_tiles, num_whole)
         full_after, partial_after = _row_tiles_seeing(key_tile, tile + 1, bounds, num_row_tiles, num_whole)
-        full_opened, full_closed = _note_runs(left, 2, full_opened, full_closed, tile, full, full_before, full_after)
-        partial_opened, partial_closed = _note_runs(
+        full_opened, full_closed = _store_runs(left, 2, full_opened, full_closed, tile, full, full_before, full_after)
+        partial_opened, partial_closed = _store_runs(
             right, -2, partial_opened, partial_closed, tile, partial, partial_before, partial_after
         )
     tl.store(counts + 2 * key_tile, full_closed)
@@ -200,26 +206,27 @@ def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, BLOCK_T
 
 
 @triton.jit
-def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scale2, inner, visible):
-    """`(dK / scale, dV)` after one more row tile; everything is transposed, keys are rows.
+def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, unit2, inner_scale, visible):
+    """`(dk, dv)` after one more row tile: dV, and dK but for its factor, `unit` or with a cap `unit * inner_scale`.
 
-    What belongs to a row is a column here: each of a thread's values has its own. So lse, delta and the mask go into
-    the accumulators before the products. Applied after them, they stay in registers: at head dim 128 on cc 90 that was
-    272 bytes of spills against none. Only a cap must come before lse.
+    Everything is transposed, `visible [keys, rows]` too: keys are the rows of each product, query rows the columns. A
+    thread holds many columns, so per-row values cost it a register each. lse, delta and the mask therefore go into the
+    accumulators before the products; applied after them they stay in registers, which at head dim 128 on cc 90 was 272
+    bytes of spills against none. Only with a cap lse has to wait: the cap comes first.
     """
     bias = tl.broadcast_to(neg_lse[None, :], (k_tile.shape[0], q_tile.shape[0]))
     if visible is not None:
         bias = tl.where(visible, bias, float("-inf"))
-    if inner is None:
+    if inner_scale is None:
         scores = tl.dot(k_tile, tl.trans(q_tile), bias, input_precision="ieee")
-        p = tl.exp2(scores * scale2)
+        p = tl.exp2(scores * unit2)
     else:
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        scores = modify_scores(scores, inner, q_tile.dtype == tl.float32)
-        p = tl.exp2((scores + bias) * scale2)
+        scores = cap_scores(scores, inner_scale, q_tile.dtype == tl.float32)
+        p = tl.exp2((scores + bias) * unit2)
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
     bias = tl.broadcast_to(neg_delta[None, :], (k_tile.shape[0], q_tile.shape[0]))
-    ds = slope_of_scores(p * tl.dot(v_tile, tl.trans(do_tile), bias, input_precision="ieee"), scores, inner)
+    ds = cap_gradient(p * tl.dot(v_tile, tl.trans(do_tile), bias, input_precision="ieee"), scores, inner_scale)
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
@@ -227,70 +234,70 @@ def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, scal
 @triton.jit
 def attention_dkdv_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, runs, counts, dk, dv,
-    q_len, kv_len, num_row_tiles, num_kv_heads, group, scale, inner,
+    q_len, kv_len, num_row_tiles, num_kv_heads, group, unit, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile of one kv head, summed over the `group` heads that share it."""
+    """dK and dV `[batch, kv_heads, kv_len, d]` of one key tile of one kv head, summed over the `group` heads of it."""
     b = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_keys = n < kv_len
-    at = row_pointers(k, b * k.stride[0] + kv_head * k.stride[1], n, BLOCK_D)
-    k_tile = load_tile(at, in_keys, HEAD_DIM, UPCAST)
-    at = row_pointers(v, b * v.stride[0] + kv_head * v.stride[1], n, BLOCK_D)
-    v_tile = load_tile(at, in_keys, HEAD_DIM, UPCAST)
+    key_in_bounds = n < kv_len
+    k_ptrs = row_pointers(k, b * k.stride[0] + kv_head * k.stride[1], n, BLOCK_D)
+    k_tile = load_tile(k_ptrs, key_in_bounds, HEAD_DIM, UPCAST)
+    v_ptrs = row_pointers(v, b * v.stride[0] + kv_head * v.stride[1], n, BLOCK_D)
+    v_tile = load_tile(v_ptrs, key_in_bounds, HEAD_DIM, UPCAST)
     num_full = tl.load(counts + 2 * tl.program_id(0))
     num_partial = tl.load(counts + 2 * tl.program_id(0) + 1)
-    full = runs + tl.program_id(0).to(tl.int64) * 2 * num_row_tiles
-    partial = full + 2 * num_row_tiles - 2
+    full_runs = runs + tl.program_id(0).to(tl.int64) * 2 * num_row_tiles
+    partial_runs = full_runs + 2 * num_row_tiles - 2
     in_tile = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     # Offsets within a tile fit 32 bits (`_short_strides`): 64 would spill 48 bytes at head dim 128 on cc 90.
-    in_q = in_tile[:, None] * q.stride[2] + dim[None, :] * q.stride[3]
-    in_do = in_tile[:, None] * grad_out.stride[2] + dim[None, :] * grad_out.stride[3]
+    q_offset = in_tile[:, None] * q.stride[2] + dim[None, :] * q.stride[3]
+    do_offset = in_tile[:, None] * grad_out.stride[2] + dim[None, :] * grad_out.stride[3]
     q_step = tl.cast(q.stride[2], tl.int64) * BLOCK_M
     do_step = tl.cast(grad_out.stride[2], tl.int64) * BLOCK_M
-    scale2 = scale * 1.4426950408889634
+    unit2 = unit * 1.4426950408889634
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
-        q_head = q.ptr + b * q.stride[0] + head * q.stride[1]
-        do_head = grad_out.ptr + b * grad_out.stride[0] + head * grad_out.stride[1]
-        at_row = (b * num_kv_heads * group + head) * q_len
+        q_ptr = q.ptr + b * q.stride[0] + head * q.stride[1]
+        do_ptr = grad_out.ptr + b * grad_out.stride[0] + head * grad_out.stride[1]
+        row_offset = (b * num_kv_heads * group + head) * q_len
         for i in range(0, num_full):
-            for tile in tl.range(tl.load(full + 2 * i), tl.load(full + 2 * i + 1)):
+            for tile in tl.range(tl.load(full_runs + 2 * i), tl.load(full_runs + 2 * i + 1)):
                 row = tile * BLOCK_M + in_tile
-                q_tile = load_tile(q_head + tile * q_step + in_q, None, HEAD_DIM, UPCAST)
-                do_tile = load_tile(do_head + tile * do_step + in_do, None, HEAD_DIM, UPCAST)
-                row_lse = tl.load(neg_lse + at_row + row)
-                row_delta = tl.load(neg_delta + at_row + row)
+                q_tile = load_tile(q_ptr + tile * q_step + q_offset, None, HEAD_DIM, UPCAST)
+                do_tile = load_tile(do_ptr + tile * do_step + do_offset, None, HEAD_DIM, UPCAST)
+                row_lse = tl.load(neg_lse + row_offset + row)
+                row_delta = tl.load(neg_delta + row_offset + row)
                 dk_acc, dv_acc = _dkdv_tile(
-                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, None
+                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, unit2, inner_scale, None
                 )
         for i in range(0, num_partial):
-            for tile in tl.range(tl.load(partial - 2 * i), tl.load(partial - 2 * i + 1)):
+            for tile in tl.range(tl.load(partial_runs - 2 * i), tl.load(partial_runs - 2 * i + 1)):
                 row = tile * BLOCK_M + in_tile
-                live = row < q_len
-                q_tile = load_tile(q_head + tile * q_step + in_q, live, HEAD_DIM, UPCAST)
-                do_tile = load_tile(do_head + tile * do_step + in_do, live, HEAD_DIM, UPCAST)
-                row_lse = tl.load(neg_lse + at_row + row, mask=live, other=float("-inf"))
-                row_delta = tl.load(neg_delta + at_row + row, mask=live, other=0.0)
-                lo, hi = load_interval(lead, row, live)
+                in_bounds = row < q_len
+                q_tile = load_tile(q_ptr + tile * q_step + q_offset, in_bounds, HEAD_DIM, UPCAST)
+                do_tile = load_tile(do_ptr + tile * do_step + do_offset, in_bounds, HEAD_DIM, UPCAST)
+                row_lse = tl.load(neg_lse + row_offset + row, mask=in_bounds, other=float("-inf"))
+                row_delta = tl.load(neg_delta + row_offset + row, mask=in_bounds, other=0.0)
+                lo, hi = load_interval(lead, row, in_bounds)
                 visible = (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
-                lo, hi = load_interval(own, row, live)
+                lo, hi = load_interval(own, row, in_bounds)
                 visible |= (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
                 dk_acc, dv_acc = _dkdv_tile(
-                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, scale2, inner, visible
+                    dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, unit2, inner_scale, visible
                 )
 
-    if inner is not None:
-        scale *= inner
-    stored = in_keys[:, None] & (dim[None, :] < HEAD_DIM)
-    at = row_pointers(dk, b * dk.stride[0] + kv_head * dk.stride[1], n, BLOCK_D)
-    tl.store(at, (dk_acc * scale).to(dk.ptr.dtype.element_ty), mask=stored)
-    at = row_pointers(dv, b * dv.stride[0] + kv_head * dv.stride[1], n, BLOCK_D)
-    tl.store(at, dv_acc.to(dv.ptr.dtype.element_ty), mask=stored)
+    if inner_scale is not None:
+        unit *= inner_scale
+    mask = key_in_bounds[:, None] & (dim[None, :] < HEAD_DIM)
+    dk_ptrs = row_pointers(dk, b * dk.stride[0] + kv_head * dk.stride[1], n, BLOCK_D)
+    tl.store(dk_ptrs, (dk_acc * unit).to(dk.ptr.dtype.element_ty), mask=mask)
+    dv_ptrs = row_pointers(dv, b * dv.stride[0] + kv_head * dv.stride[1], n, BLOCK_D)
+    tl.store(dv_ptrs, dv_acc.to(dv.ptr.dtype.element_ty), mask=mask)
 
 
 def _short_strides(x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ Computes, for every row of every head (twin: `tidar_kernels.eager.attention`):
 
 or with a cap on the logits, and with one more logit a head, its sink, under both sums.
 
-A program takes BLOCK_M rows of one head and walks the key tiles of lead, then those of own: first the tiles inside
-every row's interval, which need no mask, then the others that some row's interval touches (`common.tile_bounds`). Tiles
-that no row sees are never loaded. Later rows see more, so they start first and the last programs are short ones.
+q, out `[batch, heads, q_len, d]`, k, v `[batch, kv_heads, kv_len, d]`, lse `[batch, heads, q_len]` in natural log. A
+program takes BLOCK_M rows of one head. For lead, then for own, it visits the key tiles that all of its rows see whole,
+without a mask, and then the others that some row sees in part, masked (`tile_bounds`). Other tiles are never loaded.
+Later rows see more keys, so they start first and the last programs are short ones.
 """
 
 from __future__ import annotations
@@ -20,66 +21,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.common import (
+from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
+from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.softmax import (
     attend_whole_tiles,
-    load_interval,
-    load_tile,
     raw_scores,
-    row_pointers,
     score_units,
     softmax_finish,
     softmax_start,
     softmax_update,
-    tile_bounds,
 )
-from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Rows, Scores
 
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, lead, own, sinks, out, lse, q_len, kv_len, num_heads, group, scale, inner,
+    q, k, v, lead, own, sinks, out, lse, q_len, kv_len, num_heads, group, unit2, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
     SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of one head. `scale` includes log2(e); lse `[batch, heads, q_len]` is stored in natural log.
-
-    `inner` is None without a cap (`common.modify_scores`), `sinks` without sinks.
-    """
+    """One row tile of one head. `inner_scale` is None without a cap (`score_units`), `sinks` without sinks."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < q_len
-    q_tile = load_tile(row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D), live, HEAD_DIM, UPCAST)
+    in_bounds = row < q_len
+    q_ptrs = row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
     key = tl.arange(0, BLOCK_N)
-    k_base = b * k.stride[0] + head // group * k.stride[1]
-    v_base = b * v.stride[0] + head // group * v.stride[1]
+    k_offset = b * k.stride[0] + head // group * k.stride[1]
+    v_offset = b * v.stride[0] + head // group * v.stride[1]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m, l = softmax_start(sinks, head + tl.zeros([BLOCK_M], tl.int64), live, BLOCK_M)
+    m, l = softmax_start(sinks, head + tl.zeros([BLOCK_M], tl.int64), in_bounds, BLOCK_M)
     # Unrolled: as a loop it is half the code, but at head dim 128 on cc 100 it spills 160 bytes.
     for intervals in tl.static_range(2):
-        lo, hi = load_interval(lead if intervals == 0 else own, row, live)
-        first, full, full_end, last = tile_bounds(lo, hi, live, kv_len, BLOCK_N)
+        lo, hi = load_interval(lead if intervals == 0 else own, row, in_bounds)
+        first, full, full_end, last = tile_bounds(lo, hi, in_bounds, kv_len, BLOCK_N)
         acc, m, l = attend_whole_tiles(
-            acc, m, l, q_tile, k, k_base, v, v_base, full * BLOCK_N, full_end * BLOCK_N, scale, inner,
+            acc, m, l, q_tile, k, k_offset, v, v_offset, full * BLOCK_N, full_end * BLOCK_N, unit2, inner_scale,
             HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
         )  # fmt: skip
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, lse2 * 0.6931471805599453, mask=live)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, lse2 * 0.6931471805599453, mask=in_bounds)
     in_head = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    at = row_pointers(out, b * out.stride[0] + head * out.stride[1], row, BLOCK_D)
-    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & in_head)
+    out_ptrs = row_pointers(out, b * out.stride[0] + head * out.stride[1], row, BLOCK_D)
+    tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
 
 
 def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) -> tuple[Launch, Tensor, Tensor]:

@@ -6,8 +6,7 @@ compact_kv       k_cache[b, h, lengths[b] + i] = k_cache[b, h, lengths[b] + path
 rotary_append    rotated[d] = x[d] * cos[d] + x[d'] * sin[d]  of q and k, with d' = (d + D/2) mod D; sin carries the
                  sign. Then append_kv of rotated k, and of v, for j < keep
 
-Twins: `reference.py`. Copies pass through no arithmetic, so they keep their bits. Every
-other slot is left as it was.
+Twins: `reference.py`. Values are copied bit for bit. Every slot not named above is left as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def append_kv_kernel(
     k_cache, v_cache, k, v, lengths, num_new, num_kv_heads, max_len,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of one kv head of one sequence."""
+    """Copies BLOCK_T tokens of k, v `[batch, kv_heads, num_new, d]` into the caches: one kv head of one sequence."""
     b = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -37,12 +36,12 @@ def append_kv_kernel(
     dim = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     mask = ((token < num_new) & (slot >= 0) & (slot < max_len))[:, None] & (dim < HEAD_DIM)
     token, slot = token[:, None], slot[:, None]
-    for_k = tl.load(k.ptr + b * k.stride[0] + h * k.stride[1] + token * k.stride[2] + dim * k.stride[3], mask=mask)
-    for_v = tl.load(v.ptr + b * v.stride[0] + h * v.stride[1] + token * v.stride[2] + dim * v.stride[3], mask=mask)
-    at_k = b * k_cache.stride[0] + h * k_cache.stride[1] + slot * k_cache.stride[2] + dim * k_cache.stride[3]
-    at_v = b * v_cache.stride[0] + h * v_cache.stride[1] + slot * v_cache.stride[2] + dim * v_cache.stride[3]
-    tl.store(k_cache.ptr + at_k, for_k, mask=mask)
-    tl.store(v_cache.ptr + at_v, for_v, mask=mask)
+    k_tile = tl.load(k.ptr + b * k.stride[0] + h * k.stride[1] + token * k.stride[2] + dim * k.stride[3], mask=mask)
+    v_tile = tl.load(v.ptr + b * v.stride[0] + h * v.stride[1] + token * v.stride[2] + dim * v.stride[3], mask=mask)
+    k_offset = b * k_cache.stride[0] + h * k_cache.stride[1] + slot * k_cache.stride[2] + dim * k_cache.stride[3]
+    v_offset = b * v_cache.stride[0] + h * v_cache.stride[1] + slot * v_cache.stride[2] + dim * v_cache.stride[3]
+    tl.store(k_cache.ptr + k_offset, k_tile, mask=mask)
+    tl.store(v_cache.ptr + v_offset, v_tile, mask=mask)
 
 
 def plan_append_kv(cached: Cached, keys: Keys) -> Launch:
@@ -70,28 +69,28 @@ def compact_kv_kernel(
     k_cache, v_cache, lengths, path, nodes, num_kv_heads, max_len,
     HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """All moves of BLOCK_C columns of one kv head of one sequence.
+    """All moves of BLOCK_C columns of one kv head of one sequence; BLOCK_T holds the `nodes` of `path [batch, nodes]`.
 
-    Some slots are both read and written. One program loads every value of its columns, waits for all of its threads,
-    and only then stores, so that none is lost.
+    Some slots are both read and written. So a program loads every value of its columns, waits for all of its threads,
+    and only then stores.
     """
     b = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     i = tl.arange(0, BLOCK_T).to(tl.int64)
     node = tl.load(path.ptr + b * path.stride[0] + i * path.stride[1], mask=i < nodes, other=-1).to(tl.int64)
-    to = tl.load(lengths + b).to(tl.int64) + i
-    of = to + node - i
-    moves = (node >= 0) & (to >= 0) & (to < max_len) & (of >= 0) & (of < max_len)
+    target = tl.load(lengths + b).to(tl.int64) + i
+    source = target + node - i
+    moves = (node >= 0) & (target >= 0) & (target < max_len) & (source >= 0) & (source < max_len)
     dim = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
     mask = moves[:, None] & (dim < HEAD_DIM)
-    to, of = to[:, None], of[:, None]
-    in_k = k_cache.ptr + b * k_cache.stride[0] + h * k_cache.stride[1] + dim * k_cache.stride[3]
-    in_v = v_cache.ptr + b * v_cache.stride[0] + h * v_cache.stride[1] + dim * v_cache.stride[3]
-    for_k = tl.load(in_k + of * k_cache.stride[2], mask=mask)
-    for_v = tl.load(in_v + of * v_cache.stride[2], mask=mask)
+    target, source = target[:, None], source[:, None]
+    k_ptrs = k_cache.ptr + b * k_cache.stride[0] + h * k_cache.stride[1] + dim * k_cache.stride[3]
+    v_ptrs = v_cache.ptr + b * v_cache.stride[0] + h * v_cache.stride[1] + dim * v_cache.stride[3]
+    k_tile = tl.load(k_ptrs + source * k_cache.stride[2], mask=mask)
+    v_tile = tl.load(v_ptrs + source * v_cache.stride[2], mask=mask)
     tl.debug_barrier()
-    tl.store(in_k + to * k_cache.stride[2], for_k, mask=mask)
-    tl.store(in_v + to * v_cache.stride[2], for_v, mask=mask)
+    tl.store(k_ptrs + target * k_cache.stride[2], k_tile, mask=mask)
+    tl.store(v_ptrs + target * v_cache.stride[2], v_tile, mask=mask)
 
 
 def plan_compact_kv(cached: Cached, path: Tensor) -> Launch:
@@ -118,8 +117,8 @@ def compact_kv(cached: Cached, path: Tensor) -> None:
 
 
 @triton.jit
-def _addresses(x, b, h, row, dim):
-    """Addresses `[rows, dims]` in an operand `[batch, heads, rows, head_dim]`."""
+def _pointers(x, b, h, row, dim):
+    """Pointers `[len(row), len(dim)]` into head h of sequence b of an operand `[batch, heads, rows, head_dim]`."""
     return x.ptr + b * x.stride[0] + h * x.stride[1] + row[:, None] * x.stride[2] + dim[None, :] * x.stride[3]
 
 
@@ -132,36 +131,40 @@ def rotary_append_kernel(
     rows, num_heads, num_kv_heads, keep, max_len,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T rows of one head; heads of q come first, then those of k, then those of v."""
+    """BLOCK_T rows of one head: the heads of q, then those of k, then those of v.
+
+    `q_out`, `k_out` have the shapes of q and k; cos, sin are `[batch, rows, head_dim]`. A product and sum in float32 is
+    rounded once.
+    """
     heads = num_heads + 2 * num_kv_heads
     b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
     slot = tl.load(lengths + b).to(tl.int64) + row
-    into_cache = mask & ((row < keep) & (slot >= 0) & (slot < max_len))[:, None]
+    cached = mask & ((row < keep) & (slot >= 0) & (slot < max_len))[:, None]
     if h >= num_heads + num_kv_heads:
         h -= num_heads + num_kv_heads
-        value = tl.load(_addresses(v, b, h, row, dim), mask=into_cache)
-        tl.store(_addresses(v_cache, b, h, slot, dim), value, mask=into_cache)
+        value = tl.load(_pointers(v, b, h, row, dim), mask=cached)
+        tl.store(_pointers(v_cache, b, h, slot, dim), value, mask=cached)
     else:
         other = (dim + HEAD_DIM // 2) % HEAD_DIM
-        turn = b * cos.stride[0] + row[:, None] * cos.stride[1] + dim[None, :] * cos.stride[2]
-        c = tl.load(cos.ptr + turn, mask=mask, other=0.0).to(tl.float32)
-        turn = b * sin.stride[0] + row[:, None] * sin.stride[1] + dim[None, :] * sin.stride[2]
-        s = tl.load(sin.ptr + turn, mask=mask, other=0.0).to(tl.float32)
+        offset = b * cos.stride[0] + row[:, None] * cos.stride[1] + dim[None, :] * cos.stride[2]
+        c = tl.load(cos.ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        offset = b * sin.stride[0] + row[:, None] * sin.stride[1] + dim[None, :] * sin.stride[2]
+        s = tl.load(sin.ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if h < num_heads:
-            x = tl.load(_addresses(q, b, h, row, dim), mask=mask, other=0.0).to(tl.float32)
-            y = tl.load(_addresses(q, b, h, row, other), mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(_pointers(q, b, h, row, dim), mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(_pointers(q, b, h, row, other), mask=mask, other=0.0).to(tl.float32)
             rotated_q = tl.fma(x, c, y * s).to(q_out.ptr.dtype.element_ty)
-            tl.store(_addresses(q_out, b, h, row, dim), rotated_q, mask=mask)
+            tl.store(_pointers(q_out, b, h, row, dim), rotated_q, mask=mask)
         else:
             h -= num_heads
-            x = tl.load(_addresses(k, b, h, row, dim), mask=mask, other=0.0).to(tl.float32)
-            y = tl.load(_addresses(k, b, h, row, other), mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(_pointers(k, b, h, row, dim), mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(_pointers(k, b, h, row, other), mask=mask, other=0.0).to(tl.float32)
             rotated = tl.fma(x, c, y * s).to(k_out.ptr.dtype.element_ty)
-            tl.store(_addresses(k_out, b, h, row, dim), rotated, mask=mask)
-            tl.store(_addresses(k_cache, b, h, slot, dim), rotated, mask=into_cache)
+            tl.store(_pointers(k_out, b, h, row, dim), rotated, mask=mask)
+            tl.store(_pointers(k_cache, b, h, slot, dim), rotated, mask=cached)
 
 
 def plan_rotary_append(turned: Turned, keys: Keys, cached: Cached, keep: int) -> tuple[Launch, Tensor, Tensor]:

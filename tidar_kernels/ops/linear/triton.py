@@ -9,9 +9,10 @@ Computes (twins: `reference.py`), with m = gate of a row and s = scale:
 x `[rows, in_features]`, W `[out_features, in_features]`, A `[rank, in_features]`, B `[out_features, rank]`, any
 strides; h and u `[rows, rank]` in the dtype of x; sums in float32.
 
-A row's bits are its own: the tile is chosen by the weights' shape, one program sums all of the inner dimension in
-ascending order, and tensor cores keep rows apart. The adapter's term has an accumulator of its own and is chosen row
-by row, so that a row without it has the bits of a launch without adapter, whatever the adapter holds.
+Each output row depends only on its input row, bit for bit: the tile is chosen by the weights' shape, not by the number
+of rows, and one program sums all of the inner dimension in ascending order. The adapter's term has an accumulator of
+its own and is selected row by row, so a row with gate 0 has the bits of a launch without adapter, whatever the adapter
+holds.
 """
 
 from __future__ import annotations
@@ -32,43 +33,44 @@ def product(x, w, gate, row, column, rows, columns, depth, EVEN: tl.constexpr, B
             UPCAST: tl.constexpr):  # fmt: skip
     """float32 `[len(row), len(column)]`: the sum of `x[row, k] * w[column, k]` over ascending k in `[0, depth)`.
 
-    With a gate, `[depth]`, only k whose gate is not 0 count, and nothing else is read. EVEN: BLOCK_K divides depth.
+    With a gate, `[depth]`, the sum is over k whose gate is not 0, and no other k is read. EVEN: BLOCK_K divides depth.
     """
     k = tl.arange(0, BLOCK_K)
     k_wide = k.to(tl.int64)
-    x_at = x.ptr + row.to(tl.int64)[:, None] * x.stride[0] + k_wide[None, :] * x.stride[1]
-    w_at = w.ptr + column.to(tl.int64)[None, :] * w.stride[0] + k_wide[:, None] * w.stride[1]
-    in_x, in_w = (row < rows)[:, None], (column < columns)[None, :]
+    x_ptrs = x.ptr + row.to(tl.int64)[:, None] * x.stride[0] + k_wide[None, :] * x.stride[1]
+    w_ptrs = w.ptr + column.to(tl.int64)[None, :] * w.stride[0] + k_wide[:, None] * w.stride[1]
+    x_in_bounds, w_in_bounds = (row < rows)[:, None], (column < columns)[None, :]
     acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, depth, BLOCK_K):
         if gate is not None:
-            live = tl.load(gate + start + k, mask=start + k < depth, other=0.0) != 0.0
-            x_tile = tl.load(x_at, mask=in_x & live[None, :], other=0.0)
-            w_tile = tl.load(w_at, mask=in_w & live[:, None], other=0.0)
+            gated = tl.load(gate + start + k, mask=start + k < depth, other=0.0) != 0.0
+            x_tile = tl.load(x_ptrs, mask=x_in_bounds & gated[None, :], other=0.0)
+            w_tile = tl.load(w_ptrs, mask=w_in_bounds & gated[:, None], other=0.0)
         elif EVEN:
-            x_tile = tl.load(x_at, mask=in_x, other=0.0)
-            w_tile = tl.load(w_at, mask=in_w, other=0.0)
+            x_tile = tl.load(x_ptrs, mask=x_in_bounds, other=0.0)
+            w_tile = tl.load(w_ptrs, mask=w_in_bounds, other=0.0)
         else:
-            live = start + k < depth
-            x_tile = tl.load(x_at, mask=in_x & live[None, :], other=0.0)
-            w_tile = tl.load(w_at, mask=in_w & live[:, None], other=0.0)
+            in_depth = start + k < depth
+            x_tile = tl.load(x_ptrs, mask=x_in_bounds & in_depth[None, :], other=0.0)
+            w_tile = tl.load(w_ptrs, mask=w_in_bounds & in_depth[:, None], other=0.0)
         if UPCAST:  # Triton's interpreter multiplies bfloat16 operands wrongly; float32 holds them exactly
             x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-        x_at += BLOCK_K * x.stride[1]
-        w_at += BLOCK_K * w.stride[1]
+        x_ptrs += BLOCK_K * x.stride[1]
+        w_ptrs += BLOCK_K * w.stride[1]
     return acc
 
 
 @triton.jit
 def _tile(columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`(row, column)` of this program's results: `[BLOCK_M]`, `[BLOCK_N]`."""
+    """Row and column indices of this program's tile of the result: `[BLOCK_M]`, `[BLOCK_N]`."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     return row, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
-def _addresses(out, row, column):
+def _pointers(out, row, column):
+    """Pointers `[len(row), len(column)]` into a matrix."""
     return out.ptr + row.to(tl.int64)[:, None] * out.stride[0] + column.to(tl.int64)[None, :] * out.stride[1]
 
 
@@ -82,15 +84,15 @@ def linear_kernel(
     row, column = _tile(out_features, BLOCK_M, BLOCK_N)
     acc = product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K, UPCAST)
     if bias is not None:
-        at = bias.ptr + column.to(tl.int64) * bias.stride[0]
-        acc += tl.load(at, mask=column < out_features, other=0.0).to(tl.float32)[None, :]
+        bias_ptrs = bias.ptr + column.to(tl.int64) * bias.stride[0]
+        acc += tl.load(bias_ptrs, mask=column < out_features, other=0.0).to(tl.float32)[None, :]
     if h is not None:
         gated = tl.load(gate + row, mask=row < rows, other=0.0) != 0.0
         if tl.max(gated.to(tl.int32), 0) != 0:
             term = product(h, lora_b, None, row, column, rows, out_features, rank, EVEN_R, BLOCK_R, UPCAST)
             acc = tl.where(gated[:, None], acc + scale * term, acc)
     mask = (row < rows)[:, None] & (column < out_features)[None, :]
-    tl.store(_addresses(out, row, column), acc.to(out.ptr.dtype.element_ty), mask=mask)
+    tl.store(_pointers(out, row, column), acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -99,7 +101,7 @@ def gated_rows_kernel(
     ADD: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows with m != 0: `s * m * (x W^T)`, others 0; with ADD they are `+= s * (x W^T)`, and others untouched."""
+    """Rows with m != 0: `s * m * (x W^T)`, the others 0. With ADD, `out += s * (x W^T)` on rows with m != 0 only."""
     row, column = _tile(out_features, BLOCK_M, BLOCK_N)
     m = tl.load(gate + row, mask=row < rows, other=0.0)
     gated = m != 0.0
@@ -107,13 +109,13 @@ def gated_rows_kernel(
     if tl.max(gated.to(tl.int32), 0) != 0:
         acc = scale * product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K, UPCAST)
     mask = (row < rows)[:, None] & (column < out_features)[None, :]
-    at = _addresses(out, row, column)
+    out_ptrs = _pointers(out, row, column)
     if ADD:
         mask = mask & gated[:, None]
-        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
     else:
         acc = tl.where(gated[:, None], acc * m[:, None], 0.0)
-    tl.store(at, acc.to(out.ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,11 +123,12 @@ def gated_sum_kernel(
     a, b, gate, out, rows, a_columns, b_columns, scale,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`s * a^T b`, summed over the rows whose gate is not 0; a `[a_columns, rows]`, b `[b_columns, rows]`."""
+    """`s * a b^T`, summed over the rows whose gate is not 0, of transposed operands: a `[a_columns, rows]`, b
+    `[b_columns, rows]`, the result `[a_columns, b_columns]`."""
     i, j = _tile(b_columns, BLOCK_M, BLOCK_N)
     acc = scale * product(a, b, gate, i, j, a_columns, b_columns, rows, False, BLOCK_K, UPCAST)
     mask = (i < a_columns)[:, None] & (j < b_columns)[None, :]
-    tl.store(_addresses(out, i, j), acc.to(out.ptr.dtype.element_ty), mask=mask)
+    tl.store(_pointers(out, i, j), acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 def _upcast(x: Tensor) -> bool:

@@ -2,25 +2,26 @@
 
 Computes, for every row of every sequence (twin: `tidar_kernels.eager.step_attention`):
 
-    out = softmax(scale * q K^T) V   over cache slots [0, P) and in-flight keys lead, own and tree mask of the row
+    out = softmax(scale * q K^T) V   over cache slots [0, P) and the in-flight keys in the row's lead, own or tree mask
 
-Keys lie on one line of absolute positions: key n comes from the cache below P and from the in-flight tensors at and
-above it, so that tiles and splits mean the same whether a draft is in flight or already committed. Only a row's *own*
-block, whose keys no other row of the line shares, is a tile of its own; so is the tree mask. A program
-takes BLOCK_M packed rows (q_len x heads of one kv head) and one split of the line:
+Keys lie on one line of absolute positions: below P, key n is cache slot n; from P on it is in-flight key n - P. Tiles
+and splits are aligned on that line, so they hold the same keys whether a draft is in flight or already committed. Only
+a row's *own* block, whose keys no other row finds on the line, has tiles of its own, aligned to in-flight indices; so
+have the paths of a token tree (the *tree mask*). A program takes BLOCK_M packed rows (q_len x the heads of one kv head)
+and one split of the line:
 
-    1. whole tiles below P             no mask at all
-    2. tiles from P's tile to lead_hi  cache below P and in-flight above in one aligned tile, masked by lead
-    3. split 0 only: own and tree mask in-flight tiles, masked by them
+    1. whole tiles below P                  no mask
+    2. from the tile of P to lead's end     spliced tiles, cache below P and in-flight from P on, masked by lead
+    3. split 0 only: own and tree mask      in-flight tiles, masked by them
 
-Behind a sliding window (`reach`) a row's part of the line starts later: tiles before every row's first key are skipped,
-and those that some row sees in part come before step 1, masked. Tiles stay where they are, so bits stay too. Sinks,
-one more logit a head (`common.softmax_start`), are split 0's.
+With a sliding window (`reach`) a row's part of the line starts later. Tiles before every row's first key are skipped;
+tiles that only some rows see, or see in part, come before step 1, masked. Tiles stay where they are, so bits stay too.
+Sinks, one more logit a head (`softmax_start`), belong to split 0.
 
-Programs whose split holds no key of their rows return at once, but those of split 0 never. With more than one split a
-second kernel merges the partial results by log-sum-exp, in split order: of each row split 0, and those that its own
-keys lie in. So a row's result does not depend on what other rows made a program write, and nothing is read that was
-not written.
+A program whose split holds no key of its rows returns at once, unless it is of split 0. With several splits a second
+kernel merges the partial results by log-sum-exp, in split order: of each row split 0 and the splits in which it sees
+keys. So a row's result does not depend on what other rows made a program write, and no memory is read that was not
+written.
 """
 
 from __future__ import annotations
@@ -34,22 +35,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.common import (
+from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
+from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.softmax import (
     attend_whole_tiles,
-    load_interval,
-    load_tile,
     raw_scores,
-    row_pointers,
     score_units,
     softmax_finish,
     softmax_start,
     softmax_update,
 )
-from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.tiles import load_interval, load_tile, row_pointers
 from ..operands import Cached, Keys, Rows, Scores
 
-# Of the second kernel, at a time: results of 8 splits, of so many rows that a thread loads 16 values.
+# The merge kernel loads partial results of 8 splits at a time, of so many rows that a thread has 16 values.
 COMBINED_SPLITS, COMBINED_VALUES = 8, 256
 LOG2_E = math.log2(math.e)
 
@@ -61,31 +60,33 @@ def _context_len(lengths, b, max_context):
 
 
 @triton.jit
-def _first_keys(reach, row, live, context, lead_lo, lead_hi):
-    """Of each row the first slot of context that it sees (`context` if none), and its first key on the line."""
-    first_slot = tl.maximum(context - tl.load(reach + row, mask=live, other=0), 0)
-    # Without context the line starts at lead; without either it is empty, and ends before it starts.
+def _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi):
+    """Of each row the first cache slot that it sees (`context` if none), and its first key on the line."""
+    first_slot = tl.maximum(context - tl.load(reach + row, mask=in_bounds, other=0), 0)
+    # A row that sees no context starts at lead; one that sees neither starts past every key.
     in_flight = context + tl.where(lead_lo < lead_hi, lead_lo, 0x3FFFFFFF)
     return first_slot, tl.where(first_slot < context, first_slot, in_flight)
 
 
 @triton.jit
-def _spliced_tile(old, new, cached, seen, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr):
-    """The tile whose rows lie at `old` where `cached`, else at `new`; rows outside `seen` are 0."""
+def _spliced_tile(
+    cache_ptrs, new_ptrs, cached, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr
+):
+    """The tile whose keys lie at `cache_ptrs` where `cached`, else at `new_ptrs`; 0 where not `in_bounds`."""
     if ONE_LOAD:
-        tile = load_tile(tl.where(cached[:, None], old, new), seen, HEAD_DIM, UPCAST)
+        tile = load_tile(tl.where(cached[:, None], cache_ptrs, new_ptrs), in_bounds, HEAD_DIM, UPCAST)
     else:
-        tile = load_tile(old, seen & cached, HEAD_DIM, UPCAST)
-        tile = tl.where(cached[:, None], tile, load_tile(new, seen & ~cached, HEAD_DIM, UPCAST))
+        tile = load_tile(cache_ptrs, in_bounds & cached, HEAD_DIM, UPCAST)
+        tile = tl.where(cached[:, None], tile, load_tile(new_ptrs, in_bounds & ~cached, HEAD_DIM, UPCAST))
     return tile
 
 
 @triton.jit
-def _with_tree_mask(own_start, own_end, tree_mask, row, live, kv_len, BLOCK_N: tl.constexpr):
-    """Own tiles' `(start, end)`, made to cover the words in which some row has a bit."""
+def _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N: tl.constexpr):
+    """The `(start, end)` of the own tiles, widened to every 32-key word in which some row's tree mask has a key."""
     words = tl.cdiv(kv_len, 32)
     for i in range(0, words):
-        word = tl.load(tree_mask + row.to(tl.int64) * words + i, mask=live, other=0)
+        word = tl.load(tree_mask + row.to(tl.int64) * words + i, mask=in_bounds, other=0)
         if tl.max((word != 0).to(tl.int32), 0) > 0:
             own_start = tl.minimum(own_start, i * 32 // BLOCK_N * BLOCK_N)
             own_end = tl.maximum(own_end, tl.minimum(i * 32 + 32, kv_len))
@@ -93,14 +94,14 @@ def _with_tree_mask(own_start, own_end, tree_mask, row, live, kv_len, BLOCK_N: t
 
 
 @triton.jit
-def _see_tree_mask(visible, tree_mask, row, live, n0, kv_len, BLOCK_N: tl.constexpr):
-    """`visible`, and the keys of the tile at n0 in each row's tree mask. One load a row and word, not one a key."""
+def _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N: tl.constexpr):
+    """`visible`, and the keys of the tile at n0 in each row's tree mask: one load per row and 32-key word."""
     words = tl.cdiv(kv_len, 32)
     n = n0 + tl.arange(0, BLOCK_N)
     for i in tl.static_range((BLOCK_N + 31) // 32):
-        at = n0 // 32 + i
-        word = tl.load(tree_mask + row.to(tl.int64) * words + at, mask=live & (at < words), other=0)
-        visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == at)[None, :])
+        index = n0 // 32 + i
+        word = tl.load(tree_mask + row.to(tl.int64) * words + index, mask=in_bounds & (index < words), other=0)
+        visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == index)[None, :])
     return visible
 
 
@@ -111,110 +112,116 @@ def _see_tree_mask(visible, tree_mask, row, live, n0, kv_len, BLOCK_N: tl.conste
 )
 def step_attention_kernel(
     q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, tree_mask, out, lse,
-    q_len, num_kv_heads, group, kv_len, max_context, scale, inner,
+    q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
     SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One row tile, one split. `out` and `lse` are the results, or partial ones `[split, batch, heads, q_len(, d)]`.
+    """One row tile of one kv head, one split of the line.
 
-    `scale` includes log2(e); lse is stored in natural log when it is final, in base 2 when it is partial. `reach` is
-    None without a window, `sinks` without sinks, `tree_mask` without one, `inner` without a cap
-    (`common.modify_scores`).
+    `out [split, batch, heads, q_len, d]` and `lse [split, batch, heads, q_len]` are the results, or with PARTIAL what
+    `combine_splits_kernel` merges. lse is in natural log, with PARTIAL in base 2. `reach` is None without a window,
+    `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`).
     """
-    row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run side by side
+    row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run at the same time
     kv_sequence = tl.program_id(0) // row_tiles
     b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
     packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row = packed // group
     head = kv_head * group + packed % group
-    live = row < q_len
+    in_bounds = row < q_len
 
     context = _context_len(lengths, b, max_context)
-    lead_lo, lead_hi = load_interval(lead, row, live)
-    own_lo, own_hi = load_interval(own, row, live)
+    lead_lo, lead_hi = load_interval(lead, row, in_bounds)
+    own_lo, own_hi = load_interval(own, row, in_bounds)
     end = context + tl.max(lead_hi, 0)
     start = split * SPLIT
     stop = start + SPLIT
     if (start >= end) & (split > 0):
         return
     if reach is not None:
-        first_slot, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+        first_slot, first_key = _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi)
         begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
         if (begin >= stop) & (split > 0):
             return
 
     b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
-    at = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
-    q_tile = load_tile(at, live, HEAD_DIM, UPCAST)
-    k_base = b64 * k.stride[0] + kv_head64 * k.stride[1]
-    v_base = b64 * v.stride[0] + kv_head64 * v.stride[1]
-    k_cache_base = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
-    v_cache_base = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
+    q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
+    v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    k_cache_offset = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
+    v_cache_offset = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m, l = softmax_start(sinks, head, live & (split == 0), BLOCK_M)
+    m, l = softmax_start(sinks, head, in_bounds & (split == 0), BLOCK_M)
     key = tl.arange(0, BLOCK_N)
 
-    # 1. whole tiles of context, behind a window first those that not every row sees all of
+    # 1. whole tiles of context; with a window, first those that some row does not see all of
     whole_end = tl.minimum(stop, context // BLOCK_N * BLOCK_N)
     if reach is not None:
         start = tl.maximum(start, begin)
-        whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(live, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
+        whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(in_bounds, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
         for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k_cache, k_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v_cache, v_cache_base, n, BLOCK_D), None, HEAD_DIM, UPCAST)
-            seen = n[None, :] >= first_slot[:, None]
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
+            k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            visible = n[None, :] >= first_slot[:, None]
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
         start = tl.maximum(start, whole_start)
     acc, m, l = attend_whole_tiles(
-        acc, m, l, q_tile, k_cache, k_cache_base, v_cache, v_cache_base, start, whole_end, scale, inner,
+        acc, m, l, q_tile, k_cache, k_cache_offset, v_cache, v_cache_offset, start, whole_end, unit2, inner_scale,
         HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
     )  # fmt: skip
 
     # 2. the tiles where the context ends and the drafts begin
     for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(stop, end), BLOCK_N, num_stages=1):
         n = n0 + key
-        cached, fly = n < context, n - context
-        k_old, k_new = row_pointers(k_cache, k_cache_base, n, BLOCK_D), row_pointers(k, k_base, fly, BLOCK_D)
-        v_old, v_new = row_pointers(v_cache, v_cache_base, n, BLOCK_D), row_pointers(v, v_base, fly, BLOCK_D)
-        k_tile = _spliced_tile(k_old, k_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
-        v_tile = _spliced_tile(v_old, v_new, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
-        in_lead = (fly[None, :] >= lead_lo[:, None]) & (fly[None, :] < lead_hi[:, None])
-        seen = cached[None, :] | in_lead
+        cached, new = n < context, n - context
+        k_cache_ptrs, k_ptrs = (
+            row_pointers(k_cache, k_cache_offset, n, BLOCK_D),
+            row_pointers(k, k_offset, new, BLOCK_D),
+        )
+        v_cache_ptrs, v_ptrs = (
+            row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
+            row_pointers(v, v_offset, new, BLOCK_D),
+        )
+        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
+        visible = cached[None, :] | in_lead
         if reach is not None:
-            seen = seen & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
-        acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, seen)
+            visible = visible & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
+        acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
-    # 3. own blocks and tree masks, in tiles aligned to in-flight indices so that a row's mates do not change it
+    # 3. the rows' own blocks and tree mask: tiles are aligned to in-flight indices, whatever rows share the program
     if split == 0:
         has_own = own_lo < own_hi
         own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
         own_end = tl.max(own_hi, 0)
         if tree_mask is not None:
-            own_start, own_end = _with_tree_mask(own_start, own_end, tree_mask, row, live, kv_len, BLOCK_N)
+            own_start, own_end = _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k, k_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v, v_base, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
-                visible = _see_tree_mask(visible, tree_mask, row, live, n0, kv_len, BLOCK_N)
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, scale, inner, visible)
+                visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
-    at_row = ((split * batch + b).to(tl.int64) * num_kv_heads * group + head64) * q_len + row
+    row_offset = ((split * batch + b).to(tl.int64) * num_kv_heads * group + head64) * q_len + row
     if PARTIAL:
-        tl.store(lse + at_row, lse2, mask=live)
+        tl.store(lse + row_offset, lse2, mask=in_bounds)
     else:
-        tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
-    at = out.ptr + split.to(tl.int64) * out.stride[0] + b64 * out.stride[1] + head64 * out.stride[2]
-    at = at + row.to(tl.int64) * out.stride[3]
-    at = at[:, None] + dim.to(tl.int64)[None, :] * out.stride[4]
-    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & (dim[None, :] < HEAD_DIM))
+        tl.store(lse + row_offset, lse2 * 0.6931471805599453, mask=in_bounds)
+    out_ptrs = out.ptr + split.to(tl.int64) * out.stride[0] + b64 * out.stride[1] + head64 * out.stride[2]
+    out_ptrs = out_ptrs + row.to(tl.int64) * out.stride[3]
+    out_ptrs = out_ptrs[:, None] + dim.to(tl.int64)[None, :] * out.stride[4]
+    tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & (dim[None, :] < HEAD_DIM))
 
 
 @triton.jit(
@@ -228,40 +235,41 @@ def combine_splits_kernel(
 ):  # fmt: skip
     """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, BLOCK_S splits at a time, ascending.
 
-    A row reads split 0 and exactly the splits that its own keys lie in: what other rows of the launch needed does not
-    enter. Splits that it does not read are exact no-ops, as in `common.softmax_update`, and each has its place among
-    BLOCK_S whatever comes before. All loads of a turn are independent: one trip to memory for BLOCK_S splits.
+    `part [split, batch, heads, q_len, d]` and `part_lse`, in base 2, are partial results; `out` and `lse`, in natural
+    log, the results. A row reads split 0 and exactly the splits in which it sees keys, whatever the other rows need.
+    Splits that it does not read are exact no-ops, as in `softmax_update`, and a split has the same place among its
+    BLOCK_S in every launch. The loads of one iteration are independent: one memory latency per BLOCK_S splits.
     """
     b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = row < q_len
-    lead_lo, lead_hi = load_interval(lead, row, live)
+    in_bounds = row < q_len
+    lead_lo, lead_hi = load_interval(lead, row, in_bounds)
     context = _context_len(lengths, b, max_context)
-    end = tl.where(live, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
-    turns = tl.cdiv(tl.max(end, 0), BLOCK_S)
+    end = tl.where(in_bounds, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
+    iterations = tl.cdiv(tl.max(end, 0), BLOCK_S)
     skipped = 0
-    if reach is not None:  # behind a window, turn 0 for split 0, and then those from the first that some row sees
-        _, first_key = _first_keys(reach, row, live, context, lead_lo, lead_hi)
+    if reach is not None:  # iteration 0, for split 0, and then from the first in which some row sees a key
+        _, first_key = _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi)
         first = first_key // SPLIT
-        skipped = tl.maximum(tl.min(tl.where(live, first // BLOCK_S, turns), 0) - 1, 0)
-        skipped = tl.minimum(skipped, turns - 1)
+        skipped = tl.maximum(tl.min(tl.where(in_bounds, first // BLOCK_S, iterations), 0) - 1, 0)
+        skipped = tl.minimum(skipped, iterations - 1)
 
     dim = tl.arange(0, BLOCK_D)
     in_head = dim[None, :] < HEAD_DIM
-    at_row = tl.program_id(0).to(tl.int64) * q_len + row
+    row_offset = tl.program_id(0).to(tl.int64) * q_len + row
     rows_per_split = tl.num_programs(0).to(tl.int64) * q_len
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_R], tl.float32)
-    for turn in range(0, turns - skipped):
-        split = tl.where(turn == 0, 0, turn + skipped) * BLOCK_S + tl.arange(0, BLOCK_S)
-        read = split[:, None] < end[None, :]
+    for i in range(0, iterations - skipped):
+        split = tl.where(i == 0, 0, i + skipped) * BLOCK_S + tl.arange(0, BLOCK_S)
+        needed = split[:, None] < end[None, :]
         if reach is not None:
-            read = read & ((split[:, None] == 0) | (split[:, None] >= first[None, :]))
-        at = split[:, None] * rows_per_split + at_row[None, :]
-        split_lse = tl.load(part_lse + at, mask=read, other=float("-inf"))
-        at = at[:, :, None] * HEAD_DIM + dim[None, None, :]
-        split_out = tl.load(part + at, mask=read[:, :, None] & in_head[None, :, :], other=0.0)
+            needed = needed & ((split[:, None] == 0) | (split[:, None] >= first[None, :]))
+        lse_offset = split[:, None] * rows_per_split + row_offset[None, :]
+        split_lse = tl.load(part_lse + lse_offset, mask=needed, other=float("-inf"))
+        out_offset = lse_offset[:, :, None] * HEAD_DIM + dim[None, None, :]
+        split_out = tl.load(part + out_offset, mask=needed[:, :, None] & in_head[None, :, :], other=0.0)
         m_new = tl.maximum(m, tl.max(split_lse, 0))
         pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = tl.exp2(split_lse - pivot[None, :])
@@ -270,10 +278,10 @@ def combine_splits_kernel(
         acc = tl.fma(acc, alpha[:, None], tl.sum(split_out * weight[:, :, None], 0))
         m = m_new
     result, lse2 = softmax_finish(acc, m, l)
-    tl.store(lse + at_row, lse2 * 0.6931471805599453, mask=live)
-    at = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
-    at = at + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
-    tl.store(at, result.to(out.ptr.dtype.element_ty), mask=live[:, None] & in_head)
+    tl.store(lse + row_offset, lse2 * 0.6931471805599453, mask=in_bounds)
+    out_ptrs = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
+    out_ptrs = out_ptrs + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
+    tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,16 +1,17 @@
 """Verification: every draft row's verdict and token from its logits, vocabulary tile by tile, no copy of the logits.
 
-Computes, for each row (twin: `tidar_kernels.eager.verify`; TiDAR, arXiv 2511.08923, step rule):
+Computes, for each row of logits (twin: `tidar_kernels.eager.verify`; TiDAR, arXiv 2511.08923, step rule):
 
     x        logits (mixed with the block's own by beta), repetition penalty, divided by the temperature
-    kept     x >= threshold: the largest of those of top-k, top-p and min-p; tokens tied at it stay
-    p, q     softmax over the kept x of the row, and of the row that its draft was drawn from
+    kept     tokens with x >= the largest of the top-k, top-p and min-p thresholds; ties at it are kept
+    p, q     softmax over the kept x of the row, and of the row that its draft d was drawn from
     greedy, coupled      token = argmax(x [+ G]);        accept the draft if it is that token
     rejection            token = argmax(log(p - q)+ + G); accept with probability min(1, p(d) / q(d))
     point mass           the same with q = 1 at the draft
 
-G is Gumbel noise of (seed, position, token, stream) alone. One program takes one row; a second, tiny kernel counts the
-accepted rows of each sequence. Thresholds are found by bisection on the bits of x: any vocabulary, any ties, no sort.
+G is Gumbel noise, a function of (seed, position, token, stream) alone. One program takes one row and reads its logits
+once per pass, a vocabulary tile at a time; a second, tiny kernel counts the accepted rows of each sequence. Thresholds
+are found by bisection on the bits of x: any vocabulary, any ties, no sort.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from torch import Tensor
 from .._triton.launch import INTERPRET, Launch, Strided, next_power_of_2, strided
 from .noise import Stream
 from .operands import Drafted, Requests, Target
+from .params import Knob
 
-# Streams of noise: what a draft's noise decided must not decide about the draft. `noise.Stream` names them.
-_DRAFT, _ACCEPT, _RESIDUAL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# Streams of noise: the noise that drew a draft must not be the one that judges it.
+_ACCEPT, _RESIDUAL = tl.constexpr(int(Stream.ACCEPT)), tl.constexpr(int(Stream.RESIDUAL))
+# Columns of the sampling parameters.
+_KNOBS = tl.constexpr(len(Knob))
+_TEMPERATURE, _TOP_K = tl.constexpr(int(Knob.TEMPERATURE)), tl.constexpr(int(Knob.TOP_K))
+_TOP_P, _MIN_P = tl.constexpr(int(Knob.TOP_P)), tl.constexpr(int(Knob.MIN_P))
+_REPETITION_PENALTY = tl.constexpr(int(Knob.REPETITION_PENALTY))
 COUPLED, REJECTION, POINT_MASS = 0, 1, 2
 _REJECTION, _POINT_MASS = tl.constexpr(REJECTION), tl.constexpr(POINT_MASS)
 # One shape for every vocabulary. The interpreter pays by the operation, not by the element.
 BLOCK_V, NUM_WARPS = (2**16 if INTERPRET else 2048), 8
-# Tiles of logits that are copied ahead: a loop without products is pipelined where it says so, and there alone.
+# Pipeline stages of the loops over logits: Triton pipelines a loop without products only if it says num_stages.
 STAGES = tl.constexpr(8)
 
 
@@ -44,7 +51,7 @@ def _noise_bits(seed, token, position, stream):
 
 @triton.jit
 def _gumbel(seed, token, position, stream):
-    """-log of an exponential variate. That is -log(1 - u) for a small u, whose small values keep their precision."""
+    """Gumbel noise of each token: -log E, with E = -log(1 - u) exponential; for small u a series, which is precise."""
     bits = _noise_bits(seed, token, position, stream)
     # From halves: an unsigned 32-bit integer does not convert to float the same way everywhere.
     u = (bits >> 16).to(tl.int32).to(tl.float32) * 65536.0 + (bits & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5
@@ -55,16 +62,20 @@ def _gumbel(seed, token, position, stream):
 
 @triton.jit
 def _scores(row, token, vocab_size, scores, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
-    """A tile of x, float32, -inf outside the vocabulary. `row` is (logits, mix), pointers with their strides; `scores`
-    is (beta, penalty, 1 / temperature, seen, drafts, drafts seen by the row)."""
+    """float32 x of a tile of tokens, -inf outside the vocabulary.
+
+    `row` is the pointer to the row's logits and their stride, then the same of the mixed logits. `scores` is (beta,
+    penalty, 1 / temperature, (pointer, stride) of the tokens seen, (pointer, stride) of the drafts, how many of the
+    drafts the row has seen).
+    """
     beta, penalty, inverse_temperature, seen, drafts, num_drafts = scores
-    inside = token < vocab_size
-    x = tl.load(row[0] + token.to(tl.int64) * row[1], mask=inside, other=float("-inf")).to(tl.float32)
+    in_bounds = token < vocab_size
+    x = tl.load(row[0] + token.to(tl.int64) * row[1], mask=in_bounds, other=float("-inf")).to(tl.float32)
     if HAS_MIX:
-        mix = tl.load(row[2] + token.to(tl.int64) * row[3], mask=inside, other=float("-inf")).to(tl.float32)
-        x = tl.where(inside, beta * x + (1.0 - beta) * mix, x)
+        mix = tl.load(row[2] + token.to(tl.int64) * row[3], mask=in_bounds, other=float("-inf")).to(tl.float32)
+        x = tl.where(in_bounds, beta * x + (1.0 - beta) * mix, x)
     if HAS_SEEN:
-        hit = tl.load(seen[0] + token.to(tl.int64) * seen[1], mask=inside, other=0) != 0
+        hit = tl.load(seen[0] + token.to(tl.int64) * seen[1], mask=in_bounds, other=0) != 0
         for i in range(0, num_drafts):
             hit = hit | (token == tl.load(drafts[0] + i * drafts[1]).to(tl.int32))
         x = tl.where(hit, tl.where(x > 0, x / penalty, x * penalty), x)
@@ -73,21 +84,21 @@ def _scores(row, token, vocab_size, scores, HAS_MIX: tl.constexpr, HAS_SEEN: tl.
 
 @triton.jit
 def _take(best, best_token, value, token):
-    """Running argmax over tiles, lane by lane: lanes meet once, in `_winner`. Of equal values the lowest token."""
+    """Running maximum and its token, lane by lane; `_winner` reduces the lanes. Ties go to the lowest token."""
     better = value > best
     return tl.where(better, value, best), tl.where(better, token, best_token)
 
 
 @triton.jit
 def _winner(best, best_token):
-    """`(max, argmax)` over the lanes; -inf and -1 if none took anything."""
+    """`(max, argmax)` over the lanes; -inf and -1 if no lane has a token."""
     top = tl.max(best, 0)
     return top, tl.min(tl.where(best == top, best_token, 2147483647), 0)
 
 
 @triton.jit
 def _order(x):
-    """int32 in the order of the floats."""
+    """The bits of x as int32 that sort as the floats do."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -97,7 +108,10 @@ def _bisect(
     row, vocab_size, scores, floor, top, target,
     BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The largest t, as `_order`, with `measure(x >= t) >= target`: measure counts tokens, or sums exp(x - top)."""
+    """The largest threshold t between floor and top, as `_order`, whose kept tokens x >= t reach `target`.
+
+    COUNT: in number; otherwise in mass, the sum of exp(x - top).
+    """
     lo, hi = floor.to(tl.int64), _order(top).to(tl.int64)
     while lo < hi:
         middle = lo + (hi - lo + 1) // 2
@@ -113,7 +127,7 @@ def _bisect(
 
 @triton.jit
 def _mass(row, vocab_size, scores, floor, top, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
-    """Sum of exp(x - top) over the kept tokens."""
+    """Sum of exp(x - top) over the kept tokens, x >= floor."""
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         x = _scores(row, start + tl.arange(0, BLOCK_V), vocab_size, scores, HAS_MIX, HAS_SEEN)
@@ -124,15 +138,15 @@ def _mass(row, vocab_size, scores, floor, top, BLOCK_V: tl.constexpr, HAS_MIX: t
 @triton.jit
 def _top(row, vocab_size, scores, BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr):
     """`(max, argmax, whether a logit is NaN or +inf)`."""
-    best, at = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
+    best, best_token = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
     bad = tl.zeros([BLOCK_V], tl.int32)
     for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_V)
         x = _scores(row, token, vocab_size, scores, HAS_MIX, HAS_SEEN)
         broken = (x != x) | (x == float("inf"))
         bad |= broken.to(tl.int32)
-        best, at = _take(best, at, tl.where(broken, float("-inf"), x), token)
-    top, token = _winner(best, at)
+        best, best_token = _take(best, best_token, tl.where(broken, float("-inf"), x), token)
+    top, token = _winner(best, best_token)
     return top, token, tl.max(bad, 0)
 
 
@@ -141,7 +155,7 @@ def _threshold(
     row, vocab_size, scores, top, top_k, top_p, min_p,
     BLOCK_V: tl.constexpr, HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Where the kept tokens begin, as `_order`: top-k, then top-p of what it keeps, then min-p."""
+    """The least kept x, as `_order`: by top-k, then top-p of what that keeps, then min-p."""
     floor = _order(tl.full([1], -3.4028234663852886e38, tl.float32))
     floor = tl.min(floor, 0)  # -inf is never kept
     if (top_k > 0) & (top_k < vocab_size):
@@ -162,24 +176,30 @@ def verify_rows_kernel(
     RULE: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_DRAFTS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its token, and its verdict on the draft behind it: 1 stays, 0 is replaced by the token, -1 bad row."""
+    """One row: its token, and its verdict on the next draft: 1 accepted, 0 replaced by the token, -1 for a bad row.
+
+    logits and mix `[batch, rows, vocab]`, draft_logits likewise, drafts `[batch, rows]`, seen `[batch, vocab]`; tokens
+    int64 and verdicts int32 `[batch, rows]`. A row is bad if a logit is NaN or +inf, or none is above -inf.
+    """
     b, i = (tl.program_id(0) // num_rows).to(tl.int64), tl.program_id(0) % num_rows
-    temperature, top_k = tl.load(knobs + 5 * b), tl.load(knobs + 5 * b + 1)
-    top_p, min_p, penalty = tl.load(knobs + 5 * b + 2), tl.load(knobs + 5 * b + 3), tl.load(knobs + 5 * b + 4)
+    knob_ptr = knobs + _KNOBS * b
+    temperature, top_k = tl.load(knob_ptr + _TEMPERATURE), tl.load(knob_ptr + _TOP_K)
+    top_p, min_p = tl.load(knob_ptr + _TOP_P), tl.load(knob_ptr + _MIN_P)
+    penalty = tl.load(knob_ptr + _REPETITION_PENALTY)
     seed, position = tl.load(seeds + b), (tl.load(positions + b) + i).to(tl.int32)
     is_greedy = temperature <= 0.0
     inverse = 1.0 / tl.where(is_greedy, 1.0, temperature)
-    drafts_at = (drafts.ptr + b * drafts.stride[0], drafts.stride[1])
-    seen_at = (seen.ptr + b * seen.stride[0], seen.stride[1])
+    row_drafts = (drafts.ptr + b * drafts.stride[0], drafts.stride[1])
+    row_seen = (seen.ptr + b * seen.stride[0], seen.stride[1])
     row = (
         logits.ptr + b * logits.stride[0] + i.to(tl.int64) * logits.stride[1], logits.stride[2],
         mix.ptr + b * mix.stride[0] + i.to(tl.int64) * mix.stride[1], mix.stride[2],
     )  # fmt: skip
-    scores = (beta, penalty, inverse, seen_at, drafts_at, i + 1 if HAS_DRAFTS else 0)
+    scores = (beta, penalty, inverse, row_seen, row_drafts, i + 1 if HAS_DRAFTS else 0)
     has_draft = False
     draft = -1
     if HAS_DRAFTS:
-        draft = tl.load(drafts_at[0] + (i + 1) * drafts_at[1], mask=i + 1 < num_rows, other=-1).to(tl.int32)
+        draft = tl.load(row_drafts[0] + (i + 1) * row_drafts[1], mask=i + 1 < num_rows, other=-1).to(tl.int32)
         has_draft = draft >= 0
 
     top, token, bad = _top(row, vocab_size, scores, BLOCK_V, HAS_MIX, HAS_SEEN)
@@ -190,10 +210,10 @@ def verify_rows_kernel(
         best, best_token = tl.full([BLOCK_V], float("-inf"), tl.float32), tl.full([BLOCK_V], -1, tl.int32)
         if RULE == 0:
             for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
-                at = start + tl.arange(0, BLOCK_V)
-                x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
-                value = tl.where(_order(x) >= floor, x + _gumbel(seed, at, position, stream), float("-inf"))
-                best, best_token = _take(best, best_token, value, at)
+                candidate = start + tl.arange(0, BLOCK_V)
+                x = _scores(row, candidate, vocab_size, scores, HAS_MIX, HAS_SEEN)
+                value = tl.where(_order(x) >= floor, x + _gumbel(seed, candidate, position, stream), float("-inf"))
+                best, best_token = _take(best, best_token, value, candidate)
             _, token = _winner(best, best_token)
             accept = token == draft
         else:
@@ -201,9 +221,9 @@ def verify_rows_kernel(
             q_row, q_scores = row, scores
             q_top, q_floor, q_total = top, floor, p_total
             if RULE == _REJECTION:
-                q_at = draft_logits.ptr + b * draft_logits.stride[0] + (i + 1).to(tl.int64) * draft_logits.stride[1]
-                q_row = (q_at, draft_logits.stride[2], row[2], row[3])
-                q_scores = (beta, penalty, inverse, seen_at, drafts_at, 0)
+                q_ptr = draft_logits.ptr + b * draft_logits.stride[0] + (i + 1).to(tl.int64) * draft_logits.stride[1]
+                q_row = (q_ptr, draft_logits.stride[2], row[2], row[3])
+                q_scores = (beta, penalty, inverse, row_seen, row_drafts, 0)
                 if has_draft:
                     q_top, _, q_bad = _top(q_row, vocab_size, q_scores, BLOCK_V, False, HAS_SEEN)
                     bad = q_bad > 0
@@ -214,23 +234,23 @@ def verify_rows_kernel(
             second, second_token = best, best_token
             p_draft, q_draft = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
             for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
-                at = start + tl.arange(0, BLOCK_V)
-                x = _scores(row, at, vocab_size, scores, HAS_MIX, HAS_SEEN)
+                candidate = start + tl.arange(0, BLOCK_V)
+                x = _scores(row, candidate, vocab_size, scores, HAS_MIX, HAS_SEEN)
                 p = tl.where(_order(x) >= floor, tl.exp(x - top), 0.0) / p_total
-                q = tl.where(at == draft, 1.0, 0.0)
+                q = tl.where(candidate == draft, 1.0, 0.0)
                 if RULE == _REJECTION:
                     q = tl.zeros_like(p)
                     if has_draft:
-                        y = _scores(q_row, at, vocab_size, q_scores, False, HAS_SEEN)
+                        y = _scores(q_row, candidate, vocab_size, q_scores, False, HAS_SEEN)
                         q = tl.where(_order(y) >= q_floor, tl.exp(y - q_top), 0.0) / q_total
-                noise = _gumbel(seed, at, position, _RESIDUAL)
+                noise = _gumbel(seed, candidate, position, _RESIDUAL)
                 rest = p - q
                 value = tl.where(rest > 0, tl.log(tl.where(rest > 0, rest, 1.0)) + noise, float("-inf"))
-                best, best_token = _take(best, best_token, value, at)
+                best, best_token = _take(best, best_token, value, candidate)
                 value = tl.where(p > 0, tl.log(tl.where(p > 0, p, 1.0)) + noise, float("-inf"))
-                second, second_token = _take(second, second_token, value, at)
-                p_draft += tl.where(at == draft, p, 0.0)
-                q_draft += tl.where(at == draft, q, 0.0)
+                second, second_token = _take(second, second_token, value, candidate)
+                p_draft += tl.where(candidate == draft, p, 0.0)
+                q_draft += tl.where(candidate == draft, q, 0.0)
             _, token = _winner(best, best_token)
             _, second_token = _winner(second, second_token)
             # Nothing is left of p only where p = q up to rounding: then either serves.
@@ -245,7 +265,7 @@ def verify_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def count_accepted_kernel(tokens, verdicts, accepted, next_tokens, bad_rows, num_rows, BLOCK_B: tl.constexpr):
-    """One sequence: the first row that does not accept decides, by its token, what comes next."""
+    """One sequence: `accepted` counts its rows up to the first that does not accept; that row's token comes next."""
     b, i = tl.program_id(0), tl.arange(0, BLOCK_B)
     verdict = tl.load(verdicts + b * num_rows + i, mask=i < num_rows, other=0)
     last = tl.min(tl.where((verdict != 1) & (i < num_rows), i, num_rows), 0)
