@@ -12,6 +12,11 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
+from .operands import Keys
+
+# Beyond these, products overflow in float32: of a key with ordinary rows, of two such factors.
+LARGEST_KEY = 1e30
+LARGEST_FACTOR = 1e15
 # Scores a head that capped attention holds at a time: 256 rows by 512 keys are 512 kB in float32.
 CAPPED_ROWS = 256
 CAPPED_KEYS = 512
@@ -56,6 +61,29 @@ def _nothing() -> None:
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied if its last stride is not 1: ATen's fused attention takes that stride for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def all_below(x: Tensor, limit: float = math.inf) -> bool:
+    """Whether every element is in `(-limit, limit)`: one pass, and False for NaN."""
+    if x.numel() == 0:
+        return True
+    low, high = torch.aminmax(x)
+    return -limit < low.item() and high.item() < limit
+
+
+def broken_keys(keys: Keys) -> Tensor | None:
+    """The keys in flight that must not enter a product with weight 0, bool `[batch, kv_heads, kv_len]`; None if none.
+
+    ATen adds masks to scores and multiplies values by weights of 0, and neither -inf + NaN nor 0 * NaN leaves nothing.
+    """
+    if all_below(keys.k, LARGEST_KEY) and all_below(keys.v):
+        return None
+    return ~((keys.k.abs() < LARGEST_KEY).all(-1) & keys.v.isfinite().all(-1))
+
+
+def without(keys: Keys, broken: Tensor) -> Keys:
+    """`keys` with 0 in the broken ones."""
+    return Keys(*(x.masked_fill(broken.unsqueeze(-1), 0.0) for x in keys))
 
 
 def share(part_lse: Tensor, other_lse: Tensor) -> Tensor:

@@ -68,9 +68,17 @@ def softmax_start(sinks, head, counts, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def raw_scores(q, k):
-    """float32 `[rows, keys]`: q.k of a row tile and a key tile; float32 operands are not rounded to TF32."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee")
+def raw_scores(q, k, defect):
+    """float32 `[rows, keys]`: q.k of a row tile and a key tile; float32 operands are not rounded to TF32.
+
+    The keys' `defect`, or None, is added by way of the accumulator: after the product it would cost registers.
+    """
+    if defect is None:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        bias = tl.broadcast_to(defect[None, :], (q.shape[0], k.shape[0]))
+        scores = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
+    return scores
 
 
 @triton.jit
@@ -83,6 +91,10 @@ def softmax_update(acc, m, l, scores, v, unit2, inner_scale, visible):
     Three choices make a tile that a row does not see an exact no-op, and a tile that it sees wholly the same bits with
     and without a mask: the mask goes onto the raw scores, so that scaling and subtracting are one explicit fma either
     way; a row that has seen nothing pivots at 0; and a tile without a visible key leaves the maximum, so alpha is 1.
+
+    Under a mask a row gives weight 0 to keys that it does not see. `v` must then be finite: committed values are; for
+    a key in flight whose value is not, callers load 0 and add its defect to its scores (`defects`), so that exactly the
+    rows that see it are NaN.
     """
     scores = cap_scores(scores, inner_scale, v.dtype == tl.float32)
     if visible is not None:
@@ -115,11 +127,11 @@ def attend_whole_tiles(
     k_stride, v_stride = tl.cast(k.stride[2], tl.int64), tl.cast(v.stride[2], tl.int64)
     if SCORES_AHEAD:
         if start < stop:
-            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM, UPCAST))
+            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM, UPCAST), None)
             for n0 in tl.range(start + BLOCK_N, stop, BLOCK_N):
                 k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
                 v_tile = load_tile(v_ptrs + (n0 - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
-                ahead = raw_scores(q, k_tile)
+                ahead = raw_scores(q, k_tile, None)
                 acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, None)
                 scores = ahead
             v_tile = load_tile(v_ptrs + (stop - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
@@ -128,7 +140,7 @@ def attend_whole_tiles(
         for n0 in tl.range(start, stop, BLOCK_N):
             k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs + n0 * v_stride, None, HEAD_DIM, UPCAST)
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile), v_tile, unit2, inner_scale, None)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile, None), v_tile, unit2, inner_scale, None)
     return acc, m, l
 
 

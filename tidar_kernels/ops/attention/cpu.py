@@ -23,7 +23,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .._cpu import TensorMemo, add_sinks, capped_attention, capped_attention_backward, share, unit_stride
+from .._cpu import (
+    LARGEST_FACTOR,
+    TensorMemo,
+    add_sinks,
+    all_below,
+    broken_keys,
+    capped_attention,
+    capped_attention_backward,
+    share,
+    unit_stride,
+    without,
+)
 from ..operands import Keys, Results, Rows, Scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -272,8 +283,39 @@ def _attend(
     return capped_attention(q, k, v, scale, softcap, mask)
 
 
+def _rows_seeing(broken: Tensor, rows: Rows) -> Tensor:
+    """Rows that see a broken key, bool `[batch, heads, q_len]`; broken is bool `[batch, kv_heads, kv_len]`."""
+    before = torch.nn.functional.pad(broken.cumsum(-1, dtype=torch.int32), (1, 0))  # broken keys before each
+    sees = [
+        (before[..., interval[:, 1].long()] > before[..., interval[:, 0].long()]) & (interval[:, 0] < interval[:, 1])
+        for interval in (rows.lead, rows.own)
+    ]
+    return (sees[0] | sees[1]).repeat_interleave(rows.q.shape[1] // broken.shape[1], dim=1)
+
+
+def _keys_seen(broken: Tensor, rows: Rows, kv_len: int, num_kv_heads: int) -> Tensor:
+    """Keys that a broken row sees, bool `[batch, kv_heads, kv_len]`; broken is bool `[batch, heads, q_len]`."""
+    change = torch.zeros(*broken.shape[:2], kv_len + 1, dtype=torch.int32)  # of the number of rows that see a key
+    for lo, hi in (rows.lead.unbind(1), rows.own.unbind(1)):
+        counts = (broken & (lo < hi)).to(torch.int32)
+        change.index_add_(2, lo.long(), counts).index_add_(2, hi.long(), counts, alpha=-1)
+    return (change.cumsum(-1)[..., :-1] > 0).unflatten(1, (num_kv_heads, -1)).any(2)
+
+
 def attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Forward: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q."""
+    """Forward: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q.
+
+    A row that sees a key that is not finite is NaN, and the others have the bits that they always have.
+    """
+    broken = broken_keys(keys)
+    if broken is None:
+        return _attention(rows, keys, scores)
+    out, lse = _attention(rows, without(keys, broken), scores)
+    seeing = _rows_seeing(broken, rows)
+    return out.masked_fill_(seeing.unsqueeze(-1), math.nan), lse.masked_fill_(seeing, math.nan)
+
+
+def _attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
     (q, lead, own, _, _), (k, v), (scale, softcap, sinks) = rows, keys, scores
     plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])
@@ -334,18 +376,48 @@ def _attend_backward(
 
 
 def attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward: `(dq, dk, dv)`, in the layout of q, k, v."""
+    """Backward: `(dq, dk, dv)`, in the layout of q, k, v.
+
+    A row that is not finite, or whose result or gradient is not, makes NaN of its dQ and of dK and dV of the keys that
+    it sees; the other gradients have the bits that they have without it.
+    """
+    out, lse, grad_out, grad_lse = results
+    broken = broken_keys(keys)
+    sound = all_below(rows.q) and all_below(out, LARGEST_FACTOR) and all_below(grad_out, LARGEST_FACTOR)
+    sound = sound and all(x is None or bool((x < math.inf).all()) for x in (lse, grad_lse))
+    if sound and broken is None:
+        return _attention_backward(rows, keys, scores, results)
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    row = ~(rows.q.isfinite().all(-1) & grad_out.isfinite().all(-1) & delta.isfinite() & (lse < math.inf))
+    if grad_lse is not None:
+        row |= ~grad_lse.isfinite()
+    if broken is not None:
+        row |= _rows_seeing(broken, rows)
+        keys = without(keys, broken)
+    q, out, grad_out = (x.masked_fill(row.unsqueeze(-1), 0.0) for x in (rows.q, out, grad_out))
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(row, 0.0)
+    cut = Results(out, lse.masked_fill(row, -math.inf), grad_out, grad_lse)  # as if broken rows saw nothing
+    dq, dk, dv = _attention_backward(rows._replace(q=q), keys, scores, cut)
+    seen = _keys_seen(row, rows, keys.k.shape[2], keys.k.shape[1]).unsqueeze(-1)
+    return (
+        dq.masked_fill_(row.unsqueeze(-1), math.nan),
+        dk.masked_fill_(seen, math.nan),
+        dv.masked_fill_(seen, math.nan),
+    )
+
+
+def _attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results) -> tuple[Tensor, Tensor, Tensor]:
     (q, lead, own, _, _), (k, v), (scale, softcap, _) = rows, keys, scores
     out, lse, grad_out, grad_lse = results
     if grad_lse is not None and softcap is None:
         # dS gains P * grad_lse. Its product with K is what attention gives for V = K, that with Q is a dV for dO = Q.
         weight = grad_lse.masked_fill(lse == -math.inf, 0.0).mul(scale).unsqueeze(-1)
-        average, keys_lse = attention(rows, Keys(k, k), Scores(scale))
+        average, keys_lse = _attention(rows, Keys(k, k), Scores(scale))
         # What the keys have of the softmax: all of it, but for a sink.
         average *= torch.where(keys_lse == -math.inf, 0.0, (keys_lse - lse).exp()).unsqueeze(-1)
-        dq, dk, dv = attention_backward(rows, keys, scores, Results(out, lse, grad_out))
+        dq, dk, dv = _attention_backward(rows, keys, scores, Results(out, lse, grad_out))
         weight = weight.to(q.dtype)
-        more = attention_backward(rows, keys, scores, Results(out, lse, weight * q))[2]
+        more = attention_backward(rows, keys, scores, Results(out, lse, weight * q))[2]  # in half this may overflow
         return dq.add_(weight * average), dk.add_(more), dv
     plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])

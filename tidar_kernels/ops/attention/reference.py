@@ -19,6 +19,14 @@ from ...patterns import Pattern
 __all__ = ["attention", "masked_attention"]
 
 
+def _split_defects(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [.., d]` with 0 for NaN and infinities; and of each vector 0, or NaN if it had one, `[..]`."""
+    finite = x.isfinite()
+    return x.masked_fill(~finite, 0.0), torch.zeros(x.shape[:-1], device=x.device).masked_fill(
+        ~finite.all(-1), math.nan
+    )
+
+
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -26,12 +34,18 @@ def masked_attention(
 
     Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = the head's sink, or -inf without sinks. lse is
     float32 at least.
+
+    A key that a row does not see leaves nothing in its result and gradients, whatever it holds: what is not finite is
+    left out of every product (0 * NaN is NaN) and makes the scores of its row or key NaN, before the mask.
     """
     num_kv_heads, head_dim = k.shape[-3], q.shape[-1]
+    (q, row_defect), (k, key_defect), (v, value_defect) = map(_split_defects, (q, k, v))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     grouped = rearrange(q, "... (kv group) row dim -> ... kv group row dim", kv=num_kv_heads)
     scores = grouped @ rearrange(k, "... kv key dim -> ... kv 1 dim key")
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = scores + rearrange(row_defect, "... (kv group) row -> ... kv group row 1", kv=num_kv_heads)
+    scores = scores + rearrange(key_defect + value_defect, "... kv key -> ... kv 1 1 key")
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -math.inf)
@@ -40,6 +54,7 @@ def masked_attention(
         lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
     probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
     out = probs.to(v.dtype) @ rearrange(v, "... kv key dim -> ... kv 1 key dim")
+    out = out.masked_fill(lse.isnan().unsqueeze(-1), math.nan)  # so that no gradient of such a row enters that product
     merge = "... kv group row -> ... (kv group) row"
     return rearrange(out, merge.replace("row", "row dim")), rearrange(lse, merge)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...patterns.rows import unpack_tree_mask
-from .._cpu import TensorMemo, add_sinks, capped_attention, share, unit_stride
+from .._cpu import TensorMemo, add_sinks, broken_keys, capped_attention, share, unit_stride, without
 from ..operands import Cached, Keys, Rows, Scores
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -74,6 +74,13 @@ def _attend(
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
+    broken = broken_keys(keys)
+    if broken is not None:
+        out, lse = step_attention(rows, without(keys, broken), cached, scores)
+        visible = dense_mask(rows.lead, rows.own, keys.k.shape[2], rows.tree_mask)
+        # A row that sees a broken key is NaN, and the others have the bits that they always have.
+        seeing = (visible & broken.unsqueeze(2)).any(-1).repeat_interleave(out.shape[1] // broken.shape[1], dim=1)
+        return out.masked_fill(seeing.unsqueeze(-1), math.nan), lse.masked_fill(seeing, math.nan)
     (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
     k_cache, v_cache, lengths, _ = cached
     batch, num_heads, q_len, head_dim = q.shape

@@ -1,0 +1,145 @@
+"""Whatever a row in flight holds, rows that do not see it keep their bits: NaN, infinities, values that overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tidar_kernels as tk
+from tests.paths import DEVICES
+from tidar_kernels import eager, patterns, testing
+from tidar_kernels.patterns import Pattern
+
+# What broken rows hold, and from which column on. A lone infinity makes scores of +inf and -inf, several make NaN too.
+FILLS = ((torch.nan, 0), (torch.inf, 0), (-torch.inf, 15), (torch.inf, 15), (1e20, 0))
+STEPS: dict[str, Callable[[], Pattern]] = {
+    "tidar_step": lambda: patterns.tidar_step(4),
+    "levels": lambda: patterns.tidar_step(4, levels=(1, 3)),
+    "isd_step": lambda: patterns.isd_step(4),
+    "flare": lambda: patterns.isd_step(4, bidirectional=True),
+    "prefill": lambda: patterns.tidar_prefill(11, 4),
+    "tree": lambda: testing.random_tree(20),
+    "window": lambda: patterns.tidar_step(4).windowed(9),
+    "window_within_drafts": lambda: patterns.isd_step(8).windowed(3),
+}
+TRAINING: dict[str, Callable[[], Pattern]] = {
+    "documents": lambda: patterns.tidar_training(19, 4, [7, 4, 8]),
+    "idlm": lambda: patterns.idlm_training(11, 3),
+    "block_diffusion": lambda: patterns.block_diffusion_training(13, 4),
+    "windowed": lambda: patterns.tidar_training(15, 4).windowed(6),
+    "long": lambda: patterns.packed([patterns.causal(300), patterns.tidar_training(70, 8)]),
+}
+KINDS = [
+    pytest.param(torch.float32, (4, 1), "", id="float32-group_4"),
+    pytest.param(torch.float16, (4, 4), "softcap", id="float16-group_1-softcap"),
+    pytest.param(torch.float16, (4, 1), "sinks", id="float16-group_4-sinks"),
+]
+# NumPy, which the interpreter computes with, warns of what is the point here.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PATHS = [*DEVICES, pytest.param("eager", id="eager")]
+
+
+def options_of(more: str, device: str) -> dict[str, Any]:
+    values = {"softcap": 1.5, "sinks": torch.tensor([0.3, -0.5, 1.0, 0.1], device=device)}
+    return {more: values[more]} if more else {}
+
+
+def hidden_from(pattern: Pattern, row: int) -> Tensor:
+    """The rows in flight that `row` does not see, bool `[q_len]`; a row's key has its index."""
+    hidden = ~pattern.dense()[row]
+    hidden[row] = False
+    return hidden
+
+
+def unconnected(pattern: Pattern, broken: Tensor) -> Tensor:
+    """The rows that are not broken and see no broken key, bool `[q_len]`."""
+    return ~broken & ~(pattern.dense() & broken).any(1)
+
+
+def broken_rows(pattern: Pattern) -> list[Tensor]:
+    """Rows to break, each time with others left that see none of them."""
+    found = [hidden_from(pattern, row) for row in sorted({0, pattern.q_len // 2, pattern.q_len - 1})]
+    return [broken for broken in found if bool(broken.any())]
+
+
+def filled(x: Tensor, rows: Tensor, value: float, column: int = 0) -> Tensor:
+    """A copy of `x [.., rows, d]` with `value`, or the largest that its dtype has, in some rows from a column on."""
+    copy = x.clone()
+    copy[:, :, rows.to(x.device), column:] = value if abs(value) == torch.inf else min(value, torch.finfo(x.dtype).max)
+    return copy
+
+
+@pytest.mark.parametrize(("dtype", "heads", "more"), KINDS)
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("device", PATHS)
+def test_a_step(device: str, name: str, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
+    attend, device = (eager.step_attention, "cpu") if device == "eager" else (tk.step_attention, device)
+    pattern, options = STEPS[name](), options_of(more, device)
+    q, k, v = (torch.randn(2, h, pattern.q_len, 16, device=device).to(dtype) for h in (heads[0], heads[1], heads[1]))
+    caches = [torch.randn(2, heads[1], 40, 16, device=device).to(dtype) for _ in range(2)]
+    lengths = torch.tensor([37, 5], dtype=torch.int32, device=device)
+    for cache in caches:  # slots past the length are never read
+        cache[1, :, 5:], cache[0, :, 37:] = torch.nan, torch.nan
+    expected, expected_lse = attend(q, k, v, *caches, lengths, pattern, return_lse=True, **options)
+    assert bool(expected.isfinite().all())
+    for broken in broken_rows(pattern):
+        clean = unconnected(pattern, broken).to(device)
+        assert bool(clean.any())
+        for fill in FILLS:
+            operands = (filled(x, broken, *fill) for x in (q, k, v))
+            out, lse = attend(*operands, *caches, lengths, pattern, return_lse=True, **options)
+            assert torch.equal(out[:, :, clean], expected[:, :, clean]), fill
+            assert torch.equal(lse[:, :, clean], expected_lse[:, :, clean]), fill
+
+
+@pytest.mark.parametrize("name", ["tidar_step", "tree", "flare"])
+@pytest.mark.parametrize("device", PATHS)
+def test_rows_that_see_a_broken_key_are_not_finite(device: str, name: str) -> None:
+    attend, device = (eager.step_attention, "cpu") if device == "eager" else (tk.step_attention, device)
+    pattern = STEPS[name]()
+    q, k, v, k_cache, v_cache = torch.randn(5, 1, 2, pattern.q_len, 16, device=device)
+    broken = hidden_from(pattern, 0)
+    sees = (pattern.dense() & broken).any(1).to(device)
+    lengths = torch.tensor([7], device=device)
+    for which in range(2):
+        keys = [k, v]
+        keys[which] = filled(keys[which], broken, torch.nan)
+        out = attend(q, *keys, k_cache, v_cache, lengths, pattern)
+        assert not bool(out.isfinite().all(-1)[:, :, sees].any())
+        assert bool(out[:, :, ~sees].isfinite().all())
+
+
+@pytest.mark.parametrize(("dtype", "heads", "more"), KINDS)
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("device", PATHS)
+def test_training(device: str, name: str, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
+    """Outputs, and gradients where the broken rows have some that are not finite too."""
+    attend, device = (eager.attention, "cpu") if device == "eager" else (tk.attention, device)
+    pattern, options = TRAINING[name](), options_of(more, device)
+    q, k, v, grad = (
+        torch.randn(2, h, pattern.q_len, 16, device=device).to(dtype) for h in (heads[0], heads[1], heads[1], heads[0])
+    )
+
+    def run(*operands: Tensor) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in operands[:3]]
+        out, lse = attend(*leaves, pattern, return_lse=True, **options)
+        grads = torch.autograd.grad([out, lse], leaves, [operands[3], operands[3][..., 0].to(lse.dtype)])
+        return [out.detach(), lse.detach(), *grads]
+
+    expected = run(*(x.clone() for x in (q, k, v, grad)))
+    for broken in broken_rows(pattern):
+        rows = unconnected(pattern, broken)
+        assert bool(rows.any())
+        # A key's gradient comes from the rows that see it: none may be broken, or see what is.
+        keys = (~broken & ~(pattern.dense() & ~rows[:, None]).any(0)).to(device)
+        rows = rows.to(device)
+        for fill in FILLS:
+            found = run(*(filled(x, broken, *fill) for x in (q, k, v, grad)))
+            for what, got, exact, clean in zip(
+                ("out", "lse", "dq", "dk", "dv"), found, expected, (rows, rows, rows, keys, keys), strict=True
+            ):
+                assert torch.equal(got[:, :, clean], exact[:, :, clean]), (what, fill)
