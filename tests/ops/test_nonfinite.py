@@ -31,12 +31,13 @@ TRAINING: dict[str, Callable[[], Pattern]] = {
     "idlm": lambda: patterns.idlm_training(11, 3),
     "block_diffusion": lambda: patterns.block_diffusion_training(13, 4),
     "windowed": lambda: patterns.tidar_training(15, 4).windowed(6),
-    "long": lambda: patterns.packed([patterns.causal(300), patterns.tidar_training(70, 8)]),
 }
+# Long enough for the pieces that the CPU path cuts, and too long for the interpreter.
+LONG = patterns.packed([patterns.causal(300), patterns.tidar_training(70, 8)])
 KINDS = [
     pytest.param(torch.float32, (4, 1), "", id="float32-group_4"),
-    pytest.param(torch.float16, (4, 4), "softcap", id="float16-group_1-softcap"),
-    pytest.param(torch.float16, (4, 1), "sinks", id="float16-group_4-sinks"),
+    pytest.param(torch.float16, (2, 2), "softcap", id="float16-group_1-softcap"),
+    pytest.param(torch.float16, (2, 1), "sinks", id="float16-group_2-sinks"),
 ]
 # NumPy, which the interpreter computes with, warns of what is the point here.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -44,7 +45,7 @@ PATHS = [*DEVICES, pytest.param("eager", id="eager")]
 
 
 def options_of(more: str, device: str) -> dict[str, Any]:
-    values = {"softcap": 1.5, "sinks": torch.tensor([0.3, -0.5, 1.0, 0.1], device=device)}
+    values = {"softcap": 1.5, "sinks": torch.tensor([0.3, -0.5], device=device)}
     return {more: values[more]} if more else {}
 
 
@@ -62,7 +63,7 @@ def unconnected(pattern: Pattern, broken: Tensor) -> Tensor:
 
 def broken_rows(pattern: Pattern) -> list[Tensor]:
     """Rows to break, each time with others left that see none of them."""
-    found = [hidden_from(pattern, row) for row in sorted({0, pattern.q_len // 2, pattern.q_len - 1})]
+    found = [hidden_from(pattern, row) for row in (0, pattern.q_len - 1)]
     return [broken for broken in found if bool(broken.any())]
 
 
@@ -118,10 +119,20 @@ def test_rows_that_see_a_broken_key_are_not_finite(device: str, name: str) -> No
 @pytest.mark.parametrize("device", PATHS)
 def test_training(device: str, name: str, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
     """Outputs, and gradients where the broken rows have some that are not finite too."""
+    check_training(device, TRAINING[name](), dtype, heads, more)
+
+
+@pytest.mark.parametrize(("dtype", "heads", "more"), KINDS)
+@pytest.mark.parametrize("device", ["cpu", "eager", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_long_training(device: str, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
+    check_training(device, LONG, dtype, heads, more)
+
+
+def check_training(device: str, pattern: Pattern, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
     attend, device = (eager.attention, "cpu") if device == "eager" else (tk.attention, device)
-    pattern, options = TRAINING[name](), options_of(more, device)
+    options = options_of(more, device)
     q, k, v, grad = (
-        torch.randn(2, h, pattern.q_len, 16, device=device).to(dtype) for h in (heads[0], heads[1], heads[1], heads[0])
+        torch.randn(1, h, pattern.q_len, 16, device=device).to(dtype) for h in (heads[0], heads[1], heads[1], heads[0])
     )
 
     def run(*operands: Tensor) -> list[Tensor]:

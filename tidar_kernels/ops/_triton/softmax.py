@@ -68,17 +68,9 @@ def softmax_start(sinks, head, counts, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def raw_scores(q, k, defect):
-    """float32 `[rows, keys]`: q.k of a row tile and a key tile; float32 operands are not rounded to TF32.
-
-    The keys' `defect`, or None, is added by way of the accumulator: after the product it would cost registers.
-    """
-    if defect is None:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    else:
-        bias = tl.broadcast_to(defect[None, :], (q.shape[0], k.shape[0]))
-        scores = tl.dot(q, tl.trans(k), bias, input_precision="ieee")
-    return scores
+def raw_scores(q, k):
+    """float32 `[rows, keys]`: q.k of a row tile and a key tile; float32 operands are not rounded to TF32."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
 @triton.jit
@@ -127,11 +119,11 @@ def attend_whole_tiles(
     k_stride, v_stride = tl.cast(k.stride[2], tl.int64), tl.cast(v.stride[2], tl.int64)
     if SCORES_AHEAD:
         if start < stop:
-            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM, UPCAST), None)
+            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM, UPCAST))
             for n0 in tl.range(start + BLOCK_N, stop, BLOCK_N):
                 k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
                 v_tile = load_tile(v_ptrs + (n0 - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
-                ahead = raw_scores(q, k_tile, None)
+                ahead = raw_scores(q, k_tile)
                 acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, None)
                 scores = ahead
             v_tile = load_tile(v_ptrs + (stop - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
@@ -140,7 +132,7 @@ def attend_whole_tiles(
         for n0 in tl.range(start, stop, BLOCK_N):
             k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs + n0 * v_stride, None, HEAD_DIM, UPCAST)
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile, None), v_tile, unit2, inner_scale, None)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile), v_tile, unit2, inner_scale, None)
     return acc, m, l
 
 

@@ -61,7 +61,8 @@ def attention_rows_kernel(
     if grad_lse is not None:
         grad_offset = b * grad_lse.stride[0] + head * grad_lse.stride[1] + row.to(tl.int64) * grad_lse.stride[2]
         row_delta += tl.load(grad_lse.ptr + grad_offset, mask=in_bounds, other=0.0)
-    defect = (row_lse + row_delta) * 0.0 + tl.sum(do_tile * 0.0, 1)
+    row_lse = tl.where(empty, 0.0, row_lse)
+    defect = (row_lse - row_lse) + (row_delta - row_delta) + defects(do_tile)
     tl.store(neg_lse + row_offset, tl.where(empty, float("-inf"), -row_lse / unit + defect), mask=in_bounds)
     tl.store(neg_delta + row_offset, tl.where(empty | (defect != 0.0), 0.0, row_delta), mask=in_bounds)
 
@@ -73,7 +74,9 @@ def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, unit2, in
     `neg_lse2` is -lse in base 2; `visible [rows, keys]` is None where every row sees every key. Under a mask
     `k_tile` is finite, 0 where the keys have a `defect` (`defects`), as values are in `softmax_update`.
     """
-    scores = raw_scores(q_tile, k_tile, defect)
+    scores = raw_scores(q_tile, k_tile)
+    if visible is not None:
+        scores += defect[None, :]
     scores = cap_scores(scores, inner_scale, q_tile.dtype == tl.float32)
     p = tl.exp2(tl.fma(scores, unit2, neg_lse2[:, None]))
     if visible is not None:
@@ -120,7 +123,7 @@ def attention_dq_kernel(
             v_tile = load_tile(v_ptrs + tile * v_step, None, HEAD_DIM, UPCAST)
             acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, None, None)
         before = full - first
-        for i in tl.range(0, before + last - full_end):
+        for i in tl.range(0, before + last - full_end, num_stages=1):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
             defect = defects(load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM, UPCAST))

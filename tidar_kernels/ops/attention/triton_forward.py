@@ -63,7 +63,7 @@ def attention_forward_kernel(
             HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
         )  # fmt: skip
         before = full - first
-        for i in tl.range(0, before + last - full_end):
+        for i in tl.range(0, before + last - full_end, num_stages=1):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
             v_ptrs = row_pointers(v, v_offset, n, BLOCK_D)
@@ -71,7 +71,7 @@ def attention_forward_kernel(
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs, (n < kv_len) & (defect == 0.0), HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            scores = raw_scores(q_tile, k_tile, defect)
+            scores = raw_scores(q_tile, k_tile) + defect[None, :]
             acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)

@@ -168,7 +168,7 @@ def step_attention_kernel(
             k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
             v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
             visible = n[None, :] >= first_slot[:, None]
-            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile, None), v_tile, unit2, inner_scale, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
         start = tl.maximum(start, whole_start)
     acc, m, l = attend_whole_tiles(
         acc, m, l, q_tile, k_cache, k_cache_offset, v_cache, v_cache_offset, start, whole_end, unit2, inner_scale,
@@ -187,15 +187,15 @@ def step_attention_kernel(
             row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
             row_pointers(v, v_offset, new, BLOCK_D),
         )
-        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
         defect = defects(_spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD))
+        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
         sound = (n < end) & (defect == 0.0)
         v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, sound, HEAD_DIM, UPCAST, ONE_LOAD)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
         if reach is not None:
             visible = visible & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
-        scores = raw_scores(q_tile, k_tile, defect)
+        scores = raw_scores(q_tile, k_tile) + defect[None, :]
         acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
 
     # 3. the rows' own blocks and tree mask: tiles are aligned to in-flight indices, whatever rows share the program
@@ -207,14 +207,14 @@ def step_attention_kernel(
             own_start, own_end = _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             v_ptrs = row_pointers(v, v_offset, n, BLOCK_D)
             defect = defects(load_tile(v_ptrs, n < own_end, HEAD_DIM, UPCAST))
+            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs, (n < own_end) & (defect == 0.0), HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
                 visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
-            scores = raw_scores(q_tile, k_tile, defect)
+            scores = raw_scores(q_tile, k_tile) + defect[None, :]
             acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
