@@ -46,13 +46,14 @@ def masked_attention(
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
     scores = scores + rearrange(row_defect, "... (kv group) row -> ... kv group row 1", kv=num_kv_heads)
     scores = scores + rearrange(key_defect + value_defect, "... kv key -> ... kv 1 1 key")
+    scores = scores.masked_fill(~mask, 0.0)  # so that nothing but 0 comes back through what follows
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
-    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
+    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp().masked_fill(~mask, 0.0)
     out = probs.to(v.dtype) @ rearrange(v, "... kv key dim -> ... kv 1 key dim")
     out = out.masked_fill(lse.isnan().unsqueeze(-1), math.nan)  # so that no gradient of such a row enters that product
     merge = "... kv group row -> ... (kv group) row"

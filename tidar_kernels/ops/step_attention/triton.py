@@ -187,7 +187,7 @@ def step_attention_kernel(
             row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
             row_pointers(v, v_offset, new, BLOCK_D),
         )
-        defect = defects(_spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD))
+        defect = defects(load_tile(v_ptrs, (n < end) & ~cached, HEAD_DIM, UPCAST))
         k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
         sound = (n < end) & (defect == 0.0)
         v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, sound, HEAD_DIM, UPCAST, ONE_LOAD)
