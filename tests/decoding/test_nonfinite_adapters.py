@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "flare": lambda: isd(4, bidirectional=True),
     "self_speculation": lambda: SelfSpeculation(4),
 }
-SETTINGS = {"greedy": {}, "coupled": {"temperature": 0.9, "seed": 5}}
+SETTINGS: dict[str, dict[str, Any]] = {"greedy": {}, "coupled": {"temperature": 0.9, "seed": 5}}
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def filled(x: Tensor, rows: Tensor, turn: int) -> Tensor:
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("device", PATHS)
 def test_a_step(device: str, name: str, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
+    attend: Any
     attend, device = (eager.step_attention, "cpu") if device == "eager" else (tk.step_attention, device)
     pattern, options = STEPS[name](), options_of(more, device)
     q, k, v = (torch.randn(2, h, pattern.q_len, 16, device=device).to(dtype) for h in (heads[0], heads[1], heads[1]))
@@ -102,6 +103,7 @@ def test_a_step(device: str, name: str, dtype: torch.dtype, heads: tuple[int, in
 @pytest.mark.parametrize("name", ["tidar_step", "tree", "flare"])
 @pytest.mark.parametrize("device", PATHS)
 def test_rows_that_see_a_broken_key_are_not_finite(device: str, name: str) -> None:
+    attend: Any
     attend, device = (eager.step_attention, "cpu") if device == "eager" else (tk.step_attention, device)
     pattern = STEPS[name]()
     q, k, v, k_cache, v_cache = torch.randn(5, 1, 2, pattern.q_len, 16, device=device)
@@ -131,6 +133,7 @@ def test_long_training(device: str, dtype: torch.dtype, heads: tuple[int, int], 
 
 
 def check_training(device: str, pattern: Pattern, dtype: torch.dtype, heads: tuple[int, int], more: str) -> None:
+    attend: Any
     attend, device = (eager.attention, "cpu") if device == "eager" else (tk.attention, device)
     options = options_of(more, device)
     q, k, v, grad = (
