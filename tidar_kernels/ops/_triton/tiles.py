@@ -41,8 +41,8 @@ def load_tile(ptrs, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
 def defects(tile):
     """Of each row of a tile 0, or NaN if it holds NaN or an infinity: float32 `[rows]`.
 
-    0 * NaN is NaN, so a product would carry such a row to all that give it weight 0. Under a mask it is loaded as 0
-    instead, and its defect added to the scores of those that see it.
+    0 * NaN is NaN, so a product would carry such a row to all that give it weight 0. Under a mask it counts as 0
+    instead, and its defect is added to the scores of those that see it.
     """
     return tl.sum(tile - tile, 1).to(tl.float32)
 

@@ -187,10 +187,10 @@ def step_attention_kernel(
             row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
             row_pointers(v, v_offset, new, BLOCK_D),
         )
-        defect = defects(load_tile(v_ptrs, (n < end) & ~cached, HEAD_DIM, UPCAST))
         k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
-        sound = (n < end) & (defect == 0.0)
-        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, sound, HEAD_DIM, UPCAST, ONE_LOAD)
+        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        defect = defects(v_tile)
+        v_tile = tl.where((defect == 0.0)[:, None], v_tile, 0.0)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
         if reach is not None:
@@ -208,9 +208,10 @@ def step_attention_kernel(
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
             v_ptrs = row_pointers(v, v_offset, n, BLOCK_D)
-            defect = defects(load_tile(v_ptrs, n < own_end, HEAD_DIM, UPCAST))
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs, (n < own_end) & (defect == 0.0), HEAD_DIM, UPCAST)
+            v_tile = load_tile(v_ptrs, n < own_end, HEAD_DIM, UPCAST)
+            defect = defects(v_tile)
+            v_tile = tl.where((defect == 0.0)[:, None], v_tile, 0.0)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
                 visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
