@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-T = TypeVar("T")
-
 from .operands import Keys
+
+T = TypeVar("T")
 
 # Beyond these, products overflow in float32: of a key with ordinary rows, of two such factors.
 LARGEST_KEY = 1e30
