@@ -237,3 +237,31 @@ def test_backends_agree() -> None:
     testing.budget(out, exact, twin)
     testing.budget(lse, exact_lse, twin_lse, "lse")
     assert torch.equal(step(arguments), out)
+
+
+@both_paths
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(0, 1, 16), (0, 0, 16), (2, 0, 16), (2, 1, 0)])
+def test_sizes_of_nothing_that_cannot_be(heads: int, kv_heads: int, head_dim: int) -> None:
+    """No heads, or heads without a dimension: an error by name, where ATen would end the process."""
+    q, k = torch.zeros(1, heads, 3, head_dim), torch.zeros(1, kv_heads, 3, head_dim)
+    cache, pattern = torch.zeros(1, kv_heads, 8, head_dim), tk.patterns.causal(3)
+    expected = r"^q: expected a (multiple of \d kv_heads in dimension 1|head_dim of at least 1)"
+    for backend in (None, "eager"):
+        with pytest.raises(ValueError, match=expected):
+            tk.attention(q, k, k, pattern, backend=backend)
+        with pytest.raises(ValueError, match=expected):
+            tk.step_attention(q, k, k, cache, cache, torch.tensor([2]), pattern, backend=backend)
+    rotary = (torch.zeros(1, 3, 1, head_dim),) * 2
+    with pytest.raises(ValueError, match=expected):
+        tk.rotary_append(q, k, k, rotary, cache, cache.clone(), torch.tensor([2]), 1)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("head_dim", [257, 512])
+def test_kernels_name_the_widest_head(head_dim: int) -> None:
+    q, pattern = torch.zeros(1, 1, 3, head_dim), tk.patterns.causal(3)
+    expected = f"^q: expected a head_dim of at most 256 for the Triton kernels, got {head_dim}$"
+    with pytest.raises(ValueError, match=expected):
+        tk.attention(q, q, q, pattern)
+    with pytest.raises(ValueError, match=expected):
+        tk.step_attention(q, q, q, q, q, torch.tensor([2]), pattern)

@@ -49,9 +49,12 @@ def operands(rank: int, **values: Any) -> None:
 
 
 def heads(q: Tensor, num_kv_heads: int) -> None:
-    """Query heads are a multiple of key/value heads."""
-    if num_kv_heads < 1 or q.shape[1] % num_kv_heads:
-        raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {q.shape[1]} heads")
+    """Query heads are a multiple of key/value heads; there is at least one, and it has a dimension."""
+    num_heads, head_dim = q.shape[1], q.shape[3]
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {num_heads} heads")
+    if head_dim < 1:
+        raise ValueError(f"q: expected a head_dim of at least 1, got shape {list(q.shape)}")
 
 
 def scale(value: float | None, head_dim: int) -> float:
@@ -94,7 +97,7 @@ def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any) -> None:
     batch, num_heads, q_len, head_dim = q.shape
     of_keys = k.shape
     num_kv_heads = of_keys[1]
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or head_dim < 1:
         heads(q, num_kv_heads)
     if of_keys[0] != batch or of_keys[3] != head_dim:
         shape("k", k, (batch, num_kv_heads, of_keys[2], head_dim))

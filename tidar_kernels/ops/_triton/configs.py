@@ -106,7 +106,18 @@ def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str 
 def attention_config(
     kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN
 ) -> TileConfig:
-    """Tiles of "step", "forward", "dq" or "dkdv"; `kind` is one of `KINDS`."""
+    """Tiles of "step", "forward", "dq" or "dkdv"; `kind` is one of `KINDS`.
+
+    Raises:
+        TypeError: float64, which only the eager twin and the CPU path compute. ValueError: a head dim above the widest
+            of `HEAD_DIM_TILES`.
+    """
+    if dtype == torch.float64:
+        raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
+    if head_dim > HEAD_DIM_TILES[-1]:
+        raise ValueError(
+            f"q: expected a head_dim of at most {HEAD_DIM_TILES[-1]} for the Triton kernels, got {head_dim}"
+        )
     if chip is None:
         return _INTERPRET[kernel]
     table = entries(kernel, chip, dtype == torch.float32, kind)

@@ -85,11 +85,9 @@ def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) ->
     """Allocate results and lay out the launch: `(launch, out, lse)`.
 
     Raises:
-        TypeError: float64, which only the eager twin and the CPU path compute.
+        TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
     """
     q, k, v, sinks = rows.q, keys.k, keys.v, scores.sinks
-    if q.dtype == torch.float64:
-        raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
     batch, num_heads, q_len, head_dim = q.shape
     kind = PLAIN if scores.softcap is None and sinks is None else EXTRAS
     config = attention_config("forward", chip, q.dtype, head_dim, kind)

@@ -315,12 +315,10 @@ def plan_step_attention(
     """Allocate results and lay out the launches of one step: `(launches, out, lse)`.
 
     Raises:
-        TypeError: float64, which only the eager twin and the CPU path compute.
+        TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
     """
     (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
     k_cache, v_cache, lengths, max_context = cached
-    if q.dtype == torch.float64:
-        raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads
