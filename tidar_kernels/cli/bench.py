@@ -15,7 +15,7 @@ SUMMARY = "measure operators, training attention, decoding and strategies on thi
 USAGE = "[PART ...] --out DIR | compare OLD.json NEW.json [--fail-over X] | --tune [--dry-run]"
 # What a part is, and the module of the checkout's `benchmarks` package that runs it.
 PARTS = {
-    "operators": ("operators on the CPU", "benchmarks.operators"),
+    "operators": ("operators on the CPU", "benchmarks.operators.__main__"),
     "training": ("training attention beside its peers, on the CPU", "benchmarks.training"),
     "decode": ("the shipped model, TiDAR against autoregression", "benchmarks.decode"),
     "slots": ("a forward pass over the tokens in flight", "benchmarks.slots"),

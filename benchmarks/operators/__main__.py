@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import rates, record, registry, row, timing
-from .implementations import OURS, listing
+from .. import rates, record, registry, row, timing
+from ..implementations import OURS, listing
 
 
 class Failures:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = Path(scratch) / "operators.json"
         code = pytest.main(
             [
-                str(Path(__file__).parent / "test_operators.py"), "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+                str(Path(__file__).parents[1] / "test_operators.py"), "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
                 "-W", "ignore",  # what a peer deprecates is no failure
                 "-k", options.select, f"--benchmark-json={report}", f"--benchmark-max-time={options.max_time}",
                 "--benchmark-min-rounds=7", "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname",

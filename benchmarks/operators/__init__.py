@@ -1,0 +1,1 @@
+"""The operators, measured: `python -m benchmarks.operators`."""
