@@ -24,7 +24,7 @@ from tidar_kernels import Decoder, patterns
 from tidar_kernels.integrations.transformers.attention import NAME as OURS
 from tidar_kernels.testing import Measure, ParityError, budget
 
-from . import record
+from .core import record
 
 VOCAB_SIZE, WINDOW, BLOCK_SIZE, NEW_TOKENS = 96, 8, 4, 64
 MASK_TOKEN_ID = VOCAB_SIZE - 1

@@ -1,1 +1,1 @@
-"""The operators, measured: `python -m benchmarks.operators`."""
+"""The operators: a file each, with its workloads and peers."""

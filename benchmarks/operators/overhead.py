@@ -122,12 +122,12 @@ def measure(checkouts: list[Path], only: list[str], rounds: int) -> list[dict[st
     """
     # Not as a script: its folder would be the first on the path.
     start = "import runpy, sys; runpy.run_path(sys.argv[1])['work'](sys.argv[2:])"
+    settings = {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", start, __file__, *only],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout,
-            env=os.environ
-            | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+            env=os.environ | settings | {"PYTHONPATH": str(checkout)},
         )
         for checkout in checkouts
     ]  # fmt: skip
