@@ -97,8 +97,6 @@ def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, dea
                 cls, case, rows, known, suite.dtype, device=suite.device, names=names, timer=suite.timer,
                 deadline=until, report=lambda line: print(measure.describe(line), flush=True),
             )  # fmt: skip
-            if suite.device == "cuda":
-                torch.cuda.empty_cache()
     return passed
 
 

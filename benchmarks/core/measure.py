@@ -167,13 +167,15 @@ def measure(
                     waiting[name] = calls
                 else:
                     enter(name, timer(calls) if timer else timed(cls, device, calls))
-            del calls
         except Exception as failure:  # compilers, backends and memory fail in their own ways
             line["not_available"] = reason(failure)
             enter(name, {})
             if failed(line):
                 passed &= name not in cls.own
                 check_device(device)
+        calls = []  # what it held is free for the next
+        if device == "cuda":
+            torch.cuda.empty_cache()
     with torch.inference_mode(cls.inference):
         turns = {name: timing.rotated(calls) for name, calls in waiting.items()}
         measured = timing.time_in_turn(turns, budget_s * len(turns))

@@ -154,8 +154,8 @@ class Operands:
         """What else the row `line` says, beside the `rows` measured before it."""
         return {}
 
-    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype) * scale
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def within(self, name: str, value: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> float:
         """Relative error of `value`.

@@ -14,7 +14,7 @@ from tidar_kernels.decoding import strategies
 from tidar_kernels.decoding.session import Session, Step
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
-from .models import LARGE, SHAPES, floor_of, model_of
+from .models import LARGE, SHAPES, fill, floor_of, model_of
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,7 @@ class DecoderStep(Operands):
         step = Step(self.strategy, self.config.vocab_size - 1)
         self.session = Session(model, step, 1, case.context_len + max(case.block_size, 1))
         # No request runs: the step is the same, and commits nothing, so that every repetition is alike.
-        cache = self.session.cache
-        cache.k.normal_()
-        cache.v.normal_()
-        cache.lengths.fill_(case.context_len)
-        cache.lengths_known([case.context_len])
+        fill(self.session.cache, case.context_len)
 
     def check(self, name: str, prepared: Prepared) -> float:
         """The tests of decoding compare tokens; random weights have none to compare."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tidar_kernels import KVCache
 from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
 from tidar_kernels.patterns import Pattern
 
@@ -54,6 +55,14 @@ def _random(name: str, device: str, dtype: torch.dtype) -> Transformer:
             return Transformer(SHAPES[name].config).requires_grad_(False)
     finally:
         torch.set_default_dtype(previous)
+
+
+def fill(cache: KVCache, context_len: int) -> None:
+    """Random keys and values, and `context_len` tokens of them in every sequence."""
+    cache.k.normal_()
+    cache.v.normal_()
+    cache.lengths.fill_(context_len)
+    cache.lengths_known([context_len])
 
 
 def floor_of(

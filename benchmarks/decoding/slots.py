@@ -15,7 +15,7 @@ import torch
 from tidar_kernels import KVCache, patterns
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
-from .models import LARGE, SHIPPED, floor_of, model_of
+from .models import LARGE, SHIPPED, fill, floor_of, model_of
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -61,10 +61,7 @@ class TokenSlots(Operands):
             dtype=self.dtype,
             device=self.device,
         )
-        self.cache.k.normal_()
-        self.cache.v.normal_()
-        self.cache.lengths.fill_(case.context_len)
-        self.cache.lengths_known([case.context_len])
+        fill(self.cache, case.context_len)
         self.tokens = torch.randint(config.vocab_size, (1, case.tokens), device=self.device)
 
     def check(self, name: str, prepared: Prepared) -> float:

@@ -10,7 +10,9 @@ import torch
 import tidar_kernels as tk
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
-from .models import HEADS
+from .models import cache_of
+
+QWEN2, QWEN3 = cache_of("Qwen2.5-1.5B"), cache_of("Qwen3-8B")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,6 @@ class Append:
     new_tokens: int
     context_len: int
     batch: int = 1
-
-
-def append(model: str, new_tokens: int, context_len: int, batch: int) -> Append:
-    return Append(model, *HEADS[model][1:], new_tokens, context_len, batch)
 
 
 def _append_ours(o: AppendKV) -> Prepared:
@@ -60,11 +58,11 @@ class AppendKV(Operands):
         "indexed": Implementation("indexed assignment", _append_index),
         "copy": Implementation("copy_ of as many bytes", _append_copy, ceiling=True),
     }
-    cpu = (*(append("Qwen2.5-1.5B", n, 1000, 1) for n in (4, 16)), append("Qwen3-8B", 8, 1000, 4))
+    cpu = (*(Append(*QWEN2, n, 1000, 1) for n in (4, 16)), Append(*QWEN3, 8, 1000, 4))
     # From one sequence's drafts to a prefill chunk of many: what a launch costs, and what bandwidth it reaches.
     cuda = (
-        *(append("Qwen3-8B", n, 4096, batch) for n, batch in ((8, 1), (16, 1), (16, 64), (512, 64))),
-        append("Qwen2.5-1.5B", 16, 4096, 64),
+        *(Append(*QWEN3, n, 4096, batch) for n, batch in ((8, 1), (16, 1), (16, 64), (512, 64))),
+        Append(*QWEN2, 16, 4096, 64),
     )
     tiny = (Append("tiny", 2, 16, 4, 40, 2),)
     case: Append

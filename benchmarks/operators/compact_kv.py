@@ -11,7 +11,7 @@ from torch import Tensor
 import tidar_kernels as tk
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
-from .models import HEADS
+from .models import cache_of
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,6 @@ class Compact:
     nodes: int
     context_len: int
     batch: int = 1
-
-
-def compact(model: str, nodes: int, context_len: int, batch: int) -> Compact:
-    return Compact(model, *HEADS[model][1:], nodes, context_len, batch)
 
 
 def _ours(o: CompactKV) -> Prepared:
@@ -55,8 +51,8 @@ class CompactKV(Operands):
         OURS: Implementation("tidar_kernels", _ours),
         "indexed": Implementation("indexed assignment", _index),
     }
-    cpu = (compact("Qwen3-8B", 16, 1000, 4),)
-    cuda = tuple(compact("Qwen3-8B", 16, 4096, batch) for batch in (1, 64))
+    cpu = (Compact(*cache_of("Qwen3-8B"), 16, 1000, 4),)
+    cuda = tuple(Compact(*cache_of("Qwen3-8B"), 16, 4096, batch) for batch in (1, 64))
     tiny = (Compact("tiny", 2, 16, 6, 40, 2),)
     case: Compact
 

@@ -13,7 +13,7 @@ from tidar_kernels.nn.rotary import RotaryEmbedding, apply_rotary
 from tidar_kernels.ops import rotary_append
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
-from .models import HEADS
+from .models import attention_of
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,6 @@ class Rotation:
     block_size: int
     context_len: int
     batch: int = 1
-
-
-def rotation(model: str, block_size: int, context_len: int, batch: int = 1) -> Rotation:
-    return Rotation(model, *HEADS[model], block_size, context_len, batch)
 
 
 def _rotary_ours(o: RotaryAppend) -> Prepared:
@@ -55,10 +51,13 @@ class RotaryAppend(Operands):
         OURS: Implementation("tidar_kernels", _rotary_ours),
         "unfused": Implementation("rotation in PyTorch, then append_kv", _rotary_unfused),
     }
-    cpu = tuple(rotation("Qwen2.5-1.5B", block, 1000) for block in (4, 8, 16))
+    cpu = tuple(Rotation(*attention_of("Qwen2.5-1.5B"), block, 1000) for block in (4, 8, 16))
     cuda = (
-        *(rotation("Qwen3-8B", block, 4096, batch) for block, batch in ((4, 1), (8, 1), (16, 1), (16, 32))),
-        rotation("Qwen3-32B", 16, 4096, 32),
+        *(
+            Rotation(*attention_of("Qwen3-8B"), block, 4096, batch)
+            for block, batch in ((4, 1), (8, 1), (16, 1), (16, 32))
+        ),
+        Rotation(*attention_of("Qwen3-32B"), 16, 4096, 32),
     )
     tiny = (Rotation("tiny", 4, 2, 16, 4, 40),)
     case: Rotation

@@ -13,7 +13,7 @@ import tidar_kernels as tk
 from tidar_kernels import Pattern, patterns
 
 from ..core.operands import OURS, Operands, Prepared
-from .models import HEADS
+from .models import attention_of
 from .step_peers import STEP
 
 BLOCK_SIZES = (0, 4, 8, 16)  # 0: single-token decoding
@@ -39,7 +39,7 @@ class Step:
 
 def step(model: str, block_size: int, context_len: int, batch: int = 1) -> Step:
     """A step of a model by its name."""
-    return Step(model, *HEADS[model], block_size, context_len, batch)
+    return Step(*attention_of(model), block_size, context_len, batch)
 
 
 def ladder(model: str, *contexts: int, batch: int = 1) -> list[Step]:

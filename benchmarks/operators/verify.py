@@ -25,10 +25,6 @@ class Drafts:
     batch: int = 1
 
 
-def drafts(model: str, temperature: float, block_size: int = 8, batch: int = 1) -> Drafts:
-    return Drafts(model, VOCABULARIES[model], block_size, temperature, batch)
-
-
 def _verify(o: Verify) -> Prepared:
     # Unchecked, as in a step: nothing is read back.
     return Prepared(lambda: tk.verify(o.logits, o.drafts, o.positions, o.params, check=False))
@@ -46,10 +42,10 @@ class Verify(Operands):
         OURS: Implementation("tidar_kernels", _verify),
         "argmax": Implementation("argmax of the same logits", _argmax, ceiling=True),
     }
-    cpu = tuple(drafts(name, t) for name in ("shipped", "Qwen2.5-1.5B") for t in (0.0, 0.8))
+    cpu = tuple(Drafts(name, VOCABULARIES[name], 8, t) for name in ("shipped", "Qwen2.5-1.5B") for t in (0.0, 0.8))
     cuda = (
-        *(drafts("Qwen2.5-1.5B", t, 16, batch) for batch in (1, 32) for t in (0.0, 0.8)),
-        drafts("Llama-3-8B", 0.0, 16, 32),
+        *(Drafts("Qwen2.5-1.5B", VOCABULARIES["Qwen2.5-1.5B"], 16, t, batch) for batch in (1, 32) for t in (0.0, 0.8)),
+        Drafts("Llama-3-8B", VOCABULARIES["Llama-3-8B"], 16, 0.0, 32),
     )
     tiny = (Drafts("tiny", 40, 4, 0.8),)
     case: Drafts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def save(drawing: Any, path: Path, description: str) -> None:
     drawing.savefig(path, dpi=120, metadata={"Description": description, "Software": None})
 
 
+def finish(axes: Any, x: str = "", y: str = "", ticks: Iterable[int] = (), *, grid: bool = False) -> None:
+    """What all plots share: no upper and right edge; labels, and a tick for every size, where they are given."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    if grid:
+        axes.grid(True, lw=0.3, color="0.85")
+    if sizes := sorted(set(ticks)):
+        axes.set_xticks(sizes, [str(n) for n in sizes], fontsize=8)
+        axes.minorticks_off()
+
+
 def save_training(result: dict[str, Any], path: Path) -> None:
     """The bar chart of training attention on a CPU as a PNG.
 
@@ -74,10 +87,9 @@ def save_training(result: dict[str, Any], path: Path) -> None:
         axes.axhline(aim, color="#2f6690", lw=0.8, ls="--", label=f"aim: {aim} x")
         axes.set_xticks(range(len(groups)), [group.replace(", ", "\n") for group in groups], fontsize=8)
         axes.set_title(direction, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
+        finish(axes, y="time / time of the floor" if direction == "forward" else "")
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         axes.margins(y=0.4)
-    drawing.axes[0].set_ylabel("time / time of the floor")
     save(drawing, path, training_description(result))
 
 
@@ -105,7 +117,7 @@ def save_strategies(result: dict[str, Any], path: Path) -> None:
         axes.bar_label(drawn, labels, fontsize=8, padding=2)
         axes.set_title(title if field != "speedup" else "tokens a second, times autoregression", fontsize=10)
         axes.axvline(1.0, color="0.2", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        finish(axes)
         axes.tick_params(labelsize=8)
         axes.margins(x=0.15)
     from matplotlib.patches import Patch
@@ -175,13 +187,8 @@ def save_prefix(part: dict[str, Any], path: Path) -> None:
             style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.8 if name == OURS else 1.0}
             axes.loglog(*zip(*points, strict=True), label=LABELS[name], **style)
         axes.set_title(f"B = {block}" if block else "single token", fontsize=10)
-        axes.set_xlabel("tokens of context", fontsize=9)
-        ticks = sorted({n for points in each.values() for n, _ in points})
-        axes.set_xticks(ticks, [str(n) for n in ticks], fontsize=8)
-        axes.minorticks_off()
-        axes.grid(True, lw=0.3, color="0.85")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("microseconds", fontsize=9)
+        y = "" if axes is not panels[0] else "microseconds"
+        finish(axes, "tokens of context", y, (n for points in each.values() for n, _ in points), grid=True)
     handles = {
         text: handle
         for axes in panels
@@ -233,10 +240,7 @@ def save_roofline(part: dict[str, Any], path: Path) -> None:
     for axes, label, measured in ((left, "FLOP a byte", unit), (right, "MB of operands", "GB/s")):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel(label, fontsize=9)
-        axes.set_ylabel(measured, fontsize=9)
-        axes.grid(True, lw=0.3, color="0.85")
-        axes.spines[["top", "right"]].set_visible(False)
+        finish(axes, label, measured, grid=True)
     left.legend(frameon=False, fontsize=8)
     save(drawing, path, roofline_description(part))
 
@@ -276,14 +280,9 @@ def save_slots(part: dict[str, Any], path: Path) -> None:
                 block * (block + 1), 1.0, f" B = {block}", color="#d1603d", fontsize=7, va="top",
                 transform=axes.get_xaxis_transform(),
             )  # fmt: skip
-        ticks = sorted({n for points in each.values() for n, _, _ in points})
-        axes.set_xticks(ticks, [str(n) for n in ticks], fontsize=8)
-        axes.minorticks_off()
         axes.set_title(model if model != "shipped" else "the shipped model", fontsize=10)
-        axes.set_xlabel("tokens in flight (dashed: rows of a TiDAR step)", fontsize=9)
-        axes.set_ylabel("milliseconds (dotted: floor)", fontsize=9)
-        axes.grid(True, lw=0.3, color="0.85")
-        axes.spines[["top", "right"]].set_visible(False)
+        x, y = "tokens in flight (dashed: rows of a TiDAR step)", "milliseconds (dotted: floor)"
+        finish(axes, x, y, (n for points in each.values() for n, _, _ in points), grid=True)
         axes.legend(frameon=False, fontsize=8)
     save(drawing, path, slots_description(part))
 

@@ -7,14 +7,16 @@ binary. AMD's assembly says the same in its own words.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from tidar_kernels.ops import interpreting
@@ -22,6 +24,9 @@ from tidar_kernels.ops._triton.launch import Launch
 
 from .assembly import AMDGCN, SASS, by_class, copies_ahead, hot_loop, instructions
 from .occupancy import resident_warps
+
+Work = TypeVar("Work")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,18 @@ def _read_amdgcn(compiled: Any) -> dict[str, Any]:
         "loop": by_class(hot_loop(text, AMDGCN), AMDGCN),
         "copies_ahead": None,
     }
+
+
+def compile_all(compile_one: Callable[[Work], Found], work: Sequence[Work], jobs: int) -> Iterator[tuple[Work, Found]]:
+    """`(one, compile_one(one))` as they get ready, in `jobs` processes."""
+    if jobs == 1:
+        yield from ((one, compile_one(one)) for one in work)
+        return
+    # Not forked: a compiler's threads would be missing in the child.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(compile_one, one): one for one in work}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
 
 
 def disassembled(cubin: bytes) -> str:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import triton
 from tidar_kernels.ops._triton.configs import CHIPS
 
 from .cases import KERNELS, Case, cases, launch
-from .compilation import CompileReport, compile_report
+from .compilation import CompileReport, compile_all, compile_report
 from .fingerprints import fingerprint
 from .occupancy import LIMITS
 
@@ -179,7 +177,7 @@ def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -
     todo = [case for case in wanted if case not in kept]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} entries are fresh, {len(todo)} to compile", file=sys.stderr)
     failed, written = 0, time.monotonic()
-    for done, (case, result) in enumerate(_compile(todo, jobs), 1):
+    for done, (case, result) in enumerate(compile_all(_attempt, todo, jobs), 1):
         if isinstance(result, str):
             failed += 1
             line = result
@@ -194,23 +192,12 @@ def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -
     return list(rows.values()), failed
 
 
-def _compile(todo: list[Case], jobs: int) -> Iterator[tuple[Case, dict[str, Any] | str]]:
-    """Each case with its entry, or why it has none, as they get ready."""
-    if jobs == 1:
-        for case in todo:
-            yield _attempt(case)
-        return
-    # Not forked: a compiler's threads would be missing in the child.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_attempt, case) for case in todo]):
-            yield future.result()
-
-
-def _attempt(case: Case) -> tuple[Case, dict[str, Any] | str]:
+def _attempt(case: Case) -> dict[str, Any] | str:
+    """The entry of a case, or why it has none."""
     try:
-        return case, compiled_row(case)
+        return compiled_row(case)
     except RuntimeError as error:
-        return case, str(error)
+        return str(error)
 
 
 def main(arguments: list[str] | None = None) -> int:

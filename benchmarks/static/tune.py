@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 
 from ..core import record, timing
 from .cases import HIDDEN, TABLE_OF, WIDE, Case, Config, configured, kernel_of, launch, launches, wanted
-from .compilation import CompileReport, compile_report
+from .compilation import CompileReport, compile_all, compile_report
 from .occupancy import LIMITS
 
 TILES = (16, 32, 64, 128)
@@ -108,22 +106,16 @@ def _compiled(work: tuple[Case, Config]) -> CompileReport | None:
 
 def survivors(case: Case, configs: Iterable[Config], jobs: int = 1) -> list[Trial]:
     """Of the candidates those that compile without local memory and fit the chip; most resident warps first."""
-    configs, limits = list(configs), LIMITS[case.target]
-    work = [(case, config) for config in configs]
-    if jobs == 1:
-        reports = [_compiled(one) for one in work]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            reports = list(pool.map(_compiled, work))
+    limits = LIMITS[case.target]
+    reports = compile_all(_compiled, [(case, config) for config in configs], jobs)
     found = [
         Trial(config, report.registers, report.shared_bytes, report.warps)
-        for config, report in zip(configs, reports, strict=True)
+        for (_, config), report in reports
         if report is not None
         and not (report.stack_bytes or report.spill_bytes or report.local_accesses)
         and report.shared_bytes <= limits.block_shared
     ]
-    return sorted(found, key=lambda trial: -trial.warps)
+    return sorted(found, key=lambda trial: (-trial.warps, trial.registers))
 
 
 def check(case: Case, device: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.core.operands import OURS, Implementation
+from benchmarks.operators.attention import Attention
 from benchmarks.operators.models import SAME_HEADS
 from benchmarks.operators.step_peers import STEP
 from benchmarks.reports import pictures, targets
@@ -177,7 +178,7 @@ def peers_table() -> str:
 def _presence(row: dict[str, Any] | None) -> str:
     if row is None:
         return "not measured yet"
-    if row["device"] not in (STEP[row["implementation"]].devices if row["implementation"] in STEP else DEVICES):
+    if row["device"] not in {**Attention.implementations, **STEP}[row["implementation"]].devices:
         return "does not run there"
     return f"absent: {row['absent']}" if row["absent"] else f"{row['version'] or 'there'}"
 
