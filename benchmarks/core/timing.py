@@ -90,7 +90,7 @@ def time_in_turn(
 def time_stream(call: Callable[[], Any], budget_s: float = 0.2) -> dict[str, float]:
     """Time a call on the current CUDA stream, without a graph: for calls of a millisecond and more.
 
-    The calls are queued behind each other with an event in between, so that the host stays ahead of the device.
+    The calls are queued one after another with an event in between, so that the host stays ahead of the device.
     """
     call()
     torch.cuda.synchronize()

@@ -87,9 +87,10 @@ def save_training(result: dict[str, Any], path: Path) -> None:
         axes.axhline(aim, color="#2f6690", lw=0.8, ls="--", label=f"aim: {aim} x")
         axes.set_xticks(range(len(groups)), [group.replace(", ", "\n") for group in groups], fontsize=8)
         axes.set_title(direction, fontsize=10)
-        finish(axes, y="time / time of the floor" if direction == "forward" else "")
+        finish(axes)
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         axes.margins(y=0.4)
+    drawing.axes[0].set_ylabel("time / time of the floor")
     save(drawing, path, training_description(result))
 
 

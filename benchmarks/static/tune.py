@@ -106,7 +106,7 @@ def _compiled(work: tuple[Case, Config]) -> CompileReport | None:
 
 def survivors(case: Case, configs: Iterable[Config], jobs: int = 1) -> list[Trial]:
     """Of the candidates those that compile without local memory and fit the chip; most resident warps first."""
-    limits = LIMITS[case.target]
+    configs, limits = list(configs), LIMITS[case.target]
     reports = compile_all(_compiled, [(case, config) for config in configs], jobs)
     found = [
         Trial(config, report.registers, report.shared_bytes, report.warps)
@@ -115,7 +115,7 @@ def survivors(case: Case, configs: Iterable[Config], jobs: int = 1) -> list[Tria
         and not (report.stack_bytes or report.spill_bytes or report.local_accesses)
         and report.shared_bytes <= limits.block_shared
     ]
-    return sorted(found, key=lambda trial: (-trial.warps, trial.registers))
+    return sorted(found, key=lambda trial: (-trial.warps, configs.index(trial.config)))
 
 
 def check(case: Case, device: str) -> None:

@@ -53,7 +53,7 @@ class StepCase:
         pattern: the in-flight rows.
         lengths: tokens of context of each sequence; their number is the batch size.
         num_heads, num_kv_heads, head_dim, dtype: of the operands.
-        max_len: slots of the cache; None for the longest context and the causal rows behind it, exactly.
+        max_len: slots of the cache; None for the longest context and the causal rows after it, exactly.
         layout: strides of q, k and v (`tidar_kernels.testing.LAYOUTS`).
         cache_layout: strides of the caches.
         lengths_dtype: int32 or int64.
@@ -87,7 +87,7 @@ class StepCase:
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
     def windowed(self, pattern: Pattern) -> Pattern:
-        """`pattern` behind the window of the case."""
+        """`pattern` with the window of the case."""
         return pattern if self.window is None else pattern.windowed(self.window)
 
     @property
@@ -99,8 +99,8 @@ class StepCase:
 def _covering_cases() -> Iterator[StepCase]:
     """Every two of: block size, heads, head dim, context lengths, dtype, strides, spare slots, width of lengths.
 
-    The interpreter's tiles are 32 rows by 16 keys and its splits 64 keys (`kernels/configs.py`): the lengths lie on,
-    before and behind these edges. Single splits need `max_len + kv_len <= 64`, so only small blocks have them.
+    The interpreter's tiles are 32 rows by 16 keys and its splits 64 keys (`ops/_triton/configs.py`): lengths lie on, before
+    and after these edges. Single splits need `max_len + kv_len <= 64`, so only small blocks have them.
     """
     rows = pairwise(
         lengths=((0,), (1,), (13,), (0, 5, 37), (15, 17), (16,), (63, 1), (64,), (65, 0), (127,), (128, 31)),
@@ -207,7 +207,7 @@ _HAND_MADE_STEPS = (
     replace(_STEP, name="softcap_50", softcap=50.0, scale=4.0),
     replace(_STEP, name="softcap_50_fp16", softcap=50.0, scale=4.0, dtype=torch.float16),
     replace(_STEP, name="bfloat16_all", dtype=torch.bfloat16, softcap=2.0, sinks=True, window=30),
-    # Splits are merged some at a time; the window leaves several times as many behind.
+    # Splits are merged some at a time; several times as many lie before the window.
     replace(_STEP, name="window_far", lengths=(530, 290, 130, 40), window=20),
     replace(_STEP, name="head_dim_256_all", head_dim=256, softcap=2.0, sinks=True, window=30, dtype=torch.float16),
 )
@@ -260,7 +260,7 @@ BITS_CASES: tuple[StepCase, ...] = (
     replace(_BITS, name="B16_split_edges", pattern=patterns.tidar_step(16), lengths=(50, 63, 64, 65), num_heads=1),
     replace(_BITS, name="B16_fp16", pattern=patterns.tidar_step(16), lengths=(17, 120), dtype=torch.float16),
     replace(_BITS, name="prefill_chunk", pattern=patterns.tidar_prefill(20, 4), lengths=(0, 13, 60)),
-    # Behind a window the first key of a row lies on, before and behind edges of tiles and splits: P + m + 1 - window.
+    # With a window the first key of a row lies on, before and after edges of tiles and splits: P + m + 1 - window.
     replace(_BITS, name="B2_window_1", window=1, lengths=(0, 15, 16, 63, 64, 130)),
     replace(_BITS, name="B2_window_16", window=16, lengths=(0, 14, 15, 30, 31, 78, 79, 143), sinks=True),
     replace(_BITS, name="B2_window_far", window=20, lengths=(530, 290, 40)),

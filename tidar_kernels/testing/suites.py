@@ -1,4 +1,4 @@
-"""Which checks run over which cases on which path: the table behind `run_parity` and `tidar-kernels doctor`."""
+"""Which checks run over which cases on which path: the table of `run_parity` and `tidar-kernels doctor`."""
 
 from __future__ import annotations
 
