@@ -60,8 +60,9 @@ def save(drawing: Any, path: Path, description: str) -> None:
 def finish(axes: Any, x: str = "", y: str = "", ticks: Iterable[int] = (), *, grid: bool = False) -> None:
     """What all plots share: no upper and right edge; labels, and a tick for every size, where they are given."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
+    if x or y:
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
     if grid:
         axes.grid(True, lw=0.3, color="0.85")
     if sizes := sorted(set(ticks)):

@@ -99,8 +99,8 @@ class StepCase:
 def _covering_cases() -> Iterator[StepCase]:
     """Every two of: block size, heads, head dim, context lengths, dtype, strides, spare slots, width of lengths.
 
-    The interpreter's tiles are 32 rows by 16 keys and its splits 64 keys (`ops/_triton/configs.py`): lengths lie on, before
-    and after these edges. Single splits need `max_len + kv_len <= 64`, so only small blocks have them.
+    The interpreter's tiles are 32 rows by 16 keys and its splits 64 keys (`ops/_triton/configs.py`): lengths lie on,
+    before and after these edges. Single splits need `max_len + kv_len <= 64`, so only small blocks have them.
     """
     rows = pairwise(
         lengths=((0,), (1,), (13,), (0, 5, 37), (15, 17), (16,), (63, 1), (64,), (65, 0), (127,), (128, 31)),
