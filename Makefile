@@ -77,7 +77,7 @@ gpu: $(GPU_SETUP)  ## all that needs a CUDA GPU: parity, then benchmarks, as fil
 
 # Compiles what is missing or stale; a run that is cut short goes on where it stopped.
 report: $(STAMP)  ## what the compiler makes of every kernel on every chip, without a GPU; JOBS=N processes
-	$(BIN)/python -m benchmarks.static_report $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
+	$(BIN)/python -m benchmarks.static.report $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
 
 docs: $(STAMP)  ## regenerate the pictures and tables of docs/ and README.md
 	$(BIN)/python docs/generate.py

@@ -24,7 +24,7 @@ from tidar_kernels import Decoder, patterns
 from tidar_kernels.integrations.transformers.attention import NAME as OURS
 from tidar_kernels.testing import Measure, ParityError, budget
 
-from . import record
+from .core import record
 
 VOCAB_SIZE, WINDOW, BLOCK_SIZE, NEW_TOKENS = 96, 8, 4, 64
 MASK_TOKEN_ID = VOCAB_SIZE - 1
@@ -131,15 +131,15 @@ def training_inputs() -> tuple[dict[str, Tensor], patterns.Pattern]:
     return {"input_ids": torch.cat([ids, masks], dim=1), "position_ids": positions}, pattern
 
 
-def _eager_masks(model: Any, seen: Tensor, position: Tensor) -> Any:
-    """`seen [batch, rows, keys]` as the 4-D masks that "eager" adds, one for each kind of layer the model has.
+def _eager_masks(model: Any, visible: Tensor, position: Tensor) -> Any:
+    """`visible [batch, rows, keys]` as the 4-D masks that "eager" adds, one for each kind of layer the model has.
 
     `position [keys]` is for windows. Not the least float64: "eager" takes its softmax in float32, where that is -inf,
     and rows of padding would be NaN.
     """
-    near = seen & (position[:, None] - position < WINDOW)
+    near = visible & (position[:, None] - position < WINDOW)
     dtype, least = next(model.parameters()).dtype, torch.finfo(torch.float32).min
-    full, sliding = (torch.zeros(x.shape, dtype=dtype).masked_fill(~x, least)[:, None] for x in (seen, near))
+    full, sliding = (torch.zeros(x.shape, dtype=dtype).masked_fill(~x, least)[:, None] for x in (visible, near))
     kinds = getattr(model.config, "layer_types", None)
     if kinds is not None and len(set(kinds)) > 1:
         return {"full_attention": full, "sliding_attention": sliding}
@@ -166,17 +166,17 @@ def parity(model: Any) -> Iterator[tuple[str, Measure, Measure]]:
     for padding in PADDINGS:
         inputs = padded_inputs(padding)
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        seen = real[:, None] & torch.ones(21, 21, dtype=torch.bool).tril()
-        yield _compare(model, exact, f"{padding} padding", inputs, inputs, seen, real)
+        visible = real[:, None] & torch.ones(21, 21, dtype=torch.bool).tril()
+        yield _compare(model, exact, f"{padding} padding", inputs, inputs, visible, real)
     inputs, pattern = training_inputs()
-    seen, real = pattern.dense()[None], torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    visible, real = pattern.dense()[None], torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     yield _compare(
         model,
         exact,
         "training",
         {**inputs, "tidar_pattern": pattern},
-        {**inputs, "attention_mask": _eager_masks(model, seen, pattern.positions)},
-        seen,
+        {**inputs, "attention_mask": _eager_masks(model, visible, pattern.positions)},
+        visible,
         real,
         pattern.positions,
     )
@@ -188,15 +188,15 @@ def _compare(
     name: str,
     inputs: dict[str, Any],
     eager_inputs: dict[str, Any],
-    seen: Tensor,
+    visible: Tensor,
     real: Tensor,
     position: Tensor | None = None,
 ) -> tuple[str, Measure, Measure]:
-    """One line of `parity`: `inputs` under "tidar", `eager_inputs` under "eager", `seen` in float64."""
+    """One line of `parity`: `inputs` under "tidar", `eager_inputs` under "eager", `visible` in float64."""
     given = {key: value for key, value in eager_inputs.items() if key in ("input_ids", "position_ids")}
-    position = torch.arange(seen.shape[-1]) if position is None else position
+    position = torch.arange(visible.shape[-1]) if position is None else position
     exact.set_attn_implementation("eager")
-    true = _run(exact, {**given, "attention_mask": _eager_masks(exact, seen, position)}, real)
+    true = _run(exact, {**given, "attention_mask": _eager_masks(exact, visible, position)}, real)
     model.set_attn_implementation("eager")
     eager = _run(model, eager_inputs, real)
     model.set_attn_implementation(OURS)

@@ -4,7 +4,7 @@
 
 Parity comes first, but does not gate: every row checks its own result before it is timed. Each part has a share of the
 time that is left and runs in a process of its own, so that one that crashes, hangs, or loses the device takes nothing
-with it; it is then started again behind the row that did it. What the time cuts is printed and on file. The exit code
+with it; it is then started again after the row that did it. What the time cuts is printed and on file. The exit code
 is 1 if parity or a check of ours failed. `--dry-run` does all of it at tiny sizes on the CPU.
 """
 
@@ -26,200 +26,78 @@ from typing import Any
 
 import torch
 
-from tidar_kernels.models import TransformerConfig
-
-from . import cases, curves, decoder_step, rates, record, row, slots, targets, timing, training, workloads
-from .implementations import OURS, listing
+from .core import measure, rates, record, timing
+from .core.operands import Operands, listing
+from .registry import OPERATORS, PARTS
+from .reports import pictures, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0  # seconds in all; the rest of nine minutes is for starting and ending
 PARITY_SECONDS = 190.0  # at most
-# Of the time behind parity. What a part leaves goes to those behind it.
+# Of the time after parity. What a part leaves goes to those after it.
 SHARES = {"step": 0.36, "operators": 0.1, "decoder_step": 0.18, "token_slots": 0.1, "training": 0.26}
-WITHOUT_FLEX = 0.7  # of the time for step attention, until FlexAttention, which compiles for every case, has its turn
+TITLES = {
+    "step": "step attention",
+    "operators": "operators",
+    "decoder_step": "decoder steps",
+    "token_slots": "token slots",
+    "training": "training attention",
+}
+WITHOUT_COMPILERS = 0.7  # of a part's time, until FlexAttention, which compiles for every case, has its turn
 GRACE = 25.0  # seconds past its time until a part is stopped
 TRIES = 3
 DEVICE_LOST = 3  # exit code of a part whose process cannot go on
-WITHOUT_FLEX_TRAINING = tuple(name for name in training.ON_CUDA if name != "flex_attention")
-TRAINING_TOKENS = 16384  # clean tokens a call: shorter sequences come in larger batches
-TRAINING_WIDTH = 2048  # num_heads * head_dim
-TRAINING_LENGTHS = (2048, 4096, 8192, 16384, 32768)
-
-
-def training_cases() -> list[training.Workload]:
-    """TiDAR training at B = 16. One kind of heads over all lengths, then the others, the middle length first: the time
-    may be used up before the end."""
-
-    def case(seq_len: int, head_dim: int, group: int) -> training.Workload:
-        heads = TRAINING_WIDTH // head_dim
-        return training.Workload(seq_len, 16, heads, heads // group, head_dim, max(1, TRAINING_TOKENS // seq_len))
-
-    kinds = [(128, 4), (64, 1), (128, 1), (64, 4)]
-    middle = TRAINING_LENGTHS[2]
-    lengths = sorted(TRAINING_LENGTHS, key=lambda s: s != middle)
-    first = [case(s, *kinds[0]) for s in lengths] + [case(middle, *kind) for kind in kinds[1:]]
-    return first + [case(s, *kind) for kind in kinds[1:] for s in TRAINING_LENGTHS if s != middle]
-
-
-def _once(call: Callable[[], Any]) -> dict[str, float]:
-    return timing.time_cpu(call, 0.0)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a run measures, and with what."""
+    """What a run measures: the workloads `cuda` or `tiny` of every operator, and the tests of parity."""
 
     device: str
     dtype: torch.dtype
-    cases: dict[str, list[workloads.Case]]
-    flex: Sequence[Any]
-    shapes: Sequence[decoder_step.Shape]
-    contexts: tuple[int, ...]
-    tokens: tuple[int, ...]
-    training: Callable[[], list[training.Workload]]
+    workloads: str
     parity: tuple[str, ...]
-    rotating: row.Timer
-    step_timer: Callable[[Callable[[], Any]], dict[str, float]]
-    graph_timer: Callable[[Callable[[], Any]], dict[str, float]]
+    timer: measure.Timer | None = None
+
+    def cases(self, cls: type[Operands]) -> Sequence[Any]:
+        found: Sequence[Any] = getattr(cls, self.workloads)
+        return found
 
 
-FULL = Suite(
-    "cuda", torch.bfloat16, workloads.CUDA, workloads.FLEX_CUDA, decoder_step.SHAPES, decoder_step.CONTEXTS,
-    slots.TOKENS, training_cases, ("tests",), row.cuda_timer, timing.time_stream, slots.in_graph,
-)  # fmt: skip
+FULL = Suite("cuda", torch.bfloat16, "cuda", ("tests",))
 DRY = Suite(
-    "cpu", torch.float32, workloads.TINY, workloads.FLEX_TINY,
-    (decoder_step.Shape("tiny", TransformerConfig(300, 64, 96, 2, 4, 2, 16), {4: 3.0}),), (24,), (1, 8),
-    lambda: [training.Workload(40, 8, 4, 2, 16)], ("tests/ops/test_append_kv.py",),
-    lambda calls: _once(timing.rotated(calls)), _once, _once,
-)  # fmt: skip
+    "cpu",
+    torch.float32,
+    "tiny",
+    ("tests/ops/test_append_kv.py",),
+    lambda calls: timing.time_cpu(timing.rotated(calls), 0),
+)
 
 
-def cut(rows: record.Rows, what: str, left: int) -> None:
-    """Say that the time was used up."""
-    line = {"operator": "cut", "what": what, "left": left, "command": f"cut {what}"}
-    print(f"{what}: {row.OUT_OF_TIME}, {left} case(s) not measured", file=sys.stderr, flush=True)
-    rows.put(line)
-
-
-def run_cases(
-    suite: Suite,
-    rows: record.Rows,
-    known: rates.Rates,
-    table: Sequence[tuple[str, Any, Sequence[str] | None]],
-    what: str,
-    deadline: float,
-) -> bool:
-    """Rows of `(operator, case, implementations)` until `deadline`; False if a check of ours failed."""
-    passed = True
-    for index, (operator, case, names) in enumerate(table):
-        if time.perf_counter() > deadline:
-            cut(rows, what, len(table) - index)
-            break
-        passed &= row.measure(
-            case, operator, rows, known, suite.dtype, device=suite.device, names=names, timer=suite.rotating,
-            deadline=deadline, report=lambda line: print(row.describe(line), flush=True),
-        )  # fmt: skip
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()
-    return passed
-
-
-def run_step(suite: Suite, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
-    """Step attention beside its peers, FlexAttention behind all the others."""
-    now = time.perf_counter()
-    rows.put(*listing("step_attention", cases.StepAttention.implementations, suite.device))
-    others = [name for name in cases.StepAttention.implementations if name != "flex_attention"]
-    table: list[tuple[str, Any, Sequence[str] | None]]
-    table = [("step_attention", case, others) for case in suite.cases["step_attention"]]
-    passed = run_cases(suite, rows, known, table, "step attention", now + WITHOUT_FLEX * (deadline - now))
-    table = [("step_attention", case, ["flex_attention"]) for case in suite.flex]
-    return run_cases(suite, rows, known, table, "FlexAttention", deadline) and passed
-
-
-def run_operators(suite: Suite, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
-    """Append, rotation with append, verification, projections."""
-    table = [(name, case, None) for name, each in suite.cases.items() if name != "step_attention" for case in each]
-    return run_cases(suite, rows, known, table, "operators", deadline)
-
-
-def run_decoder_step(suite: Suite, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
-    """Whole steps of models; False if one failed."""
-    passed, left = True, len(suite.shapes) * len(decoder_step.BLOCK_SIZES) * len(suite.contexts)
-    options: dict[str, Any] = {"device": suite.device, "dtype": suite.dtype, "timer": suite.step_timer, "rows": rows}
-    for shape in suite.shapes:
-        for line in decoder_step.steps(
-            shape, decoder_step.BLOCK_SIZES, suite.contexts, known, deadline=deadline, **options
-        ):
-            print(decoder_step.describe(line), flush=True)
-            passed &= "not_available" not in line
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()
-    left -= sum(line["operator"] == "decoder_step" for line in rows.rows)
-    if left:
-        cut(rows, "decoder steps", left)
-    return passed
-
-
-def run_slots(suite: Suite, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
-    """Free token slots of the same models; False if a pass failed."""
-    passed, left = True, len(suite.shapes) * len(suite.tokens) * len(suite.contexts)
-    for shape in suite.shapes:
-        model = decoder_step.random_model(shape.config, suite.device, suite.dtype)
-        passed &= slots.run(
-            shape.name, model, rows, known, contexts=suite.contexts, tokens=suite.tokens, timer=suite.graph_timer,
-            deadline=deadline,
-        )  # fmt: skip
-        del model
-        if suite.device == "cuda":
-            torch.cuda.empty_cache()
-    left -= sum(line["operator"] == "token_slots" for line in rows.rows)
-    if left:
-        cut(rows, "token slots", left)
-    return passed
-
-
-def run_training(suite: Suite, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
-    """Training attention, forward and backward, FlexAttention behind all others; False if a check of ours failed."""
-    now, passed, table = time.perf_counter(), True, suite.training()
-    rows.put(*listing("attention", training.peers("cuda"), suite.device))
-    for what, names, until in (
-        ("training attention", WITHOUT_FLEX_TRAINING, now + WITHOUT_FLEX * (deadline - now)),
-        ("training attention, FlexAttention", ("flex_attention",), deadline),
-    ):
-        for index, case in enumerate(table):
+def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
+    """The rows of a part until `deadline`, what compiles for every case after all the others; False if ours failed."""
+    now, passed = time.perf_counter(), True
+    table = [(cls, case) for cls in map(OPERATORS.__getitem__, PARTS[name]) for case in suite.cases(cls)]
+    compilers = {key for cls, _ in table for key, one in cls.implementations.items() if one.compiles}
+    turns = [(TITLES[name], False, now + (WITHOUT_COMPILERS if compilers else 1.0) * (deadline - now))]
+    turns += [(f"{TITLES[name]}, FlexAttention", True, deadline)] if compilers else []
+    for what, compiling, until in turns:
+        mine = [
+            (cls, case, names)
+            for cls, case in table
+            if (names := [n for n in cls.offered(case, suite.device) if (n in compilers) == compiling])
+        ]
+        for index, (cls, case, names) in enumerate(mine):
             if time.perf_counter() > until:
-                cut(rows, what, len(table) - index)
+                left = len(mine) - index
+                print(f"{what}: {measure.OUT_OF_TIME}, {left} case(s) not measured", file=sys.stderr, flush=True)
+                rows.put({"operator": "cut", "what": what, "left": left, "command": f"cut {what}"})
                 break
-            passed &= run_training_case(suite, rows, known, case, names, until)
+            passed &= measure.measure(
+                cls, case, rows, known, suite.dtype, device=suite.device, names=names, timer=suite.timer,
+                deadline=until, report=lambda line: print(measure.describe(line), flush=True),
+            )  # fmt: skip
     return passed
-
-
-def run_training_case(
-    suite: Suite, rows: record.Rows, known: rates.Rates, case: training.Workload, names: Sequence[str], until: float
-) -> bool:
-    """The implementations of one case; False if ours failed."""
-    try:
-        new = training.run_on_device(
-            case, suite.dtype, names, suite.device, suite.step_timer, until, rows=rows, known=known
-        )
-    except row.DeviceLostError:
-        raise
-    except Exception as error:  # no room for the operands, say
-        print(f"attention {case}: {row.reason(error)}", file=sys.stderr)
-        return False
-    for line in new:
-        print(training.describe(line), flush=True)
-    return not any(line["implementation"] == OURS and row.failed(line) for line in new)
-
-
-PARTS: dict[str, Callable[[Suite, record.Rows, rates.Rates, float], bool]] = {
-    "step": run_step,
-    "operators": run_operators,
-    "decoder_step": run_decoder_step,
-    "token_slots": run_slots,
-    "training": run_training,
-}
 
 
 def run_part(suite: Suite, name: str, folder: Path, seconds: float, *, resume: bool = False) -> int:
@@ -228,13 +106,15 @@ def run_part(suite: Suite, name: str, folder: Path, seconds: float, *, resume: b
     rows = record.Rows(folder, name, suite.device, resume=resume)
     if not any(line["operator"] == "copy" for line in rows.rows):
         rows.put(*rates.measure(suite.device, (suite.dtype,), small=suite.device == "cpu"))
+        if name in ("step", "training"):
+            rows.put(*(line for operator in PARTS[name] for line in listing(OPERATORS[operator], suite.device)))
     try:
-        return 0 if PARTS[name](suite, rows, rates.of(rows.rows), deadline) else 1
-    except row.DeviceLostError as error:
+        return 0 if measured(suite, name, rows, rates.of(rows.rows), deadline) else 1
+    except measure.DeviceLostError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return DEVICE_LOST
     except Exception as error:  # what no row stands for; rows so far are on file, and the other parts are measured
-        print(f"{name}: {row.reason(error)}", file=sys.stderr, flush=True)
+        print(f"{name}: {measure.reason(error)}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -333,7 +213,7 @@ def run_all(
         seconds = (end - time.perf_counter() - GRACE) * share / sum(waiting.values())
         del waiting[name]
         if seconds < 5.0:
-            print(f"{name}: not started, {row.OUT_OF_TIME}", file=sys.stderr, flush=True)
+            print(f"{name}: not started, {measure.OUT_OF_TIME}", file=sys.stderr, flush=True)
             continue
         print(f"== {name}: {seconds:.0f} s", flush=True)
         if separate:
@@ -363,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = run_all(suite, options.out, options.budget, run_process, separate=True, parity=not options.no_parity)
     for line in targets.lines(options.out, suite.device):
         print(line, flush=True)
-    curves.draw_all(options.out, options.out)
+    pictures.draw_all(options.out, options.out)
     return code
 
 

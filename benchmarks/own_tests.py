@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from . import record
+from .core import record
 
 CLASSES = ("LlamaModelTest", "Qwen3ModelTest")
 

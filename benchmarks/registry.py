@@ -1,21 +1,29 @@
-"""Every operator that is measured, by name: its operands, and what a case of it is."""
+"""Every operator that is measured, by name."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from . import workloads
-from .cases import AppendKV, Operands, Projection, RotaryAppend, StepAttention, Verify
-from .compact import CompactKV
+from .core.operands import Operands
+from .decoding.decoder_step import DecoderStep
+from .decoding.slots import TokenSlots
+from .operators.append_kv import AppendKV
+from .operators.attention import Attention
+from .operators.compact_kv import CompactKV
+from .operators.projection import Projection
+from .operators.rotary_append import RotaryAppend
+from .operators.step_attention import StepAttention
+from .operators.verify import Verify
 
 OPERATORS: dict[str, type[Operands]] = {
-    cls.operator: cls for cls in (StepAttention, AppendKV, CompactKV, RotaryAppend, Verify, Projection)
-}
-CASES: dict[str, type[Any]] = {
-    "step_attention": workloads.Step,
-    "append_kv": workloads.Append,
-    "compact_kv": workloads.Compact,
-    "rotary_append": workloads.RotaryAppend,
-    "verify": workloads.Verify,
-    "projection": workloads.Projection,
+    cls.operator: cls
+    for cls in (
+        StepAttention, AppendKV, CompactKV, RotaryAppend, Verify, Projection, DecoderStep, TokenSlots, Attention
+    )
+}  # fmt: skip
+# What is measured together: a part of a results file, and the operators in it.
+PARTS: dict[str, tuple[str, ...]] = {
+    "step": ("step_attention",),
+    "operators": ("append_kv", "compact_kv", "rotary_append", "verify", "projection"),
+    "decoder_step": ("decoder_step",),
+    "token_slots": ("token_slots",),
+    "training": ("attention",),
 }

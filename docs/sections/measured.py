@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks.core import record
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 NO_GPU = "No GPU figures are published yet: `make gpu` measures them and writes the file this table is drawn from."

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, targets
-from benchmarks.implementations import OURS, Implementation
-from benchmarks.peers import STEP
-from benchmarks.workloads import SAME_HEADS
+from benchmarks.core.operands import OURS, Implementation
+from benchmarks.operators.attention import Attention
+from benchmarks.operators.models import SAME_HEADS
+from benchmarks.operators.step_peers import STEP
+from benchmarks.reports import pictures, targets
 from sections import Picture, Section, measured
 
 DEVICES = {"cpu": ("operators", measured.NO_CPU), "cuda": ("step", measured.NO_GPU)}
@@ -35,11 +36,11 @@ def _spread(row: dict[str, Any]) -> str:
 
 
 def _picture(name: str, device: str, what: str) -> list[str]:
-    known = curves.part_for(measured.RESULTS, name, device)
+    known = pictures.part_for(measured.RESULTS, name, device)
     return [f"![{what}](images/{name}_{device}.png)"] if known else []
 
 
-def step_table(device: str, pictures: bool = True) -> str:
+def step_table(device: str, with_pictures: bool = True) -> str:
     """Step attention beside its peers."""
     kind, nothing = DEVICES[device]
     unit, name, scale, rate = (1e3, "ms", 1e3, "GFLOP/s") if device == "cpu" else (1.0, "µs", 1.0, "TFLOP/s")
@@ -63,12 +64,15 @@ def step_table(device: str, pictures: bool = True) -> str:
             continue
         same = "; ".join(f"{other} has the heads of {one}" for other, one in SAME_HEADS.items())
         found += [
-            *(_picture("step_prefix", device, "time of step attention over the prefix, beside its peers") * pictures),
+            *(
+                _picture("step_prefix", device, "time of step attention over the prefix, beside its peers")
+                * with_pictures
+            ),
             measured.table([*head, *(STEP[peer].label for peer in known)], lines),
             f"{cases[0][OURS].get('dtype', 'float32')}, one layer, cold operands by rotation, medians, with the 20th "
             f"and 80th percentile around them; peers in {name}. {same}. Those without mask compute other numbers and "
             f"are a yardstick. {measured.where(part)}.{measured.left_out(part)}",
-            *(_picture("step_roofline", device, "step attention under the roofline") * pictures),
+            *(_picture("step_roofline", device, "step attention under the roofline") * with_pictures),
         ]
     return "\n\n".join(found) or nothing
 
@@ -143,7 +147,7 @@ def slots_section() -> str:
     found = []
     for device in ("cpu", "cuda"):
         for part in measured.parts("token_slots", device)[:1]:
-            for model, each in curves.slot_series(part).items():
+            for model, each in pictures.slot_series(part).items():
                 head = ["tokens in flight", *(f"{context} of context, ms" for context in each)]
                 counts = sorted({n for points in each.values() for n, _, _ in points})
                 times = [{n: ms for n, ms, _ in points} for points in each.values()]
@@ -174,7 +178,7 @@ def peers_table() -> str:
 def _presence(row: dict[str, Any] | None) -> str:
     if row is None:
         return "not measured yet"
-    if row["device"] not in (STEP[row["implementation"]].devices if row["implementation"] in STEP else DEVICES):
+    if row["device"] not in {**Attention.implementations, **STEP}[row["implementation"]].devices:
         return "does not run there"
     return f"absent: {row['absent']}" if row["absent"] else f"{row['version'] or 'there'}"
 
@@ -209,8 +213,8 @@ def _pictures() -> dict[str, Picture]:
     """A picture exists where its results do."""
     found = {}
     for device in ("cpu", "cuda"):
-        for name, (_, save, describe) in curves.PICTURES.items():
-            part = curves.part_for(measured.RESULTS, name, device)
+        for name, (_, save, describe) in pictures.PICTURES.items():
+            part = pictures.part_for(measured.RESULTS, name, device)
             if part is not None:
                 found[f"images/{name}_{device}.png"] = Picture(_saver(save, part), partial(describe, part))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import plots
+from benchmarks.reports import pictures
 from sections import Picture, Section
 from sections.measured import NO_CPU, NO_GPU, left_out, parts, where
 
@@ -157,7 +157,7 @@ def training_table() -> str:
             lines.append(f"| {dtype} | {heads}/{kv_heads} | {direction} | {first} | {figures} |")
         row = next(row for row in result["rows"] if row["operator"] == "attention")
         notes = {
-            f"{plots.LABELS[row['implementation']]}, {row['direction']}: {row['not_available']}"
+            f"{pictures.LABELS[row['implementation']]}, {row['direction']}: {row['not_available']}"
             for row in result["rows"]
             if row["operator"] == "attention" and "not_available" in row
         }
@@ -180,7 +180,7 @@ def training_memory_table() -> str:
         rows = [row for row in result["rows"] if row["operator"] == "attention_memory" and "peak_bytes" in row]
         lines = ["| | S | peak, MiB | bytes a clean token |", "| :--- | ---: | ---: | ---: |"]
         lines += [
-            f"| {plots.LABELS[row['implementation']]} | {row['seq_len']} | {row['peak_bytes'] / 2**20:.0f} "
+            f"| {pictures.LABELS[row['implementation']]} | {row['seq_len']} | {row['peak_bytes'] / 2**20:.0f} "
             f"| {row['bytes_per_token']:,} |"
             for row in rows
         ]
@@ -200,7 +200,7 @@ def training_gpu_table() -> str:
     for result in parts("training", "cuda"):
         lines = [
             "| d | query/kv heads | S | | `tk.attention` | "
-            + " | ".join(plots.LABELS[name] for name in peers)
+            + " | ".join(pictures.LABELS[name] for name in peers)
             + " | of FlexAttention | of the best causal |",
             "| ---: | ---: | ---: | :--- |" + " ---: |" * (len(peers) + 3),
         ]
@@ -237,11 +237,11 @@ def _first(kind: str) -> dict[str, Any]:
 PICTURES: dict[str, Picture] = {}
 if parts("training", "cpu"):
     PICTURES["images/training_cpu.png"] = Picture(
-        lambda path: plots.save_training(_first("training"), path),
-        lambda: plots.training_description(_first("training")),
+        lambda path: pictures.save_training(_first("training"), path),
+        lambda: pictures.training_description(_first("training")),
     )
 if parts("strategies", "cpu"):
     PICTURES["images/strategies_cpu.png"] = Picture(
-        lambda path: plots.save_strategies(_first("strategies"), path),
-        lambda: plots.strategies_description(_first("strategies")),
+        lambda path: pictures.save_strategies(_first("strategies"), path),
+        lambda: pictures.strategies_description(_first("strategies")),
     )

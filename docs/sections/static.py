@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.static.occupancy import LIMITS
 from sections import Section
 from sections.measured import RESULTS, table
 from tidar_kernels.ops._triton.tables import CHIPS
-from tidar_kernels.testing.occupancy import LIMITS
 
 HEAD_DIM, DTYPE = 128, "bfloat16"
 # Projections have no head dim: the wide tile stands for them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,33 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import breakdown, compare, implementations, memory, plots, record, strategies, timing, training
-from tests.benchmarks.benching import TINY, by_name, leaking, once, sections_of
+from benchmarks.core import measure, record, timing
+from benchmarks.core.operands import OURS, Implementation, WrongResultError
+from benchmarks.decoding import breakdown, strategies
+from benchmarks.operators import attention, flex, memory
+from benchmarks.operators.attention import DIRECTIONS, Attention, Calls, Training
+from benchmarks.reports import compare, pictures
+from tests.benchmarks.benching import RATES, TINY, by_name, leaking, once, sections_of
 from tests.paths import REPOSITORY
 from tidar_kernels import Decoder, cli, patterns
 from tidar_kernels.decoding.strategies import Profile
 from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.nn.adapters import add_gated_lora
 
-WITHOUT_FLEX = tuple(name for name in training.ON_CPU if name != "flex_attention")
+ON_CPU = tuple(Attention.offered(TINY, "cpu"))
+WITHOUT_FLEX = tuple(name for name in ON_CPU if name != "flex_attention")
+
+
+def measured(
+    case: Training, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ON_CPU, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of training attention in both directions, on the CPU, the implementations taking turns."""
+    rows = record.Rows(None, "training", "cpu")
+    for direction in DIRECTIONS:
+        options = {"budget_s": 0.0, **options}
+        at = dataclasses.replace(case, direction=direction)
+        measure.measure(Attention, at, rows, RATES, dtype, device="cpu", names=names, **options)
+    return rows.rows
 
 
 @pytest.fixture
@@ -26,15 +45,16 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(training, "compiled_flex_attention", broken)
+    attention._flex_plan.cache_clear()
+    monkeypatch.setattr(flex, "compiled_flex_attention", broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [TINY, training.Workload(37, 8, 2, 2, 16, batch=2)], ids=str)
-def test_rows_of_the_cpu(case: training.Workload, dtype: torch.dtype, no_compiler: None) -> None:
-    rows = training.run_cpu(case, dtype, budget_s=0.0)
+@pytest.mark.parametrize("case", [TINY, Training("forward", 37, 8, 2, 2, 16, batch=2)], ids=str)
+def test_rows_of_the_cpu(case: Training, dtype: torch.dtype, no_compiler: None) -> None:
+    rows = measured(case, dtype)
     found = by_name(rows)
-    assert len(found) == len(rows) == len(training.ON_CPU) * 2
+    assert len(found) == len(rows) == len(ON_CPU) * 2
     for (name, direction), line in found.items():
         if name == "flex_attention":
             assert line["not_available"] == "RuntimeError: no C++ compiler"
@@ -54,10 +74,11 @@ def test_flex_attention_has_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> No
     from torch.nn.attention.flex_attention import create_block_mask
 
     masks = []
-    monkeypatch.setattr(training, "compiled_flex_attention", lambda: None)
-    monkeypatch.setattr(training, "create_block_mask", lambda *a, **k: masks.append(a[0]) or create_block_mask(*a, **k))
-    operands = training.Operands(training.Workload(37, 8, 1, 1, 16), "cpu", torch.float32)
-    training.IMPLEMENTATIONS["flex_attention"](operands)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: None)
+    monkeypatch.setattr(flex, "create_block_mask", lambda *a, **k: masks.append(a[0]) or create_block_mask(*a, **k))
+    operands = Attention(Training("forward", 37, 8, 1, 1, 16), "cpu", torch.float32)
+    attention._flex_plan.cache_clear()
+    operands.prepare("flex_attention")
     row, key = torch.meshgrid(torch.arange(74), torch.arange(74), indexing="ij")
     assert torch.equal(masks[0](torch.tensor(0), torch.tensor(0), row, key), operands.pattern.dense())
 
@@ -65,48 +86,56 @@ def test_flex_attention_has_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("row", [0, TINY.seq_len])
 def test_a_wrong_result_has_no_speed(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
-    monkeypatch.setattr(training.tk, "attention", leaking(row))
+    monkeypatch.setattr(attention.tk, "attention", leaking(row))
     monkeypatch.setattr(timing, "time_in_turn", lambda calls, budget: timed.extend(calls) or {})
-    (line,) = training.run_cpu(TINY, torch.float32, (implementations.OURS,), directions=("forward",))
-    assert line["not_available"].startswith("WrongResultError: S40-B8-h4_2-d16-b1: expected a relative error <= ")
+    line, _ = measured(TINY, names=(OURS,))
+    said = "WrongResultError: tidar_kernels of S40-B8-h4_2-d16-b1 forward: expected a relative error <= "
+    assert line["not_available"].startswith(said)
     assert "p50_us" not in line
     assert not timed
 
 
 @pytest.mark.parametrize("wrong", ["dq", "dk", "dv", "rows"])
 def test_a_wrong_gradient_has_no_speed(wrong: str) -> None:
-    operands = training.Operands(training.Workload(70, 8, 1, 1, 16), "cpu", torch.float32)
-    ours = training.IMPLEMENTATIONS[training.OURS](operands)
+    forward, backward = (
+        Attention(Training(direction, 70, 8, 1, 1, 16), "cpu", torch.float32) for direction in DIRECTIONS
+    )
 
-    def compute(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        leaves = tuple(leaves)
-        if wrong != "rows":
-            at = ("dq", "dk", "dv").index(wrong)
-            leaves = (*leaves[:at], leaves[at] + 0.01 * (leaves[at] - leaves[at].detach()), *leaves[at + 1 :])
-            return ours.compute(*leaves)
-        more = (leaves[0] - leaves[0].detach()).mean()
-        return (ours.compute(*leaves)[0] + more,)
+    def calls(operands: Attention) -> Calls:
+        ours = Attention.implementations[OURS].prepare(operands)
 
-    calls = training.Calls(compute, ours.leaves)
-    assert operands.check(calls, "forward") < 1e-5
-    with pytest.raises(implementations.WrongResultError, match=r"^S70-B8-h1_1-d16-b1: expected"):
-        operands.check(calls, "backward")
+        def compute(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            leaves = tuple(leaves)
+            if wrong != "rows":
+                at = ("dq", "dk", "dv").index(wrong)
+                leaves = (*leaves[:at], leaves[at] + 0.01 * (leaves[at] - leaves[at].detach()), *leaves[at + 1 :])
+                return ours.compute(*leaves)
+            more = (leaves[0] - leaves[0].detach()).mean()
+            return (ours.compute(*leaves)[0] + more,)
+
+        return Calls(compute, ours.leaves)
+
+    assert forward.check(OURS, forward.prepared(calls(forward))) < 1e-5
+    with pytest.raises(WrongResultError, match=r" of S70-B8-h1_1-d16-b1 backward: expected"):
+        backward.check(OURS, backward.prepared(calls(backward)))
 
 
 def test_a_wrong_peer_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(operands: training.Operands) -> training.Calls:
-        return training.Calls(lambda q, k, v: (0.5 * q + 0.0 * (k + v).sum(),), operands.leaves)
+    def wrong(operands: Attention) -> Calls:
+        return Calls(lambda q, k, v: (0.5 * q + 0.0 * (k + v).sum(),), operands.leaves)
 
-    monkeypatch.setitem(training.IMPLEMENTATIONS, "sdpa_dense_mask", wrong)
-    found = by_name(training.run_cpu(TINY, torch.float32, WITHOUT_FLEX, budget_s=0.0))
-    for direction in training.DIRECTIONS:
-        assert found["sdpa_dense_mask", direction]["not_available"].startswith("WrongResultError: S40-B8")
+    monkeypatch.setitem(Attention.implementations, "sdpa_dense_mask", Implementation("wrong", wrong))
+    found = by_name(measured(TINY, names=WITHOUT_FLEX))
+    for direction in DIRECTIONS:
+        assert found["sdpa_dense_mask", direction]["not_available"].startswith(
+            "WrongResultError: sdpa_dense_mask of S40"
+        )
         assert "p50_us" in found["tidar_kernels", direction]
 
 
 def test_dense_mask_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "MAX_DENSE_MASK", 80**2 - 1)
-    found = by_name(training.run_cpu(TINY, torch.float32, ("tidar_kernels", "sdpa_dense_mask"), budget_s=0.0))
+    monkeypatch.setattr(attention, "MAX_DENSE_MASK", 80**2 - 1)
+    found = by_name(measured(TINY, names=("tidar_kernels", "sdpa_dense_mask")))
     assert found["sdpa_dense_mask", "forward"]["not_available"].startswith("MemoryError: the dense mask is left out")
     assert "against_floor" not in found["tidar_kernels", "forward"]
 
@@ -135,11 +164,11 @@ def test_peak_memory_that_fails_is_recorded() -> None:
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> Path:
     """A folder of results files that measure TINY."""
-    rows = training.run_cpu(TINY, torch.float32, budget_s=0.0)
+    rows = measured(TINY)
     peak = {"operator": "attention_memory", "implementation": "tidar_kernels", "dtype": "float32", **vars(TINY)}
     rows.append({**peak, "peak_bytes": 3 * 2**20, "bytes_per_token": 78643})
     record.add(tmp_path, "training", "cpu", rows)
-    part = record.content("training", "cpu", training.run_on_device(TINY, device="cpu", timer=once))
+    part = record.content("training", "cpu", measured(TINY, timer=once))
     part["machine"] |= {"device": "cuda", "gpu": "A GPU"}
     part["rows"].append({"operator": "cut", "what": "training attention", "left": 3})
     record.save(tmp_path / "cuda-a-gpu-2026-01-02.json", {"training": part})
@@ -175,13 +204,15 @@ def test_picture(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
     (result,) = record.newest(results, "training", "cpu")
-    plots.save_training(result, tmp_path / "new" / "training.png")
+    pictures.save_training(result, tmp_path / "new" / "training.png")
     with image.open(tmp_path / "new" / "training.png") as picture:
-        assert picture.info["Description"] == plots.training_description(result)
-    bars = plots.training_bars(result, "backward")["float32, 4/2 heads"]
+        assert picture.info["Description"] == pictures.training_description(result)
+    bars = pictures.training_bars(result, "backward")["float32, 4/2 heads"]
     assert bars["flex_attention"] is None
     assert bars["tidar_kernels"] == by_name(result["rows"])["tidar_kernels", "backward"]["against_floor"]
-    assert f"flex_attention none, sdpa_dense_mask {bars['sdpa_dense_mask']:.2f}" in plots.training_description(result)
+    assert f"flex_attention none, sdpa_dense_mask {bars['sdpa_dense_mask']:.2f}" in pictures.training_description(
+        result
+    )
 
 
 def _result(path: Path, **figures: float) -> Path:
@@ -209,19 +240,19 @@ def test_compare_finds_the_regression(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "regression: 1.50 x, over 1.4: append context_len=512" in capsys.readouterr().err
 
 
-def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     old, new = (str(_result(tmp_path / f"{us}.json", p50_us=us)) for us in (10.0, 15.0))
     assert cli.main(["bench", "compare", old, new, "--fail-over", "1.6"]) == 0
-    assert "1.50 x  p50_us 10.00 -> 15.00" in capsys.readouterr().out
+    assert "1.50 x  p50_us 10.00 -> 15.00" in capfd.readouterr().out
     assert cli.main(["bench", "compare", old, new, "--fail-over", "1.4", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"parts": {"compare": 1}, "files": []}
+    assert json.loads(capfd.readouterr().out) == {"parts": {"compare": 1}, "files": []}
     for arguments, said in (
         (["compare", old], "compare: expected two results files, OLD.json NEW.json, got 1"),
         (["decode", "--out", str(tmp_path), "--fail-over", "2"], "--fail-over: expected with compare alone"),
         (["decoding"], "PART: expected some of operators, training, decode, "),
     ):
         assert cli.main(["bench", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert said in capfd.readouterr().err
 
 
 def test_a_slower_peer_is_no_regression(tmp_path: Path) -> None:

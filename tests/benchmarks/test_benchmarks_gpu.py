@@ -13,24 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    curves,
-    decoder_step,
-    gpu,
-    implementations,
-    peers,
-    rates,
-    record,
-    registry,
-    row,
-    slots,
-    timing,
-    training,
-    workloads,
-)
+from benchmarks import gpu, row
+from benchmarks.core import measure, rates, record, timing
+from benchmarks.core.operands import Implementation, Prepared, WrongResultError, listing
+from benchmarks.decoding import models
+from benchmarks.decoding.decoder_step import DecoderStep, WholeStep
+from benchmarks.decoding.slots import Pass
+from benchmarks.operators import attention, flex, step_peers
+from benchmarks.operators.attention import Attention
+from benchmarks.operators.step_attention import Step, StepAttention
+from benchmarks.registry import OPERATORS, PARTS
+from benchmarks.reports import pictures
 from tests.benchmarks.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
 from tidar_kernels.models import Transformer, TransformerConfig
+
+SMALL = PARTS["operators"]
 
 
 @pytest.fixture
@@ -38,11 +35,17 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> gpu.Suite:
     """The suite of a dry run whose clock says one microsecond, FlexAttention left uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    peers.flex_plan.cache_clear()
-    for module in (peers, training):
-        monkeypatch.setattr(module, "compiled_flex_attention", lambda: torch.compile(flex_attention, backend="eager"))
+    for plan in (step_peers.flex_plan, attention._flex_plan):
+        plan.cache_clear()
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: torch.compile(flex_attention, backend="eager"))
     monkeypatch.setattr(rates, "measure", lambda *_, **__: [dict(line) for line in YARDSTICKS])
-    return dataclasses.replace(gpu.DRY, rotating=lambda calls: once(calls[0]), step_timer=once, graph_timer=once)
+    return dataclasses.replace(gpu.DRY, timer=once)
+
+
+def step(rows: record.Rows, names: tuple[str, ...], timer: measure.Timer | None = once) -> bool:
+    """Rows of the first tiny step."""
+    case = StepAttention.tiny[0]
+    return measure.measure(StepAttention, case, rows, RATES, torch.float32, device="cpu", names=names, timer=timer)
 
 
 def launched(commands: list[list[str]], code: int | None = 0) -> Callable[[list[str], float], int | None]:
@@ -61,8 +64,8 @@ def test_the_dry_run_goes_through_every_part(
     commands: list[list[str]] = []
     assert gpu.run_all(dry, tmp_path, 300.0, launched(commands), separate=False) == 0
     assert commands[0][1:5] == ["-m", "pytest", "-m", "cuda"]
-    assert set(record.load(next(tmp_path.glob("cpu-*.json")))["parts"]) == {"parity", *gpu.PARTS}
-    timed = [line for kind in gpu.PARTS for line in part_of(tmp_path, kind) if "p50_us" in line]
+    assert set(record.load(next(tmp_path.glob("cpu-*.json")))["parts"]) == {"parity", *PARTS}
+    timed = [line for kind in PARTS for line in part_of(tmp_path, kind) if "p50_us" in line]
     assert {line["operator"] for line in timed} == {
         "step_attention", "append_kv", "compact_kv", "rotary_append", "verify", "projection", "decoder_step",
         "token_slots", "attention",
@@ -76,7 +79,7 @@ def test_the_dry_run_goes_through_every_part(
     checked = [line for line in part_of(tmp_path, "step") if line.get("implementation") == "flex_attention"]
     assert 0 < checked[-1]["relative_error"] < 1e-5
     assert "exit codes: {'parity': 0, 'step': 0" in capsys.readouterr().out
-    drawn = curves.draw_all(tmp_path, tmp_path)
+    drawn = pictures.draw_all(tmp_path, tmp_path)
     assert [path.name for path in drawn] == ["step_prefix_cpu.png", "step_roofline_cpu.png", "token_slots_cpu.png"]
 
 
@@ -127,48 +130,44 @@ def test_parity_counts_what_failed(tmp_path: Path) -> None:
 
 
 def test_a_row_that_took_its_process_down_is_not_tried_again(dry: gpu.Suite, tmp_path: Path) -> None:
-    case = workloads.TINY["step_attention"][0]
     rows = record.Rows(tmp_path, "step", "cpu")
-    lost = row.head("step_attention", "sdpa_dense_mask", "cpu", torch.float32, vars(case))
+    lost = measure.head("step_attention", "sdpa_dense_mask", "cpu", torch.float32, vars(StepAttention.tiny[0]))
     rows.begin(lost)
     rows = record.Rows(tmp_path, "step", "cpu", resume=True)
     names = ("tidar_kernels", "sdpa_dense_mask")
-    how: dict[str, Any] = {"device": "cpu", "names": names, "timer": dry.rotating}
-    assert row.measure(case, "step_attention", rows, RATES, torch.float32, **how)
+    assert step(rows, names)
     first, second = part_of(tmp_path, "step")
     assert first == lost | {"not_available": "the process ended while this was measured"}
     assert second["p50_us"] == 1.0
     before = list(rows.rows)
-    assert row.measure(case, "step_attention", rows, RATES, torch.float32, **how)
+    assert step(rows, names)
     assert rows.rows == before
 
 
 def test_a_wrong_operator_has_no_speed_and_the_run_goes_on(
     dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(operands: cases.StepAttention) -> implementations.Prepared:
+    def wrong(operands: StepAttention) -> Prepared:
         keys, values = operands.joined(context_first=True)
         dense = operands.pattern.dense(operands.case.context_len)
         dense[0, -1] = True  # a draft that sees a mask
         attend = torch.nn.functional.scaled_dot_product_attention
-        return implementations.Prepared(
-            lambda: attend(operands.q, keys, values, attn_mask=dense, enable_gqa=True)
-        )  # fmt: skip
+        return Prepared(lambda: attend(operands.q, keys, values, attn_mask=dense, enable_gqa=True))
 
-    ours = dataclasses.replace(peers.STEP["tidar_kernels"], prepare=wrong)
-    monkeypatch.setitem(peers.STEP, "tidar_kernels", ours)
+    monkeypatch.setitem(StepAttention.implementations, "tidar_kernels", Implementation("wrong", wrong))
     rows = record.Rows(tmp_path, "step", "cpu")
-    assert not gpu.run_step(dry, rows, RATES, math.inf)
+    assert not gpu.measured(dry, "step", rows, RATES, math.inf)
     mine = [line for line in rows.rows if line.get("implementation") == "tidar_kernels"]
     assert mine[0]["not_available"].startswith("WrongResultError: tidar_kernels of Step(")
     assert "p50_us" not in mine[0]
     assert any("p50_us" in line for line in rows.rows if line.get("implementation") == "sdpa_dense_mask")
 
 
-@pytest.mark.parametrize("operator", [name for name in workloads.TINY if name != "step_attention"])
+@pytest.mark.parametrize("operator", SMALL)
 def test_checks_of_the_other_operators_can_fail(operator: str) -> None:
-    operands = registry.OPERATORS[operator](workloads.TINY[operator][0], "cpu", torch.float32)
-    prepared = operands.implementations["tidar_kernels"].prepare(operands)
+    cls = OPERATORS[operator]
+    operands = cls(cls.tiny[0], "cpu", torch.float32)
+    prepared = operands.prepare("tidar_kernels")
     assert operands.check("tidar_kernels", prepared) < 1e-5
 
     def broken() -> Any:
@@ -177,13 +176,13 @@ def test_checks_of_the_other_operators_can_fail(operator: str) -> None:
             return operands.k_cache[0, 0, 0].add_(1.0)  # type: ignore[attr-defined]
         return [x + 1 for x in found] if isinstance(found, tuple) else found + 1
 
-    with pytest.raises(implementations.WrongResultError, match=r"^tidar_kernels of "):
-        operands.check("tidar_kernels", implementations.Prepared(broken))
+    with pytest.raises(WrongResultError, match=r"^tidar_kernels of "):
+        operands.check("tidar_kernels", Prepared(broken))
 
 
-@pytest.mark.parametrize("case", workloads.TINY["step_attention"], ids=str)
-def test_floors_count_live_pairs_and_every_byte_once(case: workloads.Step) -> None:
-    operands = cases.StepAttention(case, "cpu", torch.float32)
+@pytest.mark.parametrize("case", StepAttention.tiny, ids=str)
+def test_floors_count_live_pairs_and_every_byte_once(case: Step) -> None:
+    operands = StepAttention(case, "cpu", torch.float32)
     floor, pairs = operands.floor(), int(operands.pattern.dense(case.context_len).sum())
     assert floor["flops"] == 4 * pairs * case.head_dim * case.num_heads * case.batch
     tensors = [operands.q, operands.q, operands.k, operands.v]  # out is as large as q
@@ -198,81 +197,94 @@ def test_every_row_has_a_command_that_measures_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rates, "measure", lambda *_, **__: [dict(line) for line in YARDSTICKS])
-    monkeypatch.setattr(timing, "time_cpu", once)
-    heads = [
-        row.head(operator, "tidar_kernels", "cpu", torch.float32, vars(each[0]))
-        for operator, each in workloads.TINY.items()
-    ]
-    fields = {"direction": "backward", **vars(TINY)}
-    heads += [row.head("attention", "tidar_kernels", "cpu", torch.float32, fields)]
-    heads += [row.head("token_slots", "tidar_kernels", "cpu", torch.float32, vars(slots.Asked("shipped", 2, 8)))]
-    monkeypatch.setattr(timing, "time_in_turn", lambda calls, budget: {name: once(calls[name]) for name in calls})
-    for line in heads:
+    monkeypatch.setattr(timing, "time_in_turn", lambda calls, budget: {name: once([calls[name]]) for name in calls})
+    cases = [*((cls, cls.tiny[0]) for cls in OPERATORS.values()), (OPERATORS["token_slots"], Pass("shipped", 2, 8))]
+    cases += [(Attention, dataclasses.replace(TINY, direction="backward")), (DecoderStep, WholeStep("tiny", 4, 24))]
+    for cls, case in cases:
+        line = measure.head(cls.operator, cls.offered(case, "cpu")[0], "cpu", torch.float32, vars(case))
         arguments = line["command"].split()
         assert arguments[:3] == ["python", "-m", "benchmarks.row"]
         assert row.main(arguments[3:]) == 0, line["command"]
-        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        (printed,) = map(json.loads, capsys.readouterr().out.splitlines())
         assert {name: printed[name] for name in line} == line
         assert printed["p50_us"] == 1.0
-    for wrong in (["step"], ["verify", "nobody"], ["verify", "eager", "cpu", "float32", "depth=1"]):
-        assert row.main([*wrong, *["eager", "cpu", "float32"][len(wrong) - 1 :]][:5]) == 2
-    assert "expected one of" in capsys.readouterr().err
+    for wrong, said in (
+        ("step eager cpu float32", "OPERATOR: expected one of step_attention, "),
+        ("verify nobody cpu float32", "IMPLEMENTATION: expected one of tidar_kernels, argmax, got nobody"),
+        ("verify tidar_kernels cpu float32 depth=1", "depth=1: expected FIELD=VALUE with a field of model, "),
+        ("verify tidar_kernels cpu float32 model=x", "FIELD=VALUE: "),
+        ("attention tidar_kernels cpu float32 direction=up seq_len=8", "FIELD=VALUE: "),
+        ("step_attention flashinfer cpu float32 block_size=4", "FIELD=VALUE: "),
+    ):
+        assert row.main(wrong.split()) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_failure_of_ours_in_training_ends_nothing_and_is_told(
     dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.tk, "attention", leaking(TINY.seq_len))
+    def broken(operands: Attention) -> Any:
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(attention.tk, "attention", leaking(TINY.seq_len))
+    monkeypatch.setitem(Attention.implementations, "causal_sdpa", Implementation("broken", broken, ceiling=True))
     rows = record.Rows(tmp_path, "training", "cpu")
-    assert not gpu.run_training(dry, rows, RATES, math.inf)
+    assert not gpu.measured(dry, "training", rows, RATES, math.inf)
     found = by_name(rows.rows)
     assert found["tidar_kernels", "forward"]["not_available"].startswith("WrongResultError")
     assert "p50_us" in found["sdpa_dense_mask", "forward"]
-    assert "not_available" in found["causal_cudnn", "forward"]
+    assert found["causal_sdpa", "forward"]["not_available"] == "RuntimeError: no such backend"
 
 
-def test_a_case_without_room_ends_nothing(
-    dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Operands(training.Operands):
-        def __init__(self, case: training.Workload, *rest: Any) -> None:
-            if case.batch == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
-            super().__init__(case, *rest)
+def test_a_case_without_room_ends_nothing(dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Attention.make
 
-    monkeypatch.setattr(training, "Operands", Operands)
-    suite = dataclasses.replace(dry, training=lambda: [dataclasses.replace(TINY, batch=2), TINY])
+    def without_room(operands: Attention) -> None:
+        if operands.case.batch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        make(operands)
+
+    monkeypatch.setattr(Attention, "make", without_room)
+    monkeypatch.setattr(Attention, "tiny", [dataclasses.replace(TINY, batch=2), TINY])
     rows = record.Rows(tmp_path, "training", "cpu")
-    assert not gpu.run_training(suite, rows, RATES, math.inf)
-    assert {line["batch"] for line in rows.rows if line["operator"] == "attention"} == {1}
-    assert "attention S40-B8-h4_2-d16-b2: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
+    assert not gpu.measured(dry, "training", rows, RATES, math.inf)
+    found = [line for line in rows.rows if line["operator"] == "attention"]
+    for line in found:
+        if line["batch"] == 2:
+            assert line["not_available"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert sum("p50_us" in line for line in found if line["batch"] == 1) == 4
 
 
 def test_past_the_deadline_nothing_starts_and_it_is_said(
     dry: gpu.Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = training.run_on_device(TINY, device="cpu", timer=once, deadline=0.0)
-    assert all(line["not_available"].endswith("is used up") and not row.failed(line) for line in rows)
-    for name, run in gpu.PARTS.items():
+    held = record.Rows(None, "training", "cpu")
+    assert measure.measure(Attention, TINY, held, RATES, torch.float32, device="cpu", timer=once, deadline=0.0)
+    assert held.rows
+    assert all(line["not_available"].endswith("is used up") and not measure.failed(line) for line in held.rows)
+    for name in PARTS:
         held = record.Rows(tmp_path, name, "cpu")
-        assert run(dry, held, RATES, 0.0)
+        assert gpu.measured(dry, name, held, RATES, 0.0)
         assert any(line["operator"] == "cut" for line in held.rows)
         assert not any("p50_us" in line for line in held.rows)
     assert "step attention: the time for benchmarks is used up, 2 case(s) not measured" in capsys.readouterr().err
 
 
 def test_gpu_cases() -> None:
-    found = gpu.training_cases()
+    found = [case for case in Attention.cuda if case.direction == "forward"]
+    assert [dataclasses.replace(case, direction="backward") for case in found] == list(Attention.cuda[1::2])
     assert len(set(found)) == len(found) == 20
     assert {(case.head_dim, case.num_heads // case.num_kv_heads) for case in found[:8]} == {
         (64, 1), (64, 4), (128, 1), (128, 4)
     }  # fmt: skip
     assert all(case.num_heads * case.head_dim == 2048 for case in found)
     assert [case.seq_len for case in found[:5]] == [8192, 2048, 4096, 16384, 32768]
-    steps = workloads.CUDA["step_attention"]
-    assert len(set(steps)) == len(steps)
-    assert set(workloads.FLEX_CUDA) <= set(steps)
-    assert set(workloads.FLEX_CPU) <= set(workloads.CPU["step_attention"])
+    assert [case.batch for case in found[:5]] == [2, 8, 4, 1, 1]
+    steps = StepAttention.cuda
+    assert len(set(steps)) == len(steps) == 44
+    assert set(StepAttention.compiled) <= {*steps, *StepAttention.cpu, *StepAttention.tiny}
+    assert set(gpu.SHARES) == set(gpu.TITLES) == set(PARTS)
+    assert sorted(name for names in PARTS.values() for name in names) == sorted(OPERATORS)
 
 
 def test_without_matplotlib_there_are_no_pictures(
@@ -281,14 +293,15 @@ def test_without_matplotlib_there_are_no_pictures(
     line = {"operator": "token_slots", "model": "m", "tokens": 1, "context_len": 8, "p50_us": 1.0}
     record.add(tmp_path, "token_slots", "cpu", [line])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert curves.draw_all(tmp_path, tmp_path) == []
+    assert pictures.draw_all(tmp_path, tmp_path) == []
     assert capsys.readouterr().err == ("no pictures: matplotlib: needed to draw a PNG; install tidar-kernels[bench]\n")
 
 
 def test_tables_of_operators(dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = record.Rows(tmp_path, "operators", "cpu")
-    gpu.run_step(dry, rows, RATES, math.inf)
-    gpu.run_operators(dry, rows, RATES, math.inf)
+    rows.put(*listing(StepAttention, "cpu"))
+    for name in ("step", "operators"):
+        gpu.measured(dry, name, rows, RATES, math.inf)
     module = sections_of(tmp_path, monkeypatch, "operators")
     for text in (module.step_table("cpu"), module.others_table("cpu"), module.targets_table(), module.peers_table()):
         lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -312,10 +325,12 @@ def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
 
 
 def test_decoder_steps_and_their_floors() -> None:
-    config = TransformerConfig(300, 64, 96, 2, 4, 2, 16)
-    shape = decoder_step.Shape("tiny", config, {4: 3.0})
-    rows = list(decoder_step.steps(shape, (0, 4), (64,), RATES, device="cpu", dtype=torch.float32, timer=once))
-    plain, drafted = rows
+    held, config = record.Rows(None, "decoder_step", "cpu"), models.SHAPES["tiny"].config
+    assert config == TransformerConfig(300, 64, 96, 2, 4, 2, 16)
+    for block in (0, 4):
+        case = WholeStep("tiny", block, 64)
+        assert measure.measure(DecoderStep, case, held, RATES, torch.float32, device="cpu", timer=once)
+    plain, drafted = held.rows
     parameters = sum(p.numel() for p in Transformer(config).parameters() if p.ndim == 2)
     assert plain["bytes"] == 4 * (parameters + 2 * 2 * 2 * 16 * 65)  # weights, and K and V of two layers and two heads
     assert plain["flops"] == 2 * parameters + 4 * 65 * 16 * 4 * 2
@@ -323,12 +338,13 @@ def test_decoder_steps_and_their_floors() -> None:
     pairs = 64 * 20 + 4 * 25 // 2 + 64  # anchors: P*B*(B+1) + B*(B+1)^2/2 + B^3
     head = 300 * 64
     assert drafted["flops"] == 2 * (parameters - head) * 20 + 2 * head * 7 + 4 * pairs * 16 * 4 * 2
-    for line in rows:
+    for line in held.rows:
         limit = max(line["bytes"] / 1e10, line["flops"] / 1e11) * 1e6
         assert line["floor_us"] == pytest.approx(limit, abs=0.01)
         assert line["of_floor"] == pytest.approx(limit, abs=1e-4)
-        assert "tiny" in decoder_step.describe(line)
+        assert line["of_autoregressive"] == 1.0
+        assert "tiny" in measure.describe(line)
     assert drafted["projected_speedup"] == pytest.approx(3.0)
-    assert not list(decoder_step.steps(shape, (0,), (64,), RATES, device="cpu", deadline=0.0))
-    published = {(s.name, b): n for s in decoder_step.SHAPES for b, n in s.published.items()}
+    assert "projected_speedup" not in plain
+    published = {(name, b): n for name, s in models.SHAPES.items() for b, n in s.published.items() if name != "tiny"}
     assert published == {("Qwen2.5-1.5B", 8): 5.69, ("Qwen2.5-1.5B", 16): 7.35, ("Qwen3-8B", 16): 8.36}

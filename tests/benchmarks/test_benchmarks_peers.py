@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import cases, implementations, peers, workloads
+from benchmarks.core import operands as core
+from benchmarks.operators import step_peers as peers
+from benchmarks.operators.step_attention import Step, StepAttention
 
 
 @pytest.fixture
-def operands() -> cases.StepAttention:
-    return cases.StepAttention(workloads.Step("tiny", 4, 2, 16, 4, 40, 2), "cpu", torch.float32)
+def operands() -> StepAttention:
+    return StepAttention(Step("tiny", 4, 2, 16, 4, 40, 2), "cpu", torch.float32)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def extend_attention_fwd(
 
 @pytest.mark.parametrize("name", ["flashinfer", "sglang_extend"])
 @pytest.mark.parametrize("where", peers.SGLANG)
-def test_adapters(name: str, where: str, operands: cases.StepAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters(name: str, where: str, operands: StepAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = where.split(".")
     for module in ("flashinfer", *(".".join(parts[: n + 1]) for n in range(len(parts)))):
         stand_in = ModuleType(module)
@@ -79,11 +81,9 @@ def test_adapters(name: str, where: str, operands: cases.StepAttention, monkeypa
 
 
 def test_what_is_not_there_is_listed_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = implementations.importlib.util.find_spec
-    monkeypatch.setattr(
-        implementations.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name)
-    )
-    listed = {row["implementation"]: row for row in implementations.listing("step_attention", peers.STEP, "cuda")}
+    find = core.importlib.util.find_spec
+    monkeypatch.setattr(core.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name))
+    listed = {row["implementation"]: row for row in core.listing(StepAttention, "cuda")}
     assert listed["flash_attention_2"]["absent"] == "no module flash_attn"
     assert listed["flash_attention_2"]["install"].startswith("pip install flash-attn")
     assert listed["flex_attention"]["absent"] is None

@@ -14,16 +14,55 @@ from tidar_kernels.testing import LAYOUTS
 
 pytest.importorskip("triton")
 
+from benchmarks.static.compilation import CompileReport, compile_report
+from benchmarks.static.occupancy import LIMITS
+from tidar_kernels.ops._triton.configs import nearest_chip
 from tidar_kernels.ops.attention.triton_backward import plan_attention_backward
 from tidar_kernels.ops.attention.triton_forward import plan_attention
-from tidar_kernels.ops.operands import Keys, Results, Rows, Scores
-from tidar_kernels.testing.compilation import CompileReport, compile_append_kv, compile_report, compile_step_attention
-from tidar_kernels.testing.occupancy import LIMITS
+from tidar_kernels.ops.kv.triton import plan_append_kv
+from tidar_kernels.ops.operands import Cached, Keys, Results, Rows, Scores
+from tidar_kernels.ops.step_attention.triton import plan_step_attention
 
 TENSOR_CORE = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 MULTIPLYING = ("step_attention_kernel", "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel")
 # 32 query heads of 8 kv heads, three sequences, B = 8; 8192 slots make several splits, 256 make one.
 CASE = testing.StepCase("compiled", patterns.tidar_step(8), (0, 0, 0), 32, 8, max_len=8192)
+
+
+def shape_only(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory: compiling reads dtype and strides alone."""
+    return torch.empty_strided(shape, LAYOUTS[layout](*shape), dtype=dtype, device="meta")
+
+
+def compile_step_attention(
+    case: testing.StepCase, chip: int | str, *, read_binary: bool = False
+) -> list[CompileReport]:
+    """The kernels of one step on `chip`: attention and, where there are splits, their merge."""
+    batch, pattern = len(case.lengths), case.windowed(case.pattern)
+
+    def operand(heads: int, rows: int, layout: str) -> torch.Tensor:
+        return shape_only((batch, heads, rows, case.head_dim), layout, case.dtype)
+
+    q = operand(case.num_heads, pattern.q_len, case.layout)
+    k = operand(case.num_kv_heads, pattern.kv_len, case.layout)
+    cache = operand(case.num_kv_heads, case.cache_len, case.cache_layout)
+    lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
+    max_context = case.cache_len if case.max_context is None else case.max_context
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    sinks = torch.empty(case.num_heads, dtype=case.dtype, device="meta") if case.sinks else None
+    rows, cached = Rows(q, *pattern.rows_on("meta")), Cached(cache, cache, lengths, max_context)
+    scores = Scores(scale, case.softcap, sinks)
+    launches, _, _ = plan_step_attention(rows, Keys(k, k), cached, scores, nearest_chip(chip))
+    return [compile_report(launch, chip, read_binary=read_binary) for launch in launches]
+
+
+def compile_append_kv(case: testing.AppendCase, chip: int | str) -> list[CompileReport]:
+    """The kernel of one append on `chip`."""
+    batch, heads = len(case.lengths), case.num_kv_heads
+    cache = shape_only((batch, heads, case.max_len, case.head_dim), case.cache_layout, case.dtype)
+    new = shape_only((batch, heads, case.num_new, case.head_dim), case.layout, case.dtype)
+    lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
+    return [compile_report(plan_append_kv(Cached(cache, cache, lengths), Keys(new, new)), chip)]
 
 
 def step(cc: int, head_dim: int, dtype: torch.dtype, **changes: Any) -> list[CompileReport]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import own_tests, record
+from benchmarks import own_tests
+from benchmarks.core import record
 
 CASES = """<testsuites><testsuite>
 <testcase classname="tests.LlamaModelTest" name="a">

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
@@ -18,15 +19,15 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
-from benchmarks import static_report
-from benchmarks.fingerprints import fingerprint, normalised
-from benchmarks.static_cases import KERNELS, Case, cases, launch
-from benchmarks.static_report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
+from benchmarks.static import report as static_report
+from benchmarks.static.assembly import AMDGCN, SASS, by_class, copies_ahead, hot_loop
+from benchmarks.static.cases import KERNELS, Case, cases, launch
+from benchmarks.static.compilation import compile_report, compiling_for, disassembled
+from benchmarks.static.fingerprints import fingerprint, normalised, sources
+from benchmarks.static.occupancy import resident_warps
+from benchmarks.static.report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
 from tidar_kernels import ops
 from tidar_kernels.ops._triton.configs import CHIPS, ForwardConfig
-from tidar_kernels.testing.assembly import AMDGCN, SASS, by_class, copies_ahead, exponentials_behind_wgmma, hot_loop
-from tidar_kernels.testing.compilation import compile_report, compiling_for, disassembled
-from tidar_kernels.testing.occupancy import resident_warps
 
 SHIPPED = [case for chip in CHIPS for case in cases(chip)]
 # Every kernel once, where most decode and train; and one of each other family of chips.
@@ -48,6 +49,19 @@ SAMPLES = (
     Case("gated_rows", "120", "bfloat16", variant="down"),
     Case("gated_sum", "gfx942", "bfloat16", variant="sum"),
 )
+
+
+def exponentials_behind_wgmma(lines: Sequence[str]) -> int:
+    """Of SASS: exponentials issued while a wgmma is under way, that is before the loop waits for it."""
+    under_way, found = False, 0
+    for line in lines:
+        if SASS.classes["mma"].match(line):
+            under_way = True
+        elif line.startswith("WARPGROUP.DEPBAR"):
+            under_way = False
+        elif under_way and SASS.classes["mufu"].match(line):
+            found += 1
+    return found
 
 
 # What is measured, of a kernel that takes next to nothing.
@@ -152,6 +166,7 @@ def test_a_kernel_off_wgmma_is_caught(budget: dict[str, Any]) -> None:
         ({"spill_bytes": 4}, "spill_bytes: expected <= 0, got 4"),
         ({"warps": 0}, "warps: expected >= "),
         ({"copies_ahead": 0}, "copies_ahead: expected >= 1, got 0"),
+        ({"copies_ahead": None}, "copies_ahead: expected >= 1, got None"),
         ({"tensor_core": []}, "tensor_core: expected HGMMA, got []"),
     ],
 )
@@ -163,6 +178,17 @@ def test_what_breaks_a_budget_is_named(change: dict[str, Any], complaint: str, b
     assert line.startswith(f"{case}: {complaint}")
 
 
+def test_warps_are_accepted_as_the_least_of_a_budget(rows: list[dict[str, Any]]) -> None:
+    """What was accepted passes, and one warp less does not; the rest of the budget stays."""
+    found = json.loads(static_report.with_warps_of(rows, BUDGET.read_text()))
+    assert not broken(rows, found)
+    assert {name: found[name] for name in found if name != "warps"} == {
+        name: value for name, value in json.loads(BUDGET.read_text()).items() if name != "warps"
+    }
+    poorer = [rows[0] | {"warps": rows[0]["warps"] - 1}]
+    assert "warps: expected >= " in broken(poorer, found)[0]
+
+
 APPEND = [case for case in cases(90) if case.kernel == "append_kv"]
 
 
@@ -171,10 +197,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Compiled cases, without compiling them; `count_accepted` fails."""
     done: list[Case] = []
 
-    def attempt(case: Case) -> tuple[Case, dict[str, Any] | str]:
+    def attempt(case: Case) -> dict[str, Any] | str:
         done.append(case)
         row = {**dataclasses.asdict(case), "config": {}, **NOTHING, "fingerprint": fingerprint(launch(case))}
-        return case, "no" if case.kernel == "count_accepted" else row
+        return "no" if case.kernel == "count_accepted" else row
 
     monkeypatch.setattr(static_report, "_attempt", attempt)
     return done
@@ -245,8 +271,6 @@ def test_fingerprints_follow_what_a_binary_depends_on(monkeypatch: pytest.Monkey
 
 
 def test_fingerprints_follow_device_functions() -> None:
-    from benchmarks.fingerprints import sources
-
     assert sorted(sources(_kernel)) == ["_kernel", "_twice"]
     assert "Adds" not in sources(_kernel)["_kernel"]
 

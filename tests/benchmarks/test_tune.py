@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import record, tune
-from benchmarks.static_cases import Case
-from benchmarks.tune import Trial, candidates, case_for, choose, current, source, survivors, timed
+from benchmarks.core import record
+from benchmarks.static import tune
+from benchmarks.static.cases import Case
+from benchmarks.static.tune import Trial, candidates, case_for, choose, current, source, survivors, timed
 from tidar_kernels import cli
+from tidar_kernels.cli import bench
 from tidar_kernels.ops._triton.configs import CHIPS, ForwardConfig, TileConfig, step_config
 from tidar_kernels.ops._triton.linear_tables import LinearConfig
 from tidar_kernels.ops.step_attention import triton as step_attention
@@ -29,6 +31,12 @@ OWN, FASTER, CLOSE, WRONG = (
     ForwardConfig(64, 64, 4, 2),
 )
 TIMES = {OWN: 50.0, FASTER: 40.0, CLOSE: 49.5}
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tidar-kernels bench` starts no process of its own: what is replaced here holds there too."""
+    monkeypatch.setattr(bench, "_run_module", lambda name, *arguments, is_json: tune.main(list(arguments)))
 
 
 def trials(*configs: TileConfig) -> list[Trial]:

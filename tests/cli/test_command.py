@@ -15,7 +15,7 @@ import pytest
 from tests.cli.shell import FIGURES, SETTING, FakeTerminal, Run, in_a_shell, refused
 from tests.paths import REPOSITORY
 from tidar_kernels import cli
-from tidar_kernels.cli import common, draw
+from tidar_kernels.cli import bench, common, draw
 
 
 def test_help_as_a_module_needs_no_torch() -> None:
@@ -144,23 +144,46 @@ def test_a_terminal_obeys_no_decoded_control_characters(monkeypatch: pytest.Monk
 # bench
 
 
-def test_bench_runs_parts_and_says_what_they_wrote(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import decode, strategies
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose decode part writes a file and fails, whose breakdown dies, and whose strategies do nothing."""
+    folder = tmp_path / "checkout" / "benchmarks"
+    (folder / "decoding").mkdir(parents=True)
+    for package in (folder, folder / "decoding"):
+        (package / "__init__.py").write_text("")
+    (folder / "decoding" / "decode.py").write_text(
+        "import pathlib, sys\nprint('a line of figures')\n"
+        "(pathlib.Path(sys.argv[2]) / 'new.json').write_text('{}')\nsys.exit(1)\n"
+    )
+    (folder / "decoding" / "breakdown.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    (folder / "decoding" / "strategies.py").write_text("print('nothing')\n")
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path / "checkout")
+    return folder
 
-    def measure(arguments: list[str]) -> int:
-        print("a line of figures")
-        (Path(arguments[1]) / "new.json").write_text("{}")
-        return 1
 
-    monkeypatch.setattr(decode, "main", measure)
-    monkeypatch.setattr(strategies, "main", lambda arguments: 0)
-    (tmp_path / "old.json").write_text("{}")
-    code, out, err = run("bench", "decode", "strategies", "decode", "--out", tmp_path, "--json")
-    assert code == 1
-    assert json.loads(out) == {"parts": {"decode": 1, "strategies": 0}, "files": [str(tmp_path / "new.json")]}
+def test_bench_runs_parts_and_says_what_they_wrote(
+    checkout: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = list(sys.path)
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "old.json").write_text("{}")
+    assert cli.main(["bench", "decode", "strategies", "decode", "--out", str(results), "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"parts": {"decode": 1, "strategies": 0}, "files": [str(results / "new.json")]}
     assert err.count("a line of figures") == 1
-    code, out, _ = run("bench", "strategies", "--out", tmp_path / "made")
-    assert (code, out) == (0, "")
+    assert cli.main(["bench", "strategies", "--out", str(tmp_path / "made")]) == 0
+    assert capfd.readouterr().out == "nothing\n"
+    # What ends one part does not end those after it, and is no success.
+    assert cli.main(["bench", "breakdown", "strategies", "--out", str(results)]) == 137
+    assert capfd.readouterr().out == "nothing\n"
+    assert sys.path == path
+
+
+def test_bench_needs_a_checkout(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    for arguments in (["decode", "--out", tmp_path], ["compare", "a", "b"], ["--tune", "--dry-run"]):
+        assert refused(run("bench", *arguments)).startswith("bench: expected a source checkout, whose benchmarks/")
 
 
 def test_bench_refuses(run: Run, tmp_path: Path) -> None:

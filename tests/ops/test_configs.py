@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.static.occupancy import LIMITS
 from tidar_kernels import patterns, testing
 from tidar_kernels.ops._triton import configs
 from tidar_kernels.ops._triton import linear_tables as linear_configs
 from tidar_kernels.ops._triton.configs import HEAD_DIM_TILES, Chip, attention_config, entries, nearest_chip, step_config
 from tidar_kernels.ops._triton.tables import ANY, CHIPS, PARENTS, TABLES
 from tidar_kernels.ops.step_attention import triton as step_attention
-from tidar_kernels.testing.occupancy import LIMITS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

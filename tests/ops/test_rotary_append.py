@@ -72,10 +72,10 @@ def test_bad_input_writes_nothing(change: dict[str, Any], error: type[Exception]
 
 def test_compiles_where_the_head_dim_is_no_power_of_two() -> None:
     pytest.importorskip("triton")
+    from benchmarks.static.compilation import compile_report
     from tidar_kernels.ops.kv.operands import Turned
     from tidar_kernels.ops.kv.triton import plan_rotary_append
     from tidar_kernels.ops.operands import Cached, Keys
-    from tidar_kernels.testing.compilation import compile_report
 
     assert not ops.interpreting()
 

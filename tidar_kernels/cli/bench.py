@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
-from contextlib import nullcontext, redirect_stdout
-from importlib import import_module
 from pathlib import Path
 
 from .common import PROGRAM, UserError, add_json_argument, print_json
 
 SUMMARY = "measure operators, training attention, decoding and strategies on this machine"
 USAGE = "[PART ...] --out DIR | compare OLD.json NEW.json [--fail-over X] | --tune [--dry-run]"
-# What a part is, and the module of the checkout's `benchmarks` package that runs it.
+# What a part is, and the module of the checkout's `benchmarks` that runs it, with an argument where it needs one.
 PARTS = {
-    "operators": ("operators on the CPU", "benchmarks.operators"),
-    "training": ("training attention beside its peers, on the CPU", "benchmarks.training"),
-    "decode": ("the shipped model, TiDAR against autoregression", "benchmarks.decode"),
-    "slots": ("a forward pass over the tokens in flight", "benchmarks.slots"),
-    "breakdown": ("where the time of a decode step goes", "benchmarks.breakdown"),
-    "strategies": ("every way to decode, side by side", "benchmarks.strategies"),
-    "compatibility": ("transformers models on these kernels; needs transformers", "benchmarks.compatibility"),
-    "gpu": ("all that needs a CUDA GPU, parity first", "benchmarks.gpu"),
+    "operators": ("operators on the CPU", "cpu operators"),
+    "training": ("training attention beside its peers, on the CPU", "cpu training"),
+    "decode": ("the shipped model, TiDAR against autoregression", "decoding.decode"),
+    "slots": ("a forward pass over the tokens in flight", "cpu token_slots"),
+    "breakdown": ("where the time of a decode step goes", "decoding.breakdown"),
+    "strategies": ("every way to decode, side by side", "decoding.strategies"),
+    "compatibility": ("transformers models on these kernels; needs transformers", "compatibility"),
+    "gpu": ("all that needs a CUDA GPU, parity first", "gpu"),
 }
-# Options that --tune hands on to `benchmarks.tune`.
+CHECKOUT = Path(__file__).resolve().parents[2]
+# Options that --tune hands on to `benchmarks.static.tune`.
 TUNING = {
     "chip": ("CHIP", "of a dry run: 80, 86, 89, 90, 100, 120, gfx942 or gfx950"),
     "kernels": ("NAMES", "which kernels, separated by commas; default: all that have tables"),
@@ -79,47 +79,47 @@ def run(options: argparse.Namespace) -> int:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise UserError(f"PART: expected some of {', '.join(PARTS)}, got {unknown[0]}")
-    _find_checkout()
+    _checkout()
     out = options.out or Path("results")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
     codes: dict[str, int] = {}
     before = _written(out)
-    # With --json standard output is the report alone.
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        for part in dict.fromkeys(options.parts or ON_CPU):
-            print(f"{part}: {PARTS[part][0]}", file=sys.stderr, flush=True)
-            started = time.perf_counter()
-            codes[part] = _run_part(part, ["--out", str(out)])
-            print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    for part in dict.fromkeys(options.parts or ON_CPU):
+        what, command = PARTS[part]
+        print(f"{part}: {what}", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        codes[part] = _run_module(*command.split(), "--out", str(out.resolve()), is_json=options.json)
+        print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if options.json:
-        files = [str(path) for path, written in _written(out).items() if before.get(path) != written]
-        print_json({"parts": codes, "files": sorted(files)})
+        print_json({"parts": codes, "files": _changed(out, before)})
     return max(codes.values())
 
 
-def _find_checkout() -> None:
-    """Make the `benchmarks` of the source checkout importable.
+def _checkout() -> Path:
+    """The source checkout that this package is in.
 
     Raises:
         UserError: this is an installed package.
     """
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "benchmarks" / "__init__.py").is_file():
-        raise UserError(f"bench: expected a source checkout, whose benchmarks/ it runs, got a package in {checkout}")
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
+    if not (CHECKOUT / "benchmarks" / "__init__.py").is_file():
+        raise UserError(f"bench: expected a source checkout, whose benchmarks/ it runs, got a package in {CHECKOUT}")
+    return CHECKOUT
 
 
-def _run_part(part: str, arguments: list[str]) -> int:
-    """The exit code of a part; what ends one does not end those behind it."""
-    try:
-        return int(import_module(PARTS[part][1]).main(arguments))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        print(f"{part}: {type(error).__name__}: {first}", file=sys.stderr, flush=True)
-        return 1
+def _run_module(name: str, *arguments: str, is_json: bool) -> int:
+    """The exit code of a module of the checkout's `benchmarks`, whose arguments have absolute paths.
+
+    It has a process of its own: what ends one part does not end those after it. With --json standard output is the
+    report alone.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=_checkout(),
+        stdout=2 if is_json else None,  # the file of standard error
+    )
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode  # as a shell says that a signal ended it
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -127,10 +127,8 @@ def _compare(options: argparse.Namespace) -> int:
     files = options.parts[1:]
     if len(files) != 2:
         raise UserError(f"compare: expected two results files, OLD.json NEW.json, got {len(files)}")
-    _find_checkout()
     limit = [] if options.fail_over is None else ["--fail-over", str(options.fail_over)]
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        code = int(import_module("benchmarks.compare").main([*files, *limit]))
+    code = _run_module("reports.compare", *(str(Path(file).resolve()) for file in files), *limit, is_json=options.json)
     if options.json:
         print_json({"parts": {"compare": code}, "files": []})
     return code
@@ -140,21 +138,24 @@ def _tune(options: argparse.Namespace) -> int:
     """`bench --tune`."""
     if options.parts:
         raise UserError(f"--tune: expected no PART, got {options.parts[0]}")
-    _find_checkout()
-    before = _written(options.out) if options.out is not None and options.out.is_dir() else {}
+    before = _written(options.out)
     given = {name: getattr(options, name.replace("-", "_")) for name in TUNING}
     arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    arguments += [] if options.out is None else [f"--out={options.out}"]
+    arguments += [] if options.out is None else [f"--out={options.out.resolve()}"]
     arguments += ["--dry-run"] if options.dry_run else []
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        code = int(import_module("benchmarks.tune").main(arguments))
+    code = _run_module("static.tune", *arguments, is_json=options.json)
     if options.json:
-        after = _written(options.out) if options.out is not None and options.out.is_dir() else {}
-        files = [str(path) for path, written in after.items() if before.get(path) != written]
-        print_json({"parts": {"tune": code}, "files": sorted(files)})
+        print_json({"parts": {"tune": code}, "files": _changed(options.out, before)})
     return code
 
 
-def _written(folder: Path) -> dict[Path, int]:
+def _written(folder: Path | None) -> dict[Path, int]:
     """Files of a folder, and when each was written."""
+    if folder is None or not folder.is_dir():
+        return {}
     return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def _changed(folder: Path | None, before: dict[Path, int]) -> list[str]:
+    """Files of a folder that were written since `before`."""
+    return sorted(str(path) for path, written in _written(folder).items() if before.get(path) != written)

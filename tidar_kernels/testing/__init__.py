@@ -11,26 +11,17 @@
 
 The rule: compare with the eager twin in float64; the error of a kernel is at most twice that of eager PyTorch in the
 same dtype, plus 1e-5, relative by norm. Inputs are random, outputs and unused cache slots are poisoned with NaN, and
-guard bands lie around every buffer. `tidar_kernels.testing.compilation` reads what the compiler made of a kernel, with
-no GPU.
+guard bands lie around every buffer.
+
+A file here is an operator's: its cases and its checks. A further one is a case dataclass, a check that takes a case and
+a device and raises `ParityError` or returns a `ParityResult`, and a row in `suites.SUITES`.
 """
 
 from __future__ import annotations
 
+from .append_kv import APPEND_CASES, APPEND_CASES_LARGE, AppendCase, check_append_kv
 from .attention import ATTENTION_CASES, ATTENTION_CASES_LARGE, AttentionCase, check_attention, check_attention_repeats
 from .builders import irregular_pattern, pairwise, random_tree
-from .cases import (
-    APPEND_CASES,
-    APPEND_CASES_LARGE,
-    BITS_CASES,
-    BITS_CASES_LARGE,
-    LAUNCH_CASES,
-    STEP_CASES,
-    STEP_CASES_LARGE,
-    AppendCase,
-    StepCase,
-)
-from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention, step_operands
 from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
 from .harness import (
     LAYOUTS,
@@ -47,6 +38,18 @@ from .harness import (
 )
 from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
 from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
+from .step_attention import (
+    BITS_CASES,
+    BITS_CASES_LARGE,
+    LAUNCH_CASES,
+    STEP_CASES,
+    STEP_CASES_LARGE,
+    StepCase,
+    check_launch_bits,
+    check_row_bits,
+    check_step_attention,
+    step_operands,
+)
 from .suites import SUITES, Suite, path_of, run_parity
 from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 

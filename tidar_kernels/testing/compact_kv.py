@@ -19,7 +19,7 @@ class CompactCase:
     Args:
         name: for messages; `id` adds the dtype.
         lengths: committed tokens of each sequence, any integer.
-        paths: the accepted nodes of each, without the padding behind them.
+        paths: the accepted nodes of each, without the padding after them.
         width: entries of a path with its padding.
         num_kv_heads, head_dim, dtype, max_len: of the cache.
         layout: strides of the caches (`tidar_kernels.testing.LAYOUTS`).

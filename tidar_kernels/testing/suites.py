@@ -1,4 +1,4 @@
-"""Which checks run over which cases on which path: the table behind `run_parity` and `tidar-kernels doctor`."""
+"""Which checks run over which cases on which path: the table of `run_parity` and `tidar-kernels doctor`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any, Literal
 import torch
 
 from .. import ops
+from .append_kv import APPEND_CASES, APPEND_CASES_LARGE, check_append_kv
 from .attention import ATTENTION_CASES, ATTENTION_CASES_LARGE, check_attention
-from .cases import (
-    APPEND_CASES,
-    APPEND_CASES_LARGE,
+from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
+from .harness import ParityError, ParityResult, result_of
+from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
+from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, check_rotary_append
+from .step_attention import (
     BITS_CASES,
     BITS_CASES_LARGE,
     LAUNCH_CASES,
     STEP_CASES,
     STEP_CASES_LARGE,
+    check_launch_bits,
+    check_row_bits,
+    check_step_attention,
 )
-from .checks import check_append_kv, check_launch_bits, check_row_bits, check_step_attention
-from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
-from .harness import ParityError, ParityResult, result_of
-from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
-from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, check_rotary_append
 from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, check_verify
 
 __all__ = ["SUITES", "Suite", "path_of", "run_parity"]

@@ -10,7 +10,8 @@ from tests.paths import REPOSITORY
 
 pytest.importorskip("transformers")
 
-from benchmarks import compatibility, record
+from benchmarks import compatibility
+from benchmarks.core import record
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

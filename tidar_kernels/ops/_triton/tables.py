@@ -8,7 +8,7 @@ paths of a token tree besides. A chip that is not in a table, or an entry that i
 own.
 
 "step", "forward" and "dq": BLOCK_M rows of a program, BLOCK_N keys a step; "dkdv": BLOCK_N keys of a program, BLOCK_M
-rows a step. `benchmarks/static_report.py` shows what the compiler made of each. No time on a GPU has chosen one yet:
+rows a step. `benchmarks/static/report.py` shows what the compiler made of each. No time on a GPU has chosen one yet:
 what spills or does not fit the chip's shared memory is out, and of the rest an entry without a reason beside it
 
     has copies of a whole turn of its loop under way while the turn before is multiplied: from 3 stages on;
@@ -285,7 +285,7 @@ _DKDV: Table = {
             32: TileConfig(64, 128, 8, 3),
             64: TileConfig(64, 128, 8, 3),
             128: TileConfig(32, 64, 8, 3),  # 64 rows spill 72 bytes, 128 keys 150
-            256: TileConfig(32, 32, 8, 1),  # below the 64 rows of tcgen05: HMMA; what tcgen05 takes spills 170 bytes
+            256: TileConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05: HMMA; what tcgen05 takes spills 170 bytes
         },
         "half extras": {64: TileConfig(32, 128, 8, 3)},  # 64 rows spill 116 bytes
     },

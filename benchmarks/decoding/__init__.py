@@ -1,0 +1,1 @@
+"""Decoding: whole steps and generations."""

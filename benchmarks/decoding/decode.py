@@ -1,0 +1,112 @@
+"""Decoding with the shipped model on held-out prompts: TiDAR at several block lengths against autoregression.
+
+    python -m benchmarks.decoding.decode --out DIR [--new-tokens N] [--block-sizes 1 2 4 8 16] [--batch-sizes 1 4 16]
+
+Every TiDAR output is compared with the autoregressive one, token for token, before its speed is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidar_kernels import Decoder, patterns
+from tidar_kernels.models import shipped
+
+from ..core import rates, record
+from ..core.operands import VERSION
+from .models import floor_of
+from .turns import PROMPT_BYTES, prompts, take_turns
+
+PROGRAM = "python -m benchmarks.decoding.decode"
+
+
+def run(
+    new_tokens: int,
+    block_sizes: list[int],
+    batch_size: int = 1,
+    repeats: int = 2,
+    limits: rates.Rates | None = None,
+) -> list[dict[str, Any]]:
+    """One row a block length, the autoregressive baseline (block_size 0) first; prompts are decoded `batch_size` at a
+    time."""
+    model, _ = shipped.load_shipped()
+    decoders = {0: Decoder(model, mode="autoregressive")} | {b: Decoder(model, b) for b in block_sizes}
+    known = prompts()
+    count = -(-len(known) // batch_size) * batch_size
+    everything = [known[i % len(known)] for i in range(count)]
+    groups = [everything[start : start + batch_size] for start in range(0, count, batch_size)]
+    turns = take_turns(decoders, groups, new_tokens, repeats)
+    rows = []
+    for block, turn in turns.items():
+        tokens, seconds = new_tokens * count, sum(turn.seconds)
+        pattern = patterns.tidar_step(block) if block else patterns.causal(1)
+        # At the middle of the generations; the lm_head on the drafts, and on the chosen block without its first row.
+        least = floor_of(
+            model.config, pattern, PROMPT_BYTES + new_tokens // 2, torch.float32, batch=batch_size,
+            logits_rows=batch_size * (2 * max(block, 1) - 1),
+        )  # fmt: skip
+        step_us = seconds / turn.forwards * 1e6
+        limit = limits.floor_us(least["bytes"], least["flops"], "float32") if limits else 0.0
+        speedups = [a / b for a, b in zip(turns[0].seconds, turn.seconds, strict=True)]
+        rows.append(
+            {
+                "operator": "decode",
+                "mode": "tidar" if block else "autoregressive",
+                "block_size": block,
+                "rows": block * (block + 1) or 1,
+                "batch": batch_size,
+                "prompts": count,
+                "prompt_tokens": PROMPT_BYTES,
+                "new_tokens": tokens,
+                "forwards": turn.forwards,
+                "tokens_per_forward": round(tokens / sum(map(len, turn.accepted)), 4),
+                "tokens_per_second": round(tokens / seconds, 2),
+                "step_ms": round(step_us / 1e3, 4),
+                "speedup": round(sum(turns[0].seconds) / seconds, 4),
+                "speedup_median": round(statistics.median(speedups), 4),
+                "identical": turn.identical,
+                "bytes": least["bytes"],
+                "flops": least["flops"],
+                **({"floor_us": round(limit, 3), "of_floor": round(limit / step_us, 4)} if limit else {}),
+                "workloads": VERSION,
+                "command": f"{PROGRAM} --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size} --block-sizes"
+                + (f" {block}" if block else ""),
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--block-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's own choice")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    limits = rates.measure("cpu", (torch.float32,))
+    known = rates.of(limits)
+    rows = []
+    for batch_size in options.batch_sizes:
+        rows += run(options.new_tokens, options.block_sizes, batch_size, 2 if batch_size == 1 else 1, known)
+    for line in rows:
+        print(
+            f"batch {line['batch']:<3} {line['mode']:15} B={line['block_size']:<3}"
+            f" {line['tokens_per_forward']:6.2f} tokens/forward {line['tokens_per_second']:8.1f} tokens/s"
+            f"  {line['speedup']:5.2f} x  identical: {line['identical']}",
+            flush=True,
+        )
+    record.add(options.out, "decode", "cpu", [*limits, *rows])
+    return 0 if all(line["identical"] for line in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

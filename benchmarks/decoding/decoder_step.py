@@ -1,0 +1,93 @@
+"""Whole decoder steps at the shapes of known models.
+
+On CUDA every step is one graph, the autoregressive one too. Its floor: the weights and the K/V read once at the
+measured bandwidth, or the multiplications at the measured rate, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from tidar_kernels.decoding import strategies
+from tidar_kernels.decoding.session import Session, Step
+
+from ..core.operands import OURS, Implementation, Operands, Prepared
+from .models import LARGE, SHAPES, fill, floor_of, model_of
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A step of a model after `context_len` committed tokens; a block size of 0 is autoregressive."""
+
+    model: str
+    block_size: int
+    context_len: int
+
+
+def _ladder(model: str, *contexts: int) -> list[WholeStep]:
+    return [WholeStep(model, block, context) for context in contexts for block in (0, 4, 8, 16)]
+
+
+def _replayed(o: DecoderStep) -> Prepared:
+    return Prepared(o.session.replayed())
+
+
+class DecoderStep(Operands):
+    operator = "decoder_step"
+    workload = WholeStep
+    implementations: ClassVar = {name: Implementation(name, _replayed) for name in ("tidar", "autoregressive")}
+    own = ("tidar", "autoregressive")
+    cuda = tuple(case for model in LARGE for case in _ladder(model, 512, 4096, 32768))
+    tiny = tuple(_ladder("tiny", 24))
+    sets = 1  # weights are larger than any cache
+    graph = False  # the step has its own
+    case: WholeStep
+
+    @classmethod
+    def offered(cls, case: WholeStep, device: str) -> list[str]:
+        return ["tidar" if case.block_size else "autoregressive"]
+
+    @classmethod
+    def before(cls, case: WholeStep) -> Sequence[WholeStep]:
+        return [replace(case, block_size=0)] if case.block_size else []
+
+    def make(self) -> None:
+        case = self.case
+        model = model_of(case.model, self.device, self.dtype)
+        self.config = model.config
+        self.strategy = strategies.tidar(case.block_size) if case.block_size else strategies.autoregressive()
+        step = Step(self.strategy, self.config.vocab_size - 1)
+        self.session = Session(model, step, 1, case.context_len + max(case.block_size, 1))
+        # No request runs: the step is the same, and commits nothing, so that every repetition is alike.
+        fill(self.session.cache, case.context_len)
+
+    def check(self, name: str, prepared: Prepared) -> float:
+        """The tests of decoding compare tokens; random weights have none to compare."""
+        prepared.run()
+        return 0.0
+
+    def floor(self, name: str = OURS) -> dict[str, float]:
+        # The lm_head: on the drafts, and on the chosen block without its first row.
+        pattern, rows = self.strategy.pattern, 2 * self.strategy.drafts - 1
+        return floor_of(self.config, pattern, self.case.context_len, self.dtype, logits_rows=rows)
+
+    def further(self, line: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Times an autoregressive step, and the speed-up at the acceptance that TiDAR publishes for the model."""
+        case = self.case
+        baseline = next(
+            (
+                row["p50_us"]
+                for row in (line, *rows)
+                if row.get("implementation") == "autoregressive"
+                and "p50_us" in row
+                and (row["model"], row["context_len"]) == (case.model, case.context_len)
+            ),
+            None,
+        )
+        if baseline is None:
+            return {}
+        found = {"of_autoregressive": round(line["p50_us"] / baseline, 4)}
+        published = SHAPES[case.model].published.get(case.block_size) if case.model in SHAPES else None
+        return found | ({"projected_speedup": round(published * baseline / line["p50_us"], 3)} if published else {})

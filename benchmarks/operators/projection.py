@@ -1,0 +1,73 @@
+"""Row-invariant projections, plain and with an adapter on the mask rows, beside the library's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from tidar_kernels import ops
+from tidar_kernels.ops.linear import reference
+
+from ..core.operands import OURS, Implementation, Operands, Prepared
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection, plain or with an adapter of `rank` on the mask rows."""
+
+    num_rows: int
+    in_features: int
+    out_features: int
+    rank: int
+
+
+def _plain(o: Projection) -> Prepared:
+    return Prepared(lambda: ops.row_invariant_linear(o.x, o.weight))
+
+
+def _adapted(o: Projection) -> Prepared:
+    return Prepared(lambda: ops.gated_lora(o.x, o.weight, o.lora_a, o.lora_b, o.gate))
+
+
+def _library(o: Projection) -> Prepared:
+    return Prepared(lambda: F.linear(o.x, o.weight))
+
+
+class Projection(Operands):
+    operator = "projection"
+    workload = Shape
+    implementations: ClassVar = {
+        OURS: Implementation("row_invariant_linear", _plain),
+        "gated_lora": Implementation("gated_lora", _adapted),
+        "library": Implementation("F.linear", _library),
+    }
+    precise = (OURS, "gated_lora")
+    cpu = tuple(Shape(rows, 1536, 1536, 64) for rows in (1, 20, 72))
+    cuda = tuple(Shape(rows, 4096, 4096, 64) for rows in (1, 20, 72, 272))
+    tiny = (Shape(20, 32, 48, 4),)
+    case: Shape
+
+    def make(self) -> None:
+        case = self.case
+        self.x = self.random(case.num_rows, case.in_features)
+        self.weight = self.random(case.out_features, case.in_features) * case.in_features**-0.5
+        self.lora_a = self.random(case.rank, case.in_features) * case.in_features**-0.5
+        self.lora_b = self.random(case.out_features, case.rank) * case.rank**-0.5
+        self.gate = torch.arange(case.num_rows, device=self.device) >= case.num_rows // 8
+
+    def check(self, name: str, prepared: Prepared) -> float:
+        parts = self.x, self.weight, self.lora_a, self.lora_b
+        gate = self.gate if name == "gated_lora" else torch.zeros_like(self.gate)
+        wide = [x.double() for x in parts]
+        exact = reference.gated_lora(wide[0], wide[1], wide[2], wide[3], gate)
+        return self.within(name, prepared.run(), exact, reference.gated_lora(*parts, gate))
+
+    def floor(self, name: str = OURS) -> dict[str, float]:
+        """Of the projection alone; the adapter's part is small beside it."""
+        case = self.case
+        elements = case.in_features * case.out_features + case.num_rows * (case.in_features + case.out_features)
+        flops = 2.0 * case.num_rows * case.in_features * case.out_features
+        return {"rows": case.num_rows, "bytes": float(elements * self.dtype.itemsize), "flops": flops}

@@ -1,0 +1,1 @@
+"""What results files come to: comparison, targets, pictures."""

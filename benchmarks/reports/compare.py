@@ -1,0 +1,127 @@
+"""Two results files side by side: what became faster, what slower; exit code 1 past a given regression.
+
+    python -m benchmarks.reports.compare OLD.json NEW.json [--fail-over 1.1]
+
+Rows are matched by what was measured: every field that is a name, a size or a shape, and none that is a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import record
+from ..core.operands import OURS
+
+YARDSTICKS = ("copy", "matmul")
+# What a regression counts in: a peer that became slower is none.
+MEASURED = (OURS, "tidar", "autoregressive", "gated_lora")
+# Results that are compared, and whether less of it is better; the first that a row has counts.
+METRICS = (("p50_us", True), ("step_ms", True), ("tokens_per_second", False), ("peak_bytes", True))
+# What says which row it is. Anything else is a result, or follows from these.
+IDENTITY = (
+    "operator", "implementation", "direction", "mode", "name", "label", "model", "dtype", "batch", "block_size",
+    "context_len", "seq_len", "num_heads", "num_kv_heads", "head_dim", "num_rows", "vocab_size", "in_features",
+    "out_features", "rank", "nodes", "rows", "temperature", "tokens", "prompts", "prompt_tokens", "new_tokens",
+    "threads", "size", "device", "workloads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in both files; `factor` is above 1 where the new one is slower (or larger)."""
+
+    what: str
+    metric: str
+    old: float
+    new: float
+    factor: float
+    ours: bool
+
+
+def _by_identity(content: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    # The same yardstick, say copy bandwidth, is measured in every part.
+    measured = [(kind, row) for kind, part in sorted(content["parts"].items()) for row in part["rows"]]
+    for kind, row in measured:
+        identity = tuple((name, row[name]) for name in IDENTITY if isinstance(row.get(name), (str, int, float)))
+        identity += (("in", kind),)
+        # Two rows that nothing tells apart keep their order.
+        count = 0
+        while (*identity, count) in rows:
+            count += 1
+        rows[(*identity, count)] = row
+    return rows
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], list[str], list[str]]:
+    """`(rows in both, rows only in old, rows only in new)`; rows without a figure in one file are left out of both."""
+    before, after = _by_identity(old), _by_identity(new)
+
+    def label(identity: tuple[Any, ...]) -> str:
+        shown = (pair for pair in identity[:-1] if pair[0] not in ("in", "workloads"))
+        return " ".join(f"{name}={value}" if name != "operator" else str(value) for name, value in shown)
+
+    found = []
+    for identity, row in before.items():
+        for metric, less_is_better in METRICS:
+            was, now = row.get(metric), after.get(identity, {}).get(metric)
+            if isinstance(was, (int, float)) and isinstance(now, (int, float)) and was and now:
+                factor = now / was if less_is_better else was / now
+                ours = row.get("implementation", OURS) in MEASURED and row["operator"] not in YARDSTICKS
+                found.append(Change(label(identity), metric, was, now, factor, ours))
+                break
+    gone = [label(identity) for identity in before if identity not in after]
+    come = [label(identity) for identity in after if identity not in before]
+    return found, gone, come
+
+
+def clock(part: dict[str, Any]) -> str:
+    """The clock that a part was measured at, as far as it is known."""
+    clocks = part.get("clocks", {})
+    megahertz = clocks.get("clocks_sm", clocks.get("cpu_mhz"))
+    return f"{megahertz:g} MHz" if megahertz else "clock unknown"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument(
+        "--fail-over", type=float, metavar="X", help="exit with 1 if a row of ours takes more than X times as long"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        old, new = record.load(options.old), record.load(options.new)
+    except ValueError as error:
+        print(f"benchmarks.reports.compare: error: {error}", file=sys.stderr)
+        return 2
+    machines = []
+    for name, content in (("old", old), ("new", new)):
+        for kind, part in sorted(content["parts"].items()):
+            machine = part["machine"]
+            print(f"{name}: {kind}, {part['date']}, {machine.get('gpu') or machine['cpu']}, {clock(part)}")
+        machines.append([part["machine"] for _, part in sorted(content["parts"].items())])
+    if any(machine != machines[0][0] for each in machines for machine in each):
+        print("the machines differ: factors compare them too")
+    found, gone, come = changes(old, new)
+    for change in sorted(found, key=lambda change: -change.factor):
+        print(f"{change.factor:6.2f} x  {change.metric} {change.old:,.2f} -> {change.new:,.2f}  {change.what}")
+    for sign, names in (("only in old", gone), ("only in new", come)):
+        for name in names:
+            print(f"{sign}: {name}")
+    if not found:
+        print("benchmarks.reports.compare: error: expected rows that both files have, got none", file=sys.stderr)
+        return 2
+    worst = max((change for change in found if change.ours), key=lambda change: change.factor, default=None)
+    if options.fail_over is not None and worst is not None and worst.factor > options.fail_over:
+        print(f"regression: {worst.factor:.2f} x, over {options.fail_over:g}: {worst.what}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What the figures should come to, and what they do: every target against every row that it speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import record
+from ..core.operands import OURS
+
+MEBIBYTE = 2**20
+CEILINGS = ("sdpa_no_mask", "sdpa_flash", "sdpa_cudnn", "flash_attention_2", "flash_attention_3")  # not the same work
+
+
+@dataclass(frozen=True)
+class Target:
+    """An aim and the cases it was held against: `reached` is that of the worst, `met` how many of `cases` reach it."""
+
+    what: str
+    aim: float
+    unit: str
+    at_least: bool
+    reached: float
+    worst: str
+    met: int
+    cases: int
+
+    @property
+    def line(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        figures = f"{self.met} of {self.cases} cases, the worst {self.reached:.3g} {self.unit} ({self.worst})"
+        return f"{self.what} {sign} {self.aim:g} {self.unit}: {figures}"
+
+
+def _target(what: str, aim: float, unit: str, found: list[tuple[float, str]], *, at_least: bool = True) -> list[Target]:
+    """The target, or nothing where no case was measured."""
+    if not found:
+        return []
+    worst = min(found) if at_least else max(found)
+    met = sum(value >= aim if at_least else value <= aim for value, _ in found)
+    return [Target(what, aim, unit, at_least, *worst, met, len(found))]
+
+
+def _rows(folder: Path, device: str, kinds: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+    """Rows of these parts, of one machine each."""
+    return [part["rows"] for kind in kinds for part in record.newest(folder, kind, device)]
+
+
+def step_cases(rows: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
+    """The rows with figures of step attention, those of a case together, by implementation."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["operator"] == "step_attention" and "p50_us" in row:
+            key = row["model"], row["block_size"], row["context_len"], row["batch"]
+            found.setdefault(key, {})[row["implementation"]] = row
+    yield from (each for each in found.values() if OURS in each)
+
+
+def _step_name(row: dict[str, Any]) -> str:
+    batch = f", batch {row['batch']}" if row["batch"] > 1 else ""
+    return f"{row['model']}, B = {row['block_size'] or 'AR'}, {row['context_len']} tokens{batch}"
+
+
+def _heads(row: dict[str, Any]) -> str:
+    return f"{row['num_heads']}/{row['num_kv_heads']} heads"
+
+
+def _faster(rows: list[dict[str, Any]], peers: tuple[str, ...] | None, blocks: tuple[int, ...]) -> list[Any]:
+    """Times faster than the best of `peers` (None: of all that do the same work), by case."""
+    found = []
+    for case in step_cases(rows):
+        ours = case[OURS]
+        times = [
+            row["p50_us"]
+            for name, row in case.items()
+            if name != OURS and (name in peers if peers else name not in CEILINGS)
+        ]
+        if times and ours["block_size"] in blocks:
+            found.append((min(times) / ours["p50_us"], _step_name(ours)))
+    return found
+
+
+def cpu(folder: Path) -> list[Target]:
+    """The targets of a CPU."""
+    found = []
+    for rows in _rows(folder, "cpu", ("training",)):
+        ratios = [
+            (row["against_floor"], f"{row['dtype']}, {_heads(row)}, {row['direction']}")
+            for row in rows
+            if row.get("implementation") == OURS and "against_floor" in row
+        ]
+        found += _target("training attention, two causal SDPA calls", 1.25, "x", ratios, at_least=False)
+    for rows in _rows(folder, "cpu", ("operators",)):
+        times = [
+            (case[OURS]["p50_us"] / case["sdpa_no_mask"]["p50_us"], _step_name(case[OURS]))
+            for case in step_cases(rows)
+            if "sdpa_no_mask" in case
+        ]
+        found += _target("step attention, SDPA without mask", 1.3, "x", times, at_least=False)
+    exact = [row for rows in _rows(folder, "cpu", ("strategies",)) for row in rows if row.get("exact")]
+    if exact:
+        best = max(exact, key=lambda row: row["speedup"])
+        found += _target("the shipped model, autoregression", 2.5, "x", [(best["speedup"], best["label"])])
+    return found
+
+
+def cuda(folder: Path) -> list[Target]:
+    """The targets of a CUDA GPU."""
+    found = []
+    for rows in _rows(folder, "cuda", ("step",)):
+        copy = next((row["gbytes_per_s"] for row in rows if row["operator"] == "copy"), None)
+        ours = [case[OURS] for case in step_cases(rows)]
+        if copy:
+            for least, most, aim in ((256, float("inf"), 85.0), (64, 256, 70.0)):
+                shares = [
+                    (100 * row["gbytes_per_s"] / copy, _step_name(row))
+                    for row in ours
+                    if row["block_size"] == 4 and least <= row["bytes"] / MEBIBYTE < most
+                ]
+                found += _target(f"step attention, B = 4, from {least} MiB, copy bandwidth", aim, "%", shares)
+        wide = [row for row in ours if row["block_size"] >= 8 and row["context_len"] >= 8192]
+        rates = [(row["tflops"], _step_name(row)) for row in wide]
+        found += _target("step attention, B >= 8, 8192 tokens and more", 550, "TFLOP/s", rates)
+        found += _target("step attention, B = 16, FlexAttention", 3.0, "x", _faster(rows, ("flex_attention",), (16,)))
+        found += _target("step attention, the best peer", 1.5, "x", _faster(rows, None, (4, 8, 16)))
+    for rows in _rows(folder, "cuda", ("operators",)):
+        times: dict[str, dict[tuple[Any, ...], float]] = {}
+        for row in rows:
+            if row["operator"] == "append_kv" and "p50_us" in row:
+                key = row["model"], row["new_tokens"], row["batch"]
+                times.setdefault(row["implementation"], {})[key] = row["p50_us"]
+        copies = times.get("copy", {})
+        shares = [
+            (100 * copies[key] / us, f"{key[0]}, {key[1]} tokens, batch {key[2]}")
+            for key, us in times.get(OURS, {}).items()
+            if key in copies
+        ]
+        found += _target("append, copy_ of as many bytes", 80, "%", shares)
+    for rows in _rows(folder, "cuda", ("training",)):
+        for direction, aim in (("forward", 600), ("backward", 450)):
+            reached = [
+                (row["tflops"], _heads(row))
+                for row in rows
+                if row.get("implementation") == OURS
+                and row["direction"] == direction
+                and (row["seq_len"], row["head_dim"]) == (8192, 128)
+                and "tflops" in row
+            ]
+            found += _target(f"training attention {direction}, S = 8192, d = 128", aim, "TFLOP/s", reached)
+    return found
+
+
+def lines(folder: Path, device: str) -> list[str]:
+    """The targets of a device, a line each."""
+    return [target.line for target in (cpu(folder) if device == "cpu" else cuda(folder))]
