@@ -91,8 +91,10 @@ _STEP: Table = {
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(64, 32, 8, 3),
         },
-        "half extras": {256: ForwardConfig(64, 16, 8, 3)},  # 32 keys spill 48 bytes
-        "half tree": {128: ForwardConfig(128, 64, 8, 4)},  # with scores ahead Triton 3.6 spills 36 bytes
+        "half extras": {
+            128: ForwardConfig(128, 64, 8, 4),  # with scores ahead 16 bytes are spilled
+            256: ForwardConfig(64, 16, 8, 3),  # 32 keys spill 48 bytes
+        },
     },
     100: {
         "half": {
@@ -276,7 +278,7 @@ _DKDV: Table = {
             32: TileConfig(64, 128, 8, 3),
             64: TileConfig(64, 128, 8, 3),
             128: TileConfig(32, 128, 8, 4),  # 64 rows spill 40 bytes
-            256: TileConfig(16, 64, 8, 3),
+            256: TileConfig(16, 64, 8, 2),  # 3 stages spill 32 bytes
         },
     },
     100: {
