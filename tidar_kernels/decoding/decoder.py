@@ -17,6 +17,7 @@ from ..nn.adapters import has_gated_lora
 from ..ops.verify import RULES, Rule, SamplingParams
 from .session import DecoderModel, Event, FinishReason, Request, Session, Step
 from .strategies import Strategy, StrategyName, autoregressive, by_name
+from .strategies.base import check_positions, check_ready
 
 __all__ = ["Decoder", "DecoderModel", "GenerationResult", "TokenStream"]
 
@@ -282,11 +283,13 @@ class Decoder:
                 f"max_len: expected >= {needed} (longest prompt {max(map(len, prompts))} + max_new_tokens "
                 f"{max_new_tokens} + {self._step.slots} drafts), got {self.max_len}"
             )
+        check_positions(self.model, max(map(len, prompts)), max_new_tokens)
         stop_tokens = list(stop_tokens)
         for token in stop_tokens:
             if not isinstance(token, int) or not 0 <= token < self.model.config.vocab_size:
                 expected = f"token ids in [0, {self.model.config.vocab_size})"
                 raise ValueError(f"stop_tokens: expected {expected}, got {token!r}")
+        check_ready(self.model)
         session = self._new_session(len(prompts), self.max_len or needed)
         empty: list[FinishReason | None] = [None] * len(prompts)
         lists: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(3)]

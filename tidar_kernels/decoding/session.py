@@ -27,8 +27,10 @@ from torch import Tensor
 
 from .. import patterns
 from ..cache import KVCache
+from ..nn.adapters import has_gated_lora
 from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
 from .strategies import Batch, DecoderModel, Strategy
+from .strategies.base import check_positions, check_ready
 
 __all__ = ["DecoderModel", "Event", "FinishReason", "Request", "Session", "Step"]
 
@@ -174,6 +176,8 @@ class Session:
         self._slots: list[Request | None] = [None] * batch_size
         self._lengths = [0] * batch_size  # committed in each slot, as the host knows after a step
         self._next_id = 0
+        self._adapters = has_gated_lora(model)
+        self._is_checked = False  # whether this run's model is the one that the session was made for
         self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         drafts = torch.full((batch_size, step.drafts), -1, device=self.device)
         drafts[:, 0] = 0
@@ -218,6 +222,29 @@ class Session:
                 f"max_len: expected >= {needed} (prompt {len(prompt)} + max_new_tokens {max_new_tokens} + "
                 f"{self.step_config.slots} drafts), got {self.cache.max_len}"
             )
+        check_positions(self.model, len(prompt), max_new_tokens)
+
+    def check_model(self) -> None:
+        """Raise if the model is no longer what the session was made for; asked once a run, see `DecoderModel`.
+
+        Raises:
+            TypeError, ValueError: its parameters have another dtype or device than the cache, its vocabulary has
+                another size, gated adapters were added or taken away, or what `check_ready` of the model raises.
+        """
+        check_ready(self.model)
+        weight = next(iter(self.model.parameters()))
+        now = {
+            "dtype": (self.cache.k.dtype, weight.dtype),
+            "device": (self.cache.k.device, weight.device),
+            "vocab_size": (self.vocab_size, self.model.config.vocab_size),
+            "gated adapters": (self._adapters, has_gated_lora(self.model)),
+        }
+        for what, (expected, found) in now.items():
+            if expected != found:
+                raise ValueError(
+                    f"model: expected {what} {expected} as when the decoder was made, got {found}; make a new one"
+                )
+        self._is_checked = True
 
     def add(
         self,
@@ -254,6 +281,7 @@ class Session:
             raise TypeError(f"params: expected a SamplingParams, got {type(params).__name__}")
         if not self.free_slots:
             raise ValueError(f"prompt: expected a free slot, got {len(self._slots)} requests running")
+        self.check_model()
         slot = self._slots.index(None)
         request = Request(
             self._next_id, list(prompt), max_new_tokens, params, frozenset(stop_tokens), tuple(stop_strings), decode,
@@ -266,6 +294,7 @@ class Session:
         self._next_id += 1
         self._slots[slot] = self.requests[request.id] = request
         self._lengths[slot] = len(prompt)
+        self._is_checked = False  # the model may change until the first step
         return request.id
 
     def remove(self, request_id: int) -> Request:
@@ -285,6 +314,8 @@ class Session:
         """One forward pass for every running request; what it brought, in the order of the slots."""
         if not self.requests:
             return []
+        if not self._is_checked:
+            self.check_model()
         started = time.perf_counter()
         before = self.forwards
         with torch.inference_mode():
@@ -319,6 +350,7 @@ class Session:
 
     async def steps(self) -> AsyncIterator[list[Event]]:
         """Steps until no request runs, each on a worker thread; requests may be added and removed between them."""
+        self._is_checked = False
         while self.requests:
             yield await asyncio.to_thread(self.step)
 

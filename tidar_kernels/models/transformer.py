@@ -158,3 +158,18 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """lm_head, tied to the embedding: `[..., hidden_size] -> [..., vocab_size]`."""
         return F.linear(hidden, self.embed_tokens.weight)
+
+    def check_ready(self) -> None:
+        """Raise if decoding would not be what the weights and the config say; a decoder asks before each run.
+
+        Training mode alone changes nothing here, for these layers draw no random numbers.
+
+        Raises:
+            ValueError: the embedding has another number of rows than the config, or some module drops out at random.
+        """
+        rows = self.embed_tokens.weight.shape[0]
+        if rows != self.config.vocab_size:
+            raise ValueError(f"vocab_size: expected {self.config.vocab_size} rows as in the config, got {rows}")
+        for name, module in self.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+                raise ValueError(f"model: expected evaluation mode, got dropout in {name}; call model.eval()")

@@ -14,7 +14,7 @@ row is a mask row is known from that alone, never guessed from token ids: a prom
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -30,7 +30,7 @@ from ...patterns import Pattern, Role
 from ...patterns.rows import ordinary
 from ..exact import exact_rows
 
-__all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy"]
+__all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy", "check_positions", "check_ready"]
 
 
 class DecoderModel(Protocol):
@@ -38,7 +38,17 @@ class DecoderModel(Protocol):
 
     `config` has `vocab_size`, `num_layers`, `num_kv_heads` and `head_dim`. Calling the model with int64 tokens
     `[batch, pattern.q_len]` gives hidden states `[batch, q_len, hidden]` and writes the K/V of the pattern's causal
-    rows behind the cache's committed tokens; `logits` is the lm_head.
+    rows after the cache's committed tokens; `logits` is the lm_head.
+
+    Two things are optional:
+
+    `check_ready()` raises TypeError or ValueError if something that decoding relies on has changed since the model was
+    given to the decoder (training mode, the attention implementation, ..). It is called once a run, not once a step:
+    by `Decoder.generate` and `stream`, by `Session.add`, and by the first step after one.
+
+    `config.max_positions` is an int for a model that has no position from there on (learned positions). A request's
+    prompt and new tokens must fit. Rows look further ahead than that, so the model clamps the positions of its rows to
+    the last one: such a row is a mask row, which only guesses, or a draft after the request's last token.
     """
 
     @property
@@ -49,6 +59,23 @@ class DecoderModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def parameters(self) -> Iterator[Any]: ...
+
+
+def check_ready(model: DecoderModel) -> None:
+    """Ask a model that has `check_ready` whether it is still what it was; see `DecoderModel`."""
+    check: Callable[[], None] | None = getattr(model, "check_ready", None)
+    if check is not None:
+        check()
+
+
+def check_positions(model: DecoderModel, prompt_len: int, max_new_tokens: int) -> None:
+    """Raise ValueError if a request's tokens do not fit the model's positions; see `DecoderModel`."""
+    limit: int | None = getattr(model.config, "max_positions", None)
+    if limit is not None and prompt_len + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: expected <= {limit - prompt_len} after a prompt of {prompt_len}, for the model has "
+            f"{limit} positions, got {max_new_tokens}"
+        )
 
 
 @dataclass
