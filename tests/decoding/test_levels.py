@@ -11,7 +11,7 @@ from tests.toys import Chain, decode_chain
 from tidar_kernels import Decoder
 from tidar_kernels.decoding import strategies
 from tidar_kernels.decoding.profile import profile
-from tidar_kernels.decoding.strategies import Batch, Outcome, Profile, levels, tidar
+from tidar_kernels.decoding.strategies import Batch, Profile, StepResult, levels, tidar
 from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.ops.verify import SamplingParams
 
@@ -35,7 +35,7 @@ def test_expected_tokens_are_what_a_simulation_gives(block: int, chosen: list[in
     strategy, counts = tidar(block, levels=chosen), []
     step = strategy.step
 
-    def counted(batch: Batch) -> Outcome:
+    def counted(batch: Batch) -> StepResult:
         outcome = step(batch)
         counts.append(outcome.verified.accepted[batch.cache.lengths < 200])
         return outcome

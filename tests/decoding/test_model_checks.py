@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tests.toys import CONFIG, sharp_model
@@ -59,15 +59,13 @@ def test_a_session_notices(what: str, when: str) -> None:
     if when == "before steps":
         decoder.step()
     change(model)
+    run: dict[str, Callable[[], object]] = {
+        "before add": lambda: decoder.add(PROMPT, 8),
+        "before the first step": decoder.step,
+        "before steps": lambda: asyncio.run(anext(session.steps())),  # type: ignore[arg-type]
+    }
     with pytest.raises(ValueError, match=message):
-        if when == "before add":
-            decoder.add(PROMPT, 8)
-        elif when == "before the first step":
-            decoder.step()
-        else:
-            import asyncio
-
-            asyncio.run(anext(session.steps()))  # type: ignore[arg-type]
+        run[when]()
     assert len(session.requests) == (when != "before add")
 
 
@@ -94,7 +92,12 @@ def test_the_model_is_asked_once_a_run_and_not_once_a_step() -> None:
     model = sharp_model()
     asked: list[int] = []
     inner = model.check_ready
-    model.check_ready = lambda: (asked.append(1), inner())[1]  # type: ignore[method-assign]
+
+    def check_ready() -> None:
+        asked.append(1)
+        inner()
+
+    model.check_ready = check_ready  # type: ignore[method-assign]
     counts = []
     for new_tokens in (4, 40):
         asked.clear()

@@ -12,7 +12,7 @@ import torch
 
 from tests.toys import sharp_model
 from tidar_kernels.decoding.decoder import Decoder
-from tidar_kernels.decoding.session import Session, Step
+from tidar_kernels.decoding.session import Session, StepConfig
 from tidar_kernels.decoding.strategies import tidar
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_shipped
 from tidar_kernels.ops.verify import RULES, SamplingParams
@@ -275,7 +275,7 @@ def test_poison_in_the_prompt_and_later(model: Transformer) -> None:
     ],
 )
 def test_bad_requests_change_nothing(model: Transformer, change: Any, error: type[Exception], message: str) -> None:
-    session = Session(model, Step(tidar(4), 39), 1, 64)
+    session = Session(model, StepConfig(tidar(4), 39), 1, 64)
     with pytest.raises(error, match=message):
         session.add(**{"prompt": [1, 2], "max_new_tokens": 20} | change)
     assert session.free_slots == 1
@@ -295,7 +295,7 @@ def test_the_graph_is_the_step_and_never_waits(model: Transformer, rule: Any) ->
     on_gpu.load_state_dict(model.state_dict())
     outputs = []
     for cuda_graph in (False, True):
-        session = Session(on_gpu, Step(tidar(4), 39, rule), 4, 128, cuda_graph=cuda_graph)
+        session = Session(on_gpu, StepConfig(tidar(4), 39, rule), 4, 128, cuda_graph=cuda_graph)
         for i in range(3):
             session.add(prompt(i), 20, PARAMS[i])
         requests = dict(session.requests)

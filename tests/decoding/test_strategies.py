@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,20 +13,26 @@ import torch
 from tests.paths import REPOSITORY
 from tests.toys import PROMPTS, Chain, certain, chain_law, decode_chain, distance, sharp_model, toy
 from tidar_kernels import Decoder, patterns
+from tidar_kernels.decoding import session as session_module
+from tidar_kernels.decoding import strategies as strategies_module
+from tidar_kernels.decoding.session import StepConfig
 from tidar_kernels.decoding.strategies import (
     Batch,
     BlockDiffusion,
-    Outcome,
     SelfSpeculation,
+    StepResult,
     Strategy,
+    StrategyName,
+    autoregressive,
     by_name,
+    class_of,
     isd,
     tidar,
 )
 from tidar_kernels.decoding.strategies.isd import acceptance_of, expected_tokens
 from tidar_kernels.models import Transformer, load_shipped
 from tidar_kernels.nn.adapters import GatedLoRA, add_gated_lora
-from tidar_kernels.ops.verify import SamplingParams
+from tidar_kernels.ops.verify import RULES, SamplingParams
 from tidar_kernels.patterns import Pattern, Role
 
 
@@ -173,7 +180,7 @@ def test_right_drafts_are_accepted(name: str, accepted: list[int]) -> None:
     strategy, steps = strategies()[name], []
     step = strategy.step
 
-    def counted(batch: Batch) -> Outcome:
+    def counted(batch: Batch) -> StepResult:
         outcome = step(batch)
         steps.append(int(outcome.verified.accepted))
         return outcome
@@ -246,7 +253,7 @@ def test_isd_tokens_a_forward(stride: int) -> None:
     strategy, steps = isd(stride), []
     step = strategy.step
 
-    def counted(batch: Batch) -> Outcome:
+    def counted(batch: Batch) -> StepResult:
         outcome = step(batch)
         steps.append(outcome.verified.accepted[batch.cache.lengths < length])
         return outcome
@@ -339,3 +346,40 @@ def test_the_pages_python_runs(name: str) -> None:
         assert len(blocks) == 1
         assert names["tidar"].tokens == names["plain"].tokens
         assert torch.equal(*(names[x].cache.k[..., : names["length"], :] for x in ("tidar", "plain")))
+
+
+# What a strategy says of itself.
+
+
+def test_a_strategy_says_what_is_true_of_it() -> None:
+    """By its class before one is made, and by itself: the same, and what `StepConfig` and `Decoder` go by."""
+    made = {name: by_name(name, 4) for name in get_args(StrategyName)}
+    for name, strategy in made.items():
+        kind = class_of(name)
+        assert type(strategy) is kind
+        assert strategy.name == name
+        for fact in ("title", "symbol", "options", "rules", "equals_autoregression", "can_be_exact", "graphable"):
+            assert getattr(strategy, fact) == getattr(kind, fact)
+        assert strategy.label.startswith(f"{kind.title}, {kind.symbol} = 4")
+        for rule in RULES:
+            with nullcontext() if rule in kind.rules else pytest.raises(ValueError, match=r"^sampling: expected"):
+                StepConfig(strategy, rule=rule)
+        with nullcontext() if kind.can_be_exact else pytest.raises(ValueError, match=r"^exact: expected False"):
+            StepConfig(strategy, exact=True)
+    assert len({kind.title for kind in map(type, made.values())}) == len(made)
+    assert {name for name, strategy in made.items() if strategy.takes_beta} == {"tidar"}
+    assert {name for name, kind in made.items() if not kind.equals_autoregression} == {"block_diffusion"}
+    assert tidar(8, levels=[1, 2, 4]).label == "TiDAR, B = 8, levels 1 2 4"
+    assert not tidar(8, levels=[1, 2, 4]).takes_beta
+    assert BlockDiffusion(8, 0.5).label == "block diffusion, L = 8, threshold 0.5"
+    assert autoregressive().label == "autoregressive"
+
+
+def test_old_names_warn() -> None:
+    with pytest.warns(FutureWarning, match=r"Outcome is StepResult now"):
+        assert strategies_module.Outcome is StepResult
+    with pytest.warns(FutureWarning, match=r"Step is StepConfig now"):
+        assert session_module.Step is StepConfig
+    for module in (strategies_module, session_module):
+        with pytest.raises(AttributeError, match=r"has no attribute 'Absent'"):
+            _ = module.Absent

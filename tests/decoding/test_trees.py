@@ -13,8 +13,8 @@ from tests.paths import KERNELS
 from tests.toys import CONFIG, PROMPTS, certain, chain_law, decode_chain, distance, sharp_model, toy
 from tidar_kernels import Decoder, KVCache, eager, ops, patterns, testing
 from tidar_kernels.decoding.exact import exact_rows
-from tidar_kernels.decoding.session import Step
-from tidar_kernels.decoding.strategies import Batch, Outcome, SelfSpeculation, Tree, tree
+from tidar_kernels.decoding.session import StepConfig
+from tidar_kernels.decoding.strategies import Batch, SelfSpeculation, StepResult, Tree, tree
 from tidar_kernels.models import Transformer
 from tidar_kernels.nn.attention import TiDARAttention
 from tidar_kernels.nn.rotary import RotaryEmbedding
@@ -332,7 +332,7 @@ def test_the_right_node_is_accepted(rank: int) -> None:
 def counting(strategy: Tree) -> tuple[Any, list[int]]:
     step, steps = strategy.step, list[int]()
 
-    def counted(batch: Batch) -> Outcome:
+    def counted(batch: Batch) -> StepResult:
         outcome = step(batch)
         steps.append(int(outcome.verified.accepted))
         return outcome
@@ -410,9 +410,17 @@ def test_shapes() -> None:
         ),
         (lambda: Tree([(-1,)]), ValueError, r"^paths: expected >= 0, got -1$"),
         (lambda: Tree([(0.5,)]), TypeError, r"^paths: expected an int, got float$"),
-        (lambda: Step(tree(4), rule="rejection"), ValueError, r'^sampling: expected coupled for strategy "tree", got '),
-        (lambda: Step(tree(4), rule="point_mass"), ValueError, r"^sampling: expected coupled .* got 'point_mass'$"),
-        (lambda: Step(tree(4), exact=True), ValueError, r'^exact: expected False for strategy "tree", got True$'),
+        (
+            lambda: StepConfig(tree(4), rule="rejection"),
+            ValueError,
+            r'^sampling: expected coupled for strategy "tree", got ',
+        ),
+        (
+            lambda: StepConfig(tree(4), rule="point_mass"),
+            ValueError,
+            r"^sampling: expected coupled .* got 'point_mass'$",
+        ),
+        (lambda: StepConfig(tree(4), exact=True), ValueError, r'^exact: expected False for strategy "tree", got True$'),
         (
             lambda: Decoder(Transformer(CONFIG), 4, strategy="tree", beta=0.5),
             ValueError,

@@ -15,7 +15,7 @@ from .. import patterns
 from ..cache import KVCache
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import RULES, Rule, SamplingParams
-from .session import DecoderModel, Event, FinishReason, Request, Session, Step
+from .session import DecoderModel, Event, FinishReason, Request, Session, StepConfig
 from .strategies import Strategy, StrategyName, autoregressive, by_name
 from .strategies.base import check_positions, check_ready
 
@@ -143,7 +143,7 @@ class Decoder:
         common: dict[str, Any] = {"prefill_chunk": self.prefill_chunk, "adapted": adapted, "exact": exact}
         if mode == "autoregressive":
             self.block_size, self.mask_token_id = 1, 0
-            self._step = Step(autoregressive(), **common)
+            self._step = StepConfig(autoregressive(), **common)
             return
         if stride is not None:
             if block_size is not None or strategy not in ("isd", "flare"):
@@ -155,14 +155,14 @@ class Decoder:
             strategy = by_name(strategy, patterns.check_int("block_size", block_size, 1), shifted)
         elif block_size not in (None, strategy.drafts):
             raise ValueError(f"block_size: expected that of the strategy, {strategy.drafts}, got {block_size}")
-        if beta < 1.0 and getattr(strategy, "mix", None) is None:
+        if beta < 1.0 and not strategy.takes_beta:
             raise ValueError(f'beta: expected 1 for strategies but "tidar" with all its blocks, got {beta}')
         self.block_size = strategy.drafts
         mask_token_id = getattr(model.config, "mask_token_id", None) if mask_token_id is None else mask_token_id
         self.mask_token_id = patterns.check_int("mask_token_id", mask_token_id, 0)
         if self.mask_token_id >= model.config.vocab_size:
             raise ValueError(f"mask_token_id: expected < vocab_size = {model.config.vocab_size}, got {mask_token_id}")
-        self._step = Step(strategy, self.mask_token_id, sampling, beta, **common)
+        self._step = StepConfig(strategy, self.mask_token_id, sampling, beta, **common)
 
     @classmethod
     def from_transformers(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .decoder import Decoder
-from .session import DecoderModel, Session, Step
+from .session import DecoderModel, Session, StepConfig
 from .strategies import Profile, tidar
 from .strategies.levels import acceptance_of, latencies
 
@@ -52,7 +52,7 @@ def profile(
         context_len = sum(map(len, prompts)) // len(prompts) + new_tokens // 2
 
     def step(block_size: int, levels: Sequence[int] | None) -> Callable[[], Any]:
-        chosen = Step(tidar(block_size, levels=levels), decoder.mask_token_id)
+        chosen = StepConfig(tidar(block_size, levels=levels), decoder.mask_token_id)
         session = Session(model, chosen, batch_size, context_len + block_size)
         session.cache.k.normal_()
         session.cache.v.normal_()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,13 +33,13 @@ from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
 from .strategies import Batch, DecoderModel, Strategy
 from .strategies.base import check_positions, check_ready
 
-__all__ = ["DecoderModel", "Event", "FinishReason", "Request", "Session", "Step"]
+__all__ = ["DecoderModel", "Event", "FinishReason", "Request", "Session", "StepConfig"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
-class Step:
+class StepConfig:
     """How a session decodes: the same for all of its requests.
 
     Args:
@@ -156,7 +157,7 @@ class Session:
     """
 
     def __init__(
-        self, model: DecoderModel, step: Step, batch_size: int, max_len: int, *, cuda_graph: bool | None = None
+        self, model: DecoderModel, step: StepConfig, batch_size: int, max_len: int, *, cuda_graph: bool | None = None
     ) -> None:
         weight, config = next(iter(model.parameters())), model.config
         self.model, self.step_config = model, step
@@ -490,3 +491,10 @@ class Session:
             buffer.copy_(content)
         self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         self._reported = torch.cuda.Event()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Step":
+        warnings.warn(f"{__name__}.Step is StepConfig now; its old name goes in the next release", FutureWarning, 2)
+        return StepConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

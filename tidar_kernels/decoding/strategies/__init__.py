@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from .base import Batch, DecoderModel, Drafting, Outcome, Strategy
+from .base import Batch, DecoderModel, Drafting, StepResult, Strategy
 from .block_diffusion import BlockDiffusion
-from .isd import isd
+from .isd import FLARE, ISD, isd
 from .levels import Plan, Profile, auto, plan
 from .self_speculation import SelfSpeculation
-from .tidar import autoregressive, tidar
+from .tidar import TiDAR, autoregressive, tidar
 from .tree import Tree, tree
 
 __all__ = [
@@ -18,16 +19,17 @@ __all__ = [
     "BlockDiffusion",
     "DecoderModel",
     "Drafting",
-    "Outcome",
     "Plan",
     "Profile",
     "SelfSpeculation",
+    "StepResult",
     "Strategy",
     "StrategyName",
     "Tree",
     "auto",
     "autoregressive",
     "by_name",
+    "class_of",
     "isd",
     "plan",
     "tidar",
@@ -37,22 +39,45 @@ __all__ = [
 StrategyName = Literal["tidar", "isd", "flare", "self_speculation", "tree", "block_diffusion"]
 
 
+# A name's class says what is true of every strategy of that name; the function makes one.
+_KINDS: dict[str, tuple[type[Strategy], Callable[[int, bool], Strategy]]] = {
+    "tidar": (TiDAR, lambda drafts, shifted: tidar(drafts)),
+    "isd": (ISD, lambda drafts, shifted: isd(drafts, shifted=shifted)),
+    "flare": (FLARE, lambda drafts, shifted: isd(drafts, bidirectional=True, shifted=shifted)),
+    "self_speculation": (SelfSpeculation, lambda drafts, shifted: SelfSpeculation(drafts)),
+    "tree": (Tree, lambda drafts, shifted: tree(drafts)),
+    "block_diffusion": (BlockDiffusion, lambda drafts, shifted: BlockDiffusion(drafts)),
+}
+
+
+def class_of(name: str) -> type[Strategy]:
+    """The class of the strategies of that name: its title, rules and whether it can be exact, before one is made.
+
+    Raises:
+        ValueError: no such strategy.
+    """
+    return _kind(name)[0]
+
+
 def by_name(name: str, drafts: int, shifted: bool = False) -> Strategy:
     """The strategy of that name with its usual options, committing up to `drafts` tokens a step.
 
-    `shifted` says what the model's masks predict: the token behind their position, or the one at it.
+    `shifted` says what the model's masks predict: the token after their position, or the one at it.
 
     Raises:
         TypeError, ValueError: no such strategy, or `drafts` does not suit it.
     """
-    make: dict[str, Callable[[int], Strategy]] = {
-        "tidar": tidar,
-        "isd": lambda n: isd(n, shifted=shifted),
-        "flare": lambda n: isd(n, bidirectional=True, shifted=shifted),
-        "self_speculation": SelfSpeculation,
-        "tree": tree,
-        "block_diffusion": BlockDiffusion,
-    }
-    if name not in make:
+    return _kind(name)[1](drafts, shifted)
+
+
+def _kind(name: str) -> tuple[type[Strategy], Callable[[int, bool], Strategy]]:
+    if name not in _KINDS:
         raise ValueError(f"strategy: expected a Strategy or one of {', '.join(get_args(StrategyName))}, got {name!r}")
-    return make[name](drafts)
+    return _KINDS[name]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Outcome":
+        warnings.warn(f"{__name__}.Outcome is StepResult now; its old name goes in the next release", FutureWarning, 2)
+        return StepResult
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

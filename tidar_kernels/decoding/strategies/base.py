@@ -30,7 +30,7 @@ from ...patterns import Pattern, Role
 from ...patterns.rows import ordinary
 from ..exact import exact_rows
 
-__all__ = ["Batch", "DecoderModel", "Drafting", "Outcome", "Strategy", "check_positions", "check_ready"]
+__all__ = ["Batch", "DecoderModel", "Drafting", "StepResult", "Strategy", "check_positions", "check_ready", "judge"]
 
 
 class DecoderModel(Protocol):
@@ -152,7 +152,7 @@ class Batch:
         return sample(logits, positions, self.state, seen=self.seen, stream=stream)
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     """What a step did, on the device.
 
     Attributes:
@@ -176,24 +176,43 @@ class Outcome(NamedTuple):
 class Strategy(ABC):
     """A way to decode.
 
+    What is true of every strategy of a class is a class attribute, so that it can be asked before one is made
+    (`strategies.class_of`); what depends on its options is a property.
+
     Attributes:
         name: as in `Decoder(strategy=...)`.
         drafts: the most tokens that a step commits.
+        title: what tables and messages call it.
+        symbol: what the literature calls the number of its drafts: "B" (block size), "N" (stride), "L" (length).
+        options: names of what can be chosen beside the number of drafts, keywords of the function that makes it.
+        rules: how its drafts can be judged, see `tidar_kernels.ops.verify`.
         equals_autoregression: with the coupled rule, the output is that of autoregressive decoding, token for token.
-        graphable: the step reads nothing from the device, so that it can be one CUDA graph.
-        rules: how its drafts can be judged.
         can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.exact`).
+        graphable: the step reads nothing from the device, so that it can be one CUDA graph.
     """
 
     name: str
     drafts: int
-    equals_autoregression: bool = True
-    graphable: bool = True
+    title: str = ""
+    symbol: str = "L"
+    options: tuple[str, ...] = ()
     rules: tuple[str, ...] = RULES
+    equals_autoregression: bool = True
     can_be_exact: bool = True
+    graphable: bool = True
+
+    @property
+    def label(self) -> str:
+        """The strategy and its options, as a table names it: "TiDAR, B = 8, levels 1 2 4"."""
+        return f"{self.title or self.name}, {self.symbol} = {self.drafts}"
+
+    @property
+    def takes_beta(self) -> bool:
+        """Whether `beta` can be below 1: every draft row has a mask row that predicts the same token."""
+        return False
 
     @abstractmethod
-    def step(self, batch: Batch) -> Outcome:
+    def step(self, batch: Batch) -> StepResult:
         """One step of every sequence; commits nothing."""
 
     @property
@@ -227,6 +246,10 @@ class Drafting(Strategy):
     cold: Tensor | None = None
     mix: Tensor | None = None
 
+    @property
+    def takes_beta(self) -> bool:
+        return self.mix is not None
+
     def __post_init__(self) -> None:
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
 
@@ -240,11 +263,11 @@ class Drafting(Strategy):
             self._on_device[device] = tuple(ordinary(x, device) for x in tables)
         return self._on_device[device]
 
-    def step(self, batch: Batch) -> Outcome:
+    def step(self, batch: Batch) -> StepResult:
         count, drafts = self.drafts, batch.drafts.clone()
         if count == self.pattern.q_len == 1:
             hidden = batch.forward(drafts, self.pattern, False)
-            return Outcome(judge(batch, hidden, drafts), drafts, drafts[:, 1:])
+            return StepResult(judge(batch, hidden, drafts), drafts, drafts[:, 1:])
         sources, is_mask, mix = self._tables(drafts.device)
         missing = drafts < 0
         rows = torch.cat([missing, is_mask[count:].expand(len(drafts), -1)], dim=1)
@@ -252,13 +275,13 @@ class Drafting(Strategy):
         hidden = batch.forward(tokens, self.pattern, rows)
         verified = judge(batch, hidden[:, :count], drafts, hidden[:, mix] if batch.beta < 1.0 else None)
         if count == 1:
-            return Outcome(verified, drafts, drafts[:, 1:])
+            return StepResult(verified, drafts, drafts[:, 1:])
         state = torch.where(missing[:, 1], count + 1, verified.accepted)
         at = sources[state]
         logits = batch.model.logits(hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])))
         # The next first draft takes the position behind the accepted ones, and these the positions behind that.
         following = batch.draft(logits, batch.cache.lengths + verified.accepted + 1)
-        return Outcome(verified, drafts, following.masked_fill(at < 0, -1), logits)
+        return StepResult(verified, drafts, following.masked_fill(at < 0, -1), logits)
 
 
 def judge(batch: Batch, hidden: Tensor, drafts: Tensor, mix: Tensor | None = None) -> Verified:

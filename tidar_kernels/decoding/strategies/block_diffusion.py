@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import patterns
 from ...ops.verify import Verified
-from .base import Batch, Outcome, Strategy
+from .base import Batch, StepResult, Strategy
 
 __all__ = ["BlockDiffusion"]
 
@@ -28,6 +28,8 @@ class BlockDiffusion(Strategy):
     """
 
     name = "block_diffusion"
+    title = "block diffusion"
+    options = ("threshold",)
     equals_autoregression = False
     graphable = False  # how many passes a block takes is read from the device
 
@@ -40,7 +42,11 @@ class BlockDiffusion(Strategy):
         self.threshold = threshold
         self._denoise, self._commit = patterns.block_step(length), patterns.causal(length)
 
-    def step(self, batch: Batch) -> Outcome:
+    @property
+    def label(self) -> str:
+        return f"{super().label}, threshold {self.threshold}"
+
+    def step(self, batch: Batch) -> StepResult:
         # The first token is known: it is the autoregressive choice behind the last commit.
         block = torch.cat([batch.drafts[:, :1], torch.full_like(batch.drafts[:, 1:], -1)], dim=1)
         bad = torch.full_like(block[:, 0], -1)
@@ -55,7 +61,7 @@ class BlockDiffusion(Strategy):
         bad = torch.where((following < 0) & (bad < 0), self.drafts - 1, bad)
         accepted = torch.where(bad < 0, self.drafts, bad.clamp(min=1))
         verified = Verified(accepted, following, bad)
-        return Outcome(verified, block, torch.full_like(block[:, 1:], -1), forwards=passes + 1)
+        return StepResult(verified, block, torch.full_like(block[:, 1:], -1), forwards=passes + 1)
 
     def _fill(self, batch: Batch, block: Tensor, masked: Tensor, logits: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
         """Fix the confident ones of the masked tokens: `(block, first bad row of every sequence or -1)`."""

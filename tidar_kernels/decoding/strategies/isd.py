@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ... import patterns
 from .base import Drafting
 
-__all__ = ["acceptance_of", "expected_tokens", "isd"]
+__all__ = ["FLARE", "ISD", "acceptance_of", "expected_tokens", "isd"]
+
+
+@dataclass
+class ISD(Drafting):
+    """Masks after the drafts, each sees the masks before it."""
+
+    title = "ISD"
+    symbol = "N"
+
+
+@dataclass
+class FLARE(ISD):
+    """The same with masks that see each other both ways."""
+
+    title = "FLARE rows"
 
 
 def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Drafting:
@@ -33,7 +49,9 @@ def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Dr
     sources = torch.full((stride + 1, stride - 1), -1, device="cpu")
     sources[stride] = behind
     cold = torch.arange(1 + shift, stride + shift, device="cpu")  # the rows of the missing drafts
-    return Drafting("flare" if bidirectional else "isd", pattern, stride, sources, cold)
+    if bidirectional:
+        return FLARE("flare", pattern, stride, sources, cold)
+    return ISD("isd", pattern, stride, sources, cold)
 
 
 def expected_tokens(acceptance: float, stride: int) -> float:

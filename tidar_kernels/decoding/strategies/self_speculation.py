@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import patterns
-from .base import Batch, Outcome, Strategy, judge
+from .base import Batch, StepResult, Strategy, judge
 
 __all__ = ["SelfSpeculation"]
 
@@ -23,12 +23,13 @@ class SelfSpeculation(Strategy):
     """
 
     name = "self_speculation"
+    title = "self-speculation"
 
     def __init__(self, length: int) -> None:
         self.drafts = patterns.check_int("length", length, 2)
         self._draft, self._verify = patterns.block_step(length), patterns.causal(length)
 
-    def step(self, batch: Batch) -> Outcome:
+    def step(self, batch: Batch) -> StepResult:
         seed = batch.drafts[:, :1]
         is_mask = torch.ones_like(batch.drafts, dtype=torch.bool)
         is_mask[:, 0] = False
@@ -38,4 +39,4 @@ class SelfSpeculation(Strategy):
         if batch.draft_logits is not None:
             batch.draft_logits[:, 1:] = logits
         hidden = batch.forward(drafts.clamp(min=0), self._verify, False)
-        return Outcome(judge(batch, hidden, drafts), drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)
+        return StepResult(judge(batch, hidden, drafts), drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)

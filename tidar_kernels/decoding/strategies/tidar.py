@@ -16,7 +16,21 @@ __all__ = ["TiDAR", "autoregressive", "tidar"]
 
 @dataclass
 class TiDAR(Drafting):
-    """`Drafting` whose first draft comes with the prompt's last chunk."""
+    """`Drafting` whose first drafts come with the prompt's last chunk.
+
+    Args:
+        levels: the numbers of accepted drafts that get a block of masks; None: all.
+    """
+
+    levels: tuple[int, ...] | None = None
+
+    title = "TiDAR"
+    symbol = "B"
+    options = ("levels",)
+
+    @property
+    def label(self) -> str:
+        return super().label + ("" if self.levels is None else f", levels {' '.join(map(str, self.levels))}")
 
     def first(self, prompt_rows: int) -> tuple[Pattern, list[int]]:
         # Slot 0 is the prompt's own next token, batch 1.. are mask rows 1..: mask row 0 would only guess slot 0.
@@ -48,9 +62,21 @@ def tidar(block_size: int, *, bidirectional: bool = True, levels: Sequence[int] 
         known = torch.arange(block * block_size + skipped + 1, (block + 1) * block_size, device="cpu")
         sources[accepted, : len(known)] = known
     mix = torch.arange(block_size, pattern.q_len, block_size, device="cpu") if levels is None else None
-    return TiDAR("tidar", pattern, block_size, sources, mix=mix)
+    chosen_levels = None if levels is None else tuple(chosen)
+    return TiDAR("tidar", pattern, block_size, sources, mix=mix, levels=chosen_levels)
+
+
+@dataclass
+class Autoregressive(Drafting):
+    """One token a step."""
+
+    title = "autoregressive"
+
+    @property
+    def label(self) -> str:
+        return self.title
 
 
 def autoregressive() -> Drafting:
     """One token a step: one draft row, no mask."""
-    return Drafting("autoregressive", patterns.causal(1), 1, torch.empty(2, 0, dtype=torch.int64, device="cpu"))
+    return Autoregressive("autoregressive", patterns.causal(1), 1, torch.empty(2, 0, dtype=torch.int64, device="cpu"))

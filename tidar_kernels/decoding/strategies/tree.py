@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import patterns
 from ...ops.verify import SamplingTensors, Verified, sample
 from ...patterns.rows import ordinary
-from .base import Batch, Outcome, Strategy
+from .base import Batch, StepResult, Strategy
 
 __all__ = ["Tree", "tree"]
 
@@ -41,6 +41,7 @@ class Tree(Strategy):
     """
 
     name = "tree"
+    title = "token tree"
     rules = ("coupled",)
     can_be_exact = False  # a node's keys are not in one run, so they are not summed as single-token decoding sums them
 
@@ -71,7 +72,7 @@ class Tree(Strategy):
     def slots(self) -> int:
         return self.pattern.kept_len
 
-    def step(self, batch: Batch) -> Outcome:
+    def step(self, batch: Batch) -> StepResult:
         seed = batch.drafts[:, :1]
         is_mask = torch.ones_like(batch.drafts, dtype=torch.bool)
         is_mask[:, 0] = False
@@ -95,7 +96,7 @@ class Tree(Strategy):
         drafts = tokens.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
         following = targets.gather(1, last[:, None])[:, 0]
         verified = Verified(accepted, following, torch.where(following < 0, accepted - 1, -1))
-        return Outcome(verified, drafts, torch.full_like(drafts[:, 1:], -1), forwards=2, path=path)
+        return StepResult(verified, drafts, torch.full_like(drafts[:, 1:], -1), forwards=2, path=path)
 
     def _candidates(self, batch: Batch, logits: Tensor) -> Tensor:
         """Drafts `[batch, depth, ranks]` from the masks' logits `[batch, depth, vocab]`; -1 where there are no more."""
