@@ -5,16 +5,16 @@ TiDAR and plain autoregression are the same loop, `tidar_kernels.session`; this 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-
-from torch import Tensor
 
 from .. import patterns
 from ..cache import KVCache
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import RULES, Rule, SamplingParams
+from .prompts import as_prompts, as_stop_tokens
 from .session import DecoderModel, Event, FinishReason, Request, Session, StepConfig
 from .strategies import Strategy, StrategyName, autoregressive, by_name
 from .strategies.base import check_positions, check_ready
@@ -37,6 +37,7 @@ class GenerationResult:
         forwards: decode forward passes of the batch; prefill is counted apart.
         prefill_forwards: forward passes of prefill.
         seconds: wall time of decoding, prefill excluded; `prefill_seconds` is the rest.
+        errors: for each sequence that ended with "error", what went wrong; None for the others.
     """
 
     tokens: list[list[int]]
@@ -48,6 +49,7 @@ class GenerationResult:
     prefill_forwards: int = 0
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    errors: list[str | None] = field(default_factory=list)
 
     @property
     def tokens_per_forward(self) -> float:
@@ -134,6 +136,7 @@ class Decoder:
         self.prefill_chunk = patterns.check_int("prefill_chunk", prefill_chunk, 1)
         self.batch_size = patterns.check_int("batch_size", batch_size, 1)
         self._session: Session | None = None
+        self._session_lock = threading.Lock()
         self._cuda_graph = cuda_graph
         if max_len is not None:
             patterns.check_int("max_len", max_len, 1)
@@ -196,7 +199,7 @@ class Decoder:
 
     def generate(
         self,
-        input_ids: Tensor | Sequence[Any],
+        input_ids: Any,
         max_new_tokens: int = 256,
         *,
         temperature: float = 0.0,
@@ -210,7 +213,8 @@ class Decoder:
         """Decode every prompt of a batch to the end.
 
         Args:
-            input_ids: int tensor `[batch, n]` or `[n]`, or a list of prompts (lists of ints) of any lengths >= 1.
+            input_ids: integer tensor or NumPy array `[batch, n]` or `[n]`, a prompt (a list of ints), or a list of
+                prompts of any lengths >= 1.
             max_new_tokens: new tokens per sequence, >= 1.
             temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; greedy by default.
             seed: of the first prompt's noise; prompt i has `seed + i`.
@@ -228,7 +232,7 @@ class Decoder:
 
     def stream(
         self,
-        input_ids: Tensor | Sequence[Any],
+        input_ids: Any,
         max_new_tokens: int = 256,
         *,
         temperature: float = 0.0,
@@ -247,9 +251,7 @@ class Decoder:
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         return self._start(input_ids, max_new_tokens, params, stop_tokens)
 
-    def add(
-        self, prompt: Sequence[int], max_new_tokens: int = 256, params: SamplingParams | None = None, **more: Any
-    ) -> int:
+    def add(self, prompt: Any, max_new_tokens: int = 256, params: SamplingParams | None = None, **more: Any) -> int:
         """Let a request join the running batch; returns its id. Arguments and errors: `Session.add`."""
         return self.session.add(prompt, max_new_tokens, params, **more)
 
@@ -264,9 +266,10 @@ class Decoder:
     @property
     def session(self) -> Session:
         """The batch of `add`, `step` and `remove`; made when it is first asked for."""
-        if self._session is None:
-            self._session = self._new_session(self.batch_size, self.max_len or 4096)
-        return self._session
+        with self._session_lock:
+            if self._session is None:
+                self._session = self._new_session(self.batch_size, self.max_len or 4096)
+            return self._session
 
     def _new_session(self, batch_size: int, max_len: int) -> Session:
         return Session(self.model, self._step, batch_size, max_len, cuda_graph=self._cuda_graph)
@@ -275,7 +278,7 @@ class Decoder:
         self, input_ids: Any, max_new_tokens: int, params: SamplingParams, stop_tokens: Sequence[int]
     ) -> TokenStream:
         """Check every argument, and only then allocate."""
-        prompts = _as_prompts(input_ids, self.model.config.vocab_size)
+        prompts = as_prompts("input_ids", input_ids, self.model.config.vocab_size)
         patterns.check_int("max_new_tokens", max_new_tokens, 1)
         needed = max(map(len, prompts)) + max_new_tokens + self._step.slots
         if self.max_len is not None and needed > self.max_len:
@@ -284,17 +287,13 @@ class Decoder:
                 f"{max_new_tokens} + {self._step.slots} drafts), got {self.max_len}"
             )
         check_positions(self.model, max(map(len, prompts)), max_new_tokens)
-        stop_tokens = list(stop_tokens)
-        for token in stop_tokens:
-            if not isinstance(token, int) or not 0 <= token < self.model.config.vocab_size:
-                expected = f"token ids in [0, {self.model.config.vocab_size})"
-                raise ValueError(f"stop_tokens: expected {expected}, got {token!r}")
+        stops = as_stop_tokens(stop_tokens, self.model.config.vocab_size)
         check_ready(self.model)
         session = self._new_session(len(prompts), self.max_len or needed)
         empty: list[FinishReason | None] = [None] * len(prompts)
         lists: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(3)]
-        result = GenerationResult(lists[0], lists[1], empty, session.cache, lists[2])
-        return TokenStream(result, self._steps(session, prompts, max_new_tokens, params, stop_tokens, result))
+        result = GenerationResult(lists[0], lists[1], empty, session.cache, lists[2], errors=[None] * len(prompts))
+        return TokenStream(result, self._steps(session, prompts, max_new_tokens, params, stops, result))
 
     @staticmethod
     def _steps(
@@ -302,44 +301,30 @@ class Decoder:
         prompts: list[list[int]],
         max_new_tokens: int,
         params: SamplingParams,
-        stop_tokens: list[int],
+        stop_tokens: frozenset[int],
         result: GenerationResult,
     ) -> Iterator[tuple[int, list[int]]]:
+        requests = []
         for index, prompt in enumerate(prompts):
             own = replace(params, seed=_wrapped(params.seed + index))
             request = session.requests[session.add(prompt, max_new_tokens, own, stop_tokens=stop_tokens)]
             result.tokens[index], result.accepted[index] = request.tokens, request.accepted
             result.passes[index] = request.passes
+            requests.append(request)
         result.prefill_forwards, result.prefill_seconds = session.prefill_forwards, session.prefill_seconds
         while session.requests:
             events = session.step()
             result.forwards, result.seconds = session.forwards, session.seconds
             for event in events:
                 result.finish_reasons[event.id] = event.finish_reason
+                result.errors[event.id] = requests[event.id].error
             yield from ((event.id, event.tokens) for event in events if event.tokens)
+        # Where no prompt came to its end, it is the model that fails, not a prompt.
+        exceptions = [request.exception for request in requests]
+        if exceptions[0] is not None and all(exceptions):
+            raise exceptions[0]
 
 
 def _wrapped(seed: int) -> int:
     """`seed` as an unsigned 64-bit number, so that counting on from the last one starts again at 0."""
     return seed % 2**64
-
-
-def _as_prompts(input_ids: Any, vocab_size: int) -> list[list[int]]:
-    """Prompts as lists of ints, each token checked against the vocabulary."""
-    values = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
-    if values and isinstance(values[0], int):
-        values = [values]
-    if not values:
-        raise ValueError("input_ids: expected at least one prompt, got none")
-    prompts = []
-    for index, prompt in enumerate(values):
-        prompt = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        if not prompt:
-            raise ValueError(f"input_ids: expected at least one token in every prompt, got none in prompt {index}")
-        for token in prompt:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise TypeError(f"input_ids: expected ints, got {type(token).__name__} in prompt {index}")
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"input_ids: expected tokens in [0, {vocab_size}), got {token} in prompt {index}")
-        prompts.append(prompt)
-    return prompts

@@ -1,0 +1,314 @@
+"""The device's half of a session: the buffers of its slots, the prefill of a prompt, the step, its CUDA graph.
+
+Everything that a step needs stays on the device in buffers that never move. The host reads one small tensor a step:
+what was accepted. On CUDA the whole step is captured once as a graph and replayed at every length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import patterns
+from ..cache import KVCache
+from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
+from .strategies import Batch, DecoderModel, Strategy
+
+__all__ = ["SlotResult", "StepConfig", "StepRunner"]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a session decodes: the same for all of its requests.
+
+    Args:
+        strategy: the rows of a step and where drafts come from, see `tidar_kernels.strategies`.
+        mask_token_id: the token of mask rows.
+        rule: how drafts are judged, see `tidar_kernels.ops.verify`.
+        beta: trust in the autoregressive logits, in [0, 1]; below 1 the block's own row 0 has a say in its slot 0.
+        prefill_chunk: prompt tokens per forward pass of a prefill.
+        adapted: mask rows, and they alone, run the model's gated adapters (`tidar_kernels.nn.adapters`).
+        exact: what is committed has the bits of autoregressive decoding, see `tidar_kernels.decoding.exact`.
+
+    Raises:
+        ValueError: the strategy cannot do that.
+    """
+
+    strategy: Strategy
+    mask_token_id: int = 0
+    rule: Rule = "coupled"
+    beta: float = 1.0
+    prefill_chunk: int = 512
+    adapted: bool = False
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        name, rules = self.strategy.name, self.strategy.rules
+        if self.rule not in rules:
+            raise ValueError(f'sampling: expected {" or ".join(rules)} for strategy "{name}", got {self.rule!r}')
+        if self.exact and not self.strategy.can_be_exact:
+            raise ValueError(f'exact: expected False for strategy "{name}", got True')
+
+    @property
+    def drafts(self) -> int:
+        """The most tokens that a step commits."""
+        return self.strategy.drafts
+
+    @property
+    def slots(self) -> int:
+        """The most cache slots that a step writes: a draft each, those that are rejected too."""
+        return self.strategy.slots
+
+
+class SlotResult(NamedTuple):
+    """What a step did in one slot.
+
+    Attributes:
+        tokens: the accepted drafts.
+        is_bad: the logits after them give no token.
+        forwards: forward passes that the step took.
+        exception: what the slot's rows raised; nothing was accepted then.
+    """
+
+    tokens: list[int]
+    is_bad: bool
+    forwards: int
+    exception: Exception | None = None
+
+
+class StepRunner:
+    """The slots of a batch on the device. One call at a time: the session sees to that.
+
+    Args:
+        model, config, batch_size, max_len, cuda_graph: as for `Session`.
+
+    Attributes:
+        cache: the K/V of all slots.
+        lengths: committed tokens of each slot, as the host knows them after a step.
+        forwards, prefill_forwards: forward passes so far.
+    """
+
+    def __init__(
+        self, model: DecoderModel, config: StepConfig, batch_size: int, max_len: int, cuda_graph: bool | None
+    ) -> None:
+        weight, shape = next(iter(model.parameters())), model.config
+        self.model, self.config = model, config
+        self.device, self.vocab_size = weight.device, shape.vocab_size
+        self.cache = KVCache(
+            num_layers=shape.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_len=max_len,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self.lengths = [0] * batch_size
+        self.forwards = self.prefill_forwards = 0
+        self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        drafts = torch.full((batch_size, config.drafts), -1, device=self.device)
+        drafts[:, 0] = 0
+        self._batch = Batch(
+            model=model,
+            cache=self.cache,
+            mask_token_id=config.mask_token_id,
+            rule=config.rule,
+            beta=config.beta,
+            state=sampling_tensors([SamplingParams()] * batch_size, self.device),
+            drafts=drafts,
+            adapted=config.adapted,
+            exact=config.exact,
+        )
+        # [accepted, next token, bad row, drafts ..] of every slot
+        self._report = torch.zeros(batch_size, config.drafts + 3, dtype=torch.int64, device=self.device)
+        self._graph: Any = None
+        on_gpu = self.device.type == "cuda"
+        self._use_graph = config.strategy.graphable and (on_gpu if cuda_graph is None else cuda_graph)
+
+    # A prompt joins and leaves.
+
+    def join(self, slot: int, prompt: list[int], params: SamplingParams) -> bool:
+        """Commit a prompt into a free slot and make its first draft, which comes with the last chunk's forward pass.
+
+        Returns whether the logits after the prompt give a token; the slot is inactive if not, or if this raises.
+        """
+        self._make_room_for(params)
+        one = replace(self._batch.sequence(slot), exact=False)
+        one.cache.reset()
+        self.lengths[slot] = 0
+        try:
+            has_token = self._join(one, prompt, params)
+        except BaseException:
+            one.cache.reset()
+            raise
+        self.lengths[slot] = len(prompt)
+        self._active[slot] = int(has_token)
+        return has_token
+
+    def leave(self, slot: int) -> None:
+        """Stop computing a slot. Its K/V and length stay, as committed, until the next request joins there."""
+        self._active[slot] = 0
+        self.cache.lengths[slot] = self.lengths[slot]
+
+    @torch.inference_mode()
+    def _join(self, one: Batch, prompt: list[int], params: SamplingParams) -> bool:
+        for held, value in zip(one.state, sampling_tensors([params], self.device), strict=True):
+            held.copy_(value)
+        if one.seen is not None:
+            one.seen.fill_(False)
+            one.seen[0, torch.tensor(prompt, device=self.device)] = True
+
+        chunk = self.config.prefill_chunk
+        last = (len(prompt) - 1) // chunk * chunk
+        for start in range(0, last, chunk):
+            self._prefill(one, prompt[start : start + chunk], patterns.causal(chunk))
+        n = len(prompt) - last
+        # Exact decoding starts cold: with masks after it the prompt's bits would depend on how many there are.
+        drafting = None if self.config.exact else self.config.strategy.first(n)
+        pattern, rows = drafting or (patterns.causal(n), [])
+        hidden = self._prefill(one, prompt[last:], pattern)
+        logits = self.model.logits(hidden[:, [n - 1, *rows]])
+        here = torch.tensor([len(prompt)], device=self.device)
+        first = sample(logits[:, :1], here, one.state, seen=one.seen)
+        one.drafts.fill_(-1)
+        one.drafts[:, :1] = first.clamp(min=0)
+        if rows:
+            one.drafts[:, 1:] = one.draft(logits[:, 1:], here + 1)
+            if one.draft_logits is not None:
+                one.draft_logits[:, 1:] = logits[:, 1:]
+        return int(first) >= 0
+
+    def _make_room_for(self, params: SamplingParams) -> None:
+        """Buffers that only some requests need, made by the first of them; a captured step does not know them."""
+        size = len(self.lengths)
+        if self._batch.seen is None and params.repetition_penalty != 1.0:
+            self._batch.seen = torch.zeros(size, self.vocab_size, dtype=torch.bool, device=self.device)
+            self._graph = None
+        if self._batch.draft_logits is None and self.config.rule == "rejection" and self.config.drafts > 1:
+            dtype = next(iter(self.model.parameters())).dtype
+            shape = (size, self.config.drafts, self.vocab_size)
+            self._batch.draft_logits = torch.zeros(shape, dtype=dtype, device=self.device)
+            self._graph = None
+
+    def _prefill(self, one: Batch, prompt: list[int], pattern: patterns.Pattern) -> Tensor:
+        """One forward pass over prompt tokens and the mask rows after them; commits the tokens."""
+        masks = pattern.q_len - len(prompt)
+        tokens = torch.tensor([prompt + [0] * masks], device=self.device)
+        row = torch.arange(pattern.q_len, device=self.device)[None]
+        hidden = one.forward(tokens, pattern, row >= len(prompt) if masks else False)
+        one.cache.commit(len(prompt))
+        self.prefill_forwards += 1
+        return hidden
+
+    # The step.
+
+    @torch.inference_mode()
+    def run(self, slots: Sequence[int]) -> dict[int, SlotResult]:
+        """One step of all slots; what it did in those asked for.
+
+        If it raises where no graph is used, each of them takes the step by itself, and only those that raise again
+        have failed: a strategy commits nothing before it is done.
+        """
+        if self._use_graph:
+            report, forwards = self._replay()
+        else:
+            try:
+                forwards = self._device_step(self._batch, self._active, self._report)
+            except Exception:
+                return {slot: self._run_alone(slot) for slot in slots}
+            report = self._report.tolist()
+        self.forwards += forwards
+        return {slot: _result(report[slot], forwards) for slot in slots}
+
+    def lengths_known(self) -> None:
+        """The lengths are those of the host again: tighten the cache's bounds."""
+        self.cache.lengths_known(self.lengths)
+
+    def _run_alone(self, slot: int) -> SlotResult:
+        at = slice(slot, slot + 1)
+        try:
+            forwards = self._device_step(self._batch.sequence(slot), self._active[at], self._report[at])
+        except Exception as exception:
+            return SlotResult([], False, 0, exception)
+        self.forwards += forwards
+        return _result(self._report[slot].tolist(), forwards)
+
+    def _device_step(self, batch: Batch, active: Tensor, report: Tensor) -> int:
+        """The step on the device, from the buffers into the buffers; returns how many forward passes it took."""
+        found, drafts, following, logits, forwards, path = self.config.strategy.step(batch)
+        report.copy_(torch.cat([torch.stack(found, dim=1), drafts], dim=1))
+        kept = found.accepted * active
+        if batch.seen is not None:
+            taken = torch.arange(drafts.shape[1], device=self.device) < kept[:, None]
+            batch.seen.scatter_(1, torch.where(taken, drafts, drafts[:, :1]), True)
+        if path is not None:
+            batch.cache.compact(path)
+        batch.cache.commit(kept, at_most=drafts.shape[1])
+        batch.drafts[:, 0] = found.next_tokens.clamp(min=0)
+        batch.drafts[:, 1:] = following
+        if batch.draft_logits is not None and logits is not None:
+            batch.draft_logits[:, 1:] = logits
+        return forwards
+
+    # Its graph.
+
+    def replayed(self) -> Callable[[], object]:
+        """The step on the device alone, for timing; see `Session.replayed`."""
+        if not self._use_graph:
+
+            def run() -> None:
+                bounds = self.cache.length_bounds.copy()
+                self._device_step(self._batch, self._active, self._report)
+                self.cache.length_bounds[:] = bounds
+
+            return run
+        if self._graph is None:
+            with torch.inference_mode():
+                self._capture()
+        replay: Callable[[], object] = self._graph.replay
+        return replay
+
+    def _replay(self) -> tuple[list[list[int]], int]:
+        if self._graph is None:
+            self._capture()
+        self.cache.check_room(self.config.slots)
+        self._graph.replay()
+        self.cache.length_bounds += self.config.drafts
+        self._host_report.copy_(self._report, non_blocking=True)
+        self._reported.record()
+        self._reported.synchronize()
+        return self._host_report.tolist(), self._forwards_captured
+
+    def _capture(self) -> None:
+        """Record the step as a CUDA graph. Warm-up runs with every slot inactive, and leaves the buffers as found."""
+        batch = self._batch
+        buffers = [x for x in (batch.drafts, self._active, batch.seen, batch.draft_logits) if x is not None]
+        saved, bounds = [x.clone() for x in buffers], self.cache.length_bounds.copy()
+        self._active.zero_()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._device_step(batch, self._active, self._report)
+                    self.cache.length_bounds[:] = bounds
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self._forwards_captured = self._device_step(batch, self._active, self._report)
+        finally:  # what cannot be captured raises, and leaves the batch as it was
+            self.cache.length_bounds[:] = bounds
+            for buffer, content in zip(buffers, saved, strict=True):
+                buffer.copy_(content)
+        self._graph = graph
+        self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True, device="cpu")
+        self._reported = torch.cuda.Event()
+
+
+def _result(report: list[int], forwards: int) -> SlotResult:
+    accepted, _, bad, *drafts = report
+    return SlotResult(drafts[:accepted], bad >= 0, forwards)
