@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from tidar_kernels import KVCache, Pattern, eager
+from tidar_kernels import KVCache, Pattern, attention, eager, step_attention
 from tidar_kernels.decoding.strategies import Batch, Strategy
 from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.ops.verify import SamplingParams, sample, sampling_tensors
@@ -59,6 +60,48 @@ def distance(tokens: Tensor, law: Tensor) -> tuple[float, float]:
         ]
     )
     return tv(index.bincount(minlength=len(flat))), (noise_tv.mean() + 3 * noise_tv.std()).item()
+
+
+class Learned:
+    """The least `DecoderModel` with attention: one layer, learned positions, sharp logits; small and quick.
+
+    Positions are clamped to the last one, as `DecoderModel` asks of a model that has `config.max_positions`; with
+    `clamps=False` rows that look further raise an IndexError.
+    """
+
+    def __init__(self, max_positions: int, vocab_size: int = 24, seed: int = 0, clamps: bool = True) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.config = SimpleNamespace(
+            vocab_size=vocab_size, num_layers=1, num_kv_heads=1, head_dim=16, max_positions=max_positions,
+            mask_token_id=vocab_size - 1,
+        )  # fmt: skip
+        self.embedding, self.positions = randn(vocab_size, 32), randn(max_positions, 32) * 1.5
+        self.qkv, self.out, self.head = randn(64, 32) * 0.3, randn(32, 32) * 0.5, randn(vocab_size, 32) * 3.0
+        self.last = max_positions - 1 if clamps else 2**31
+
+    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
+        positions = pattern.positions if cache is None else cache.lengths[:, None] + pattern.positions
+        x = torch.nn.functional.embedding(tokens, self.embedding)
+        x = x + torch.nn.functional.embedding(positions.clamp(max=self.last), self.positions)
+        batch, rows = tokens.shape
+        qkv = torch.nn.functional.linear(x, self.qkv).view(batch, rows, 4, 16).transpose(1, 2)
+        q, k, v = qkv[:, :2], qkv[:, 2:3], qkv[:, 3:]
+        if cache is None:
+            mixed = attention(q, k, v, pattern)
+        else:
+            cache.append(0, k[:, :, : pattern.kept_len], v[:, :, : pattern.kept_len])
+            mixed = step_attention(q, k, v, *cache.layer(0), cache.lengths, pattern)
+        return torch.nn.functional.linear(mixed.transpose(1, 2).reshape(batch, rows, 32), self.out, None) + x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, self.head)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.embedding
 
 
 class Chain:

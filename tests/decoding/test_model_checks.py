@@ -105,3 +105,17 @@ def test_the_model_is_asked_once_a_run_and_not_once_a_step() -> None:
         counts.append(len(asked))
     assert result.forwards > 10
     assert counts[0] == counts[1] <= 3
+
+
+def test_a_captured_step_is_forgotten_when_weights_move() -> None:
+    """It reads them where they lay when it was captured: `load_state_dict(assign=True)` puts others in their place."""
+    model = sharp_model()
+    runner: Any = Decoder(model, 4, batch_size=1, max_len=64).session._runner
+    runner._use_graph = True  # as on a GPU
+    runner.weights_may_have_moved()
+    captured = runner._graph = object()
+    runner.weights_may_have_moved()
+    assert runner._graph is captured
+    model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    runner.weights_may_have_moved()
+    assert runner._graph is None

@@ -126,6 +126,7 @@ class StepRunner:
         # [accepted, next token, bad row, drafts ..] of every slot
         self._report = torch.zeros(batch_size, config.drafts + 3, dtype=torch.int64, device=self.device)
         self._graph: Any = None
+        self._weights: tuple[int, ...] = ()  # where they lie, as a captured step knows them
         on_gpu = self.device.type == "cuda"
         self._use_graph = config.strategy.graphable and (on_gpu if cuda_graph is None else cuda_graph)
 
@@ -271,6 +272,12 @@ class StepRunner:
                 self._capture()
         replay: Callable[[], object] = self._graph.replay
         return replay
+
+    def weights_may_have_moved(self) -> None:
+        """Forget a captured step whose weights lie elsewhere now, as after `load_state_dict(assign=True)`."""
+        weights = tuple(x.data_ptr() for x in self.model.parameters()) if self._use_graph else ()
+        if weights != self._weights:
+            self._graph, self._weights = None, weights
 
     def _replay(self) -> tuple[list[list[int]], int]:
         if self._graph is None:

@@ -37,7 +37,7 @@ from .. import patterns
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import SamplingParams
 from .prompts import as_prompt, as_stop_tokens
-from .requests import Event, FinishReason, Request
+from .requests import Event, FinishReason, Request, Taken
 from .runner import SlotResult, StepConfig, StepRunner
 from .strategies import DecoderModel
 from .strategies.base import check_positions, check_ready
@@ -51,8 +51,8 @@ class Session:
     Tasks and threads may share it. `add` and `remove` never wait for a step: call them from anywhere, callbacks and the
     event loop too, also while a step is under way. `step` waits for a step that is under way; on an event loop use
     `steps`, which does not block it. Each event is delivered once, to one caller. `check`, `free_slots` and `requests`
-    may be read at any time (`dict(session.requests)` to go through them); `cache` and `replayed` are for whoever has the
-    session to himself.
+    may be read at any time (`dict(session.requests)` to go through them); `cache` and `replayed` are for a caller that
+    has the session to itself.
 
     Args:
         model: its parameters' dtype and device are those of the cache.
@@ -79,6 +79,7 @@ class Session:
         self._is_checked = False  # whether this run's model is the one that the session was made for
 
         self._turn = threading.RLock()
+        self._steps_waiting = 0  # for their turn: they go before prompts, or a busy crowd would starve them
         self._is_computing = False  # in a turn, which the same thread could otherwise take again
         self._mutex = threading.RLock()
         self.requests: dict[int, Request] = {}
@@ -141,7 +142,6 @@ class Session:
                 raise ValueError(
                     f"model: expected {what} {expected} as when the decoder was made, got {found}; make a new one"
                 )
-        self._is_checked = True
 
     def add(
         self,
@@ -234,7 +234,7 @@ class Session:
             RuntimeError: called from within a step: by the model, or by a `decode`.
             TypeError, ValueError: the model has changed since the session was made; nothing has changed then.
         """
-        with self._turn:
+        with self._turn_of_a_step():
             if self._undelivered:
                 return self._undelivered.popleft()
             return self._step()
@@ -265,19 +265,40 @@ class Session:
 
     @contextmanager
     def _turn_if_free(self) -> Iterator[bool]:
-        """Take the turn, unless a step or a prefill is under way, be it this thread's own: whether it was taken."""
-        if not self._turn.acquire(blocking=False):
+        """Take the turn, unless something is computed, be it by this thread, or a step waits: whether it was taken."""
+        if self._steps_waiting or not self._turn.acquire(blocking=False):
             yield False
             return
         try:
             if self._is_computing:
                 yield False
-                return
-            self._is_computing = True
-            try:
-                yield True
-            finally:
-                self._is_computing = False
+            else:
+                with self._computing():
+                    yield True
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """In a turn: neither the model nor a `decode` that is called inside may step, or join prompts itself."""
+        if self._is_computing:
+            raise RuntimeError("step: expected a call from outside, got one from within a step")
+        self._is_computing = True
+        try:
+            yield
+        finally:
+            self._is_computing = False
+
+    @contextmanager
+    def _turn_of_a_step(self) -> Iterator[None]:
+        """Wait for the turn, before all prompts that come meanwhile; callbacks still are within it."""
+        with self._mutex:
+            self._steps_waiting += 1
+        self._turn.acquire()
+        with self._mutex:
+            self._steps_waiting -= 1
+        try:
+            yield
         finally:
             self._turn.release()
 
@@ -295,7 +316,7 @@ class Session:
     def _work(self, done: Future[None]) -> None:
         exception = None
         try:
-            with self._turn:
+            with self._turn_of_a_step():
                 events = self._step()
                 if events:
                     self._undelivered.append(events)
@@ -311,30 +332,37 @@ class Session:
     # What is done in a turn.
 
     def _step(self) -> list[Event]:
-        with self._turn_if_free() as is_ours:
-            if not is_ours:
-                raise RuntimeError("step: expected a call from outside, got one from within a step")
+        with self._computing():
             self._join_waiting()
             running = [(slot, request) for slot, request in enumerate(self._slots) if request is not None]
             if not running:
                 return []
             if not self._is_checked:
-                self.check_model()
+                self._start_run()
             started = time.perf_counter()
             results = self._runner.run([slot for slot, request in running if request.error is None])
-            received = [(request, *self._receive(slot, request, results.get(slot))) for slot, request in running]
+            received = [self._receive(slot, request, results.get(slot)) for slot, request in running]
             self._free_slots_of_ended()
             self._runner.lengths_known()
             self.seconds += time.perf_counter() - started
-        return [self._delivered(*what) for what in received]
+        return [self._delivered(*what) for what in received if what is not None]
+
+    def _start_run(self) -> None:
+        """What is asked once a run, before its first step."""
+        self._is_checked = True  # first: a request that joins meanwhile asks for another check
+        try:
+            self.check_model()
+        except BaseException:
+            self._is_checked = False
+            raise
+        self._runner.weights_may_have_moved()
 
     def _join_waiting(self) -> None:
         """Compute the prompts of requests that wait; what one raises is kept in it."""
-        while True:
-            self._free_slots_of_ended()
+        self._free_slots_of_ended()
+        for _ in range(len(self._waiting)):  # those that come meanwhile wait for the next step
             with self._mutex:
-                if not self._waiting:
-                    return
+                self._free_slots_of_ended()
                 request = self._waiting.popleft()
                 if request.finish_reason is not None:  # removed before it joined
                     continue
@@ -351,21 +379,26 @@ class Session:
                 raise
             self.prefill_seconds += time.perf_counter() - started
 
-    def _receive(self, slot: int, request: Request, result: SlotResult | None) -> tuple[list[int], FinishReason | None]:
-        """Give a request what its slot accepted: the tokens that it takes, and why it ended, if it did."""
-        if result is None:  # its prompt failed
-            self._end(request, "error")
-            return [], request.finish_reason
-        taken = request.taken_of(result.tokens)
-        exception = result.exception or taken.exception
+    def _receive(
+        self, slot: int, request: Request, result: SlotResult | None
+    ) -> tuple[Request, list[int], FinishReason | None] | None:
+        """Give a request what its slot accepted: the tokens that it takes, and why it ended, if it did.
+
+        None if it was removed during the step.
+        """
+        # No result: its prompt has failed.
+        taken = Taken([]) if result is None else request.taken_of(result.tokens)
         with self._mutex:
             if request.finish_reason is not None:  # removed during the step
-                return [], request.finish_reason
+                return None
+            if result is None:
+                self._end(request, "error")
+                return request, [], "error"
             request.passes.append(result.forwards)
             request.accepted.append(len(taken.tokens))
             request.tokens += taken.tokens
             self._runner.lengths[slot] = len(request.prompt) + len(request.tokens)
-            reason = taken.finish_reason
+            reason, exception = taken.finish_reason, result.exception or taken.exception
             if exception is not None:
                 request.keep(exception)
                 reason = "error"
@@ -375,7 +408,7 @@ class Session:
                 reason = "error"
             if reason is not None:
                 self._end(request, reason)
-            return taken.tokens, reason
+            return request, taken.tokens, reason
 
     def _delivered(self, request: Request, tokens: list[int], reason: FinishReason | None) -> Event:
         """Tell the request's own callback; last in a step, when all else is done."""
