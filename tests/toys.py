@@ -81,7 +81,7 @@ class Learned:
         )  # fmt: skip
         self.embedding, self.positions = randn(vocab_size, 32), randn(max_positions, 32) * 1.5
         self.qkv, self.out, self.head = randn(64, 32) * 0.3, randn(32, 32) * 0.5, randn(vocab_size, 32) * 3.0
-        self.last = max_positions - 1 if clamps else 2**31
+        self.last = max_positions - 1 if clamps else 2**31 - 1
 
     def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
         positions = pattern.positions if cache is None else cache.lengths[:, None] + pattern.positions

@@ -158,3 +158,45 @@ def test_only_causal_rows_pay() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"^exact: expected a bool, got str$"):
         Decoder(make("cpu"), exact="yes")  # type: ignore[arg-type]
+
+
+# Operators called with keywords: the arguments of a call are matched by name.
+
+
+def test_step_attention_with_keywords_inside_exact_rows() -> None:
+    """`sinks` was dropped where an operator's arguments were taken apart by their place in the call."""
+    pattern = patterns.tidar_step(3)
+    rows = pattern.q_len
+    q, k, v = (torch.randn(2, heads, rows, 16) for heads in (4, 2, 2))
+    cached = [torch.randn(2, 2, 20, 16) for _ in range(2)]
+    lengths, sinks = torch.tensor([7, 11], dtype=torch.int32), torch.randn(4) + 2.0
+    step = torch.ops.tidar_kernels.step_attention
+    before = (q, k, v, *cached, lengths, pattern.lead, pattern.own, 0.25, 20)
+    named = dict(
+        zip(
+            ("q", "k", "v", "k_cache", "v_cache", "lengths", "lead", "own", "scale", "max_context"), before, strict=True
+        )
+    )
+    with exact_rows(pattern):
+        expected, _ = step(*before, None, None, sinks, None)
+        without, _ = step(*before)
+        assert torch.equal(step(*before, sinks=sinks)[0], expected)
+        assert torch.equal(step(*before[:4], sinks=sinks, **dict(list(named.items())[4:]))[0], expected)
+        assert torch.equal(step(**named, sinks=sinks, bits=None, reach=None, softcap=None)[0], expected)
+        assert torch.equal(step(*before, softcap=5.0)[0], step(*before, None, 5.0)[0])
+    assert float((without - expected).abs().max()) > 0.05
+    torch.testing.assert_close(step(*before, sinks=sinks)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gated_lora_with_keywords_inside_exact_rows() -> None:
+    x, weight, bias = torch.randn(18, 256), torch.randn(320, 256), torch.randn(320)
+    a, b, gate = torch.randn(4, 256), torch.randn(320, 4), torch.rand(18)
+    lora = torch.ops.tidar_kernels.gated_lora
+    with exact_rows():
+        expected, _ = lora(x, weight, bias, a, b, gate, 0.5, False)
+        by_name = lora(x, weight, bias=bias, lora_b=b, lora_a=a, row_invariant=False, scale=0.5, gate=gate)
+        assert torch.equal(by_name[0], expected)
+        assert not torch.equal(
+            lora(x, weight, bias=None, lora_a=a, lora_b=b, gate=gate, scale=0.5, row_invariant=False)[0], expected
+        )
+    assert torch.equal(lora(x, weight, bias, a, b, gate, 0.5, True)[0], expected)

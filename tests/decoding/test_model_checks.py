@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from tests.toys import CONFIG, sharp_model
@@ -119,3 +122,26 @@ def test_a_captured_step_is_forgotten_when_weights_move() -> None:
     model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
     runner.weights_may_have_moved()
     assert runner._graph is None
+
+
+@pytest.mark.parametrize("where", ["made", "run"])
+def test_autocast_changes_nothing(where: str) -> None:
+    """It holds for the thread that opened it, and a session's steps may run on any: they keep the weights' dtype."""
+    model = sharp_model()
+    expected = Decoder(model, 4).generate([PROMPT], 8).tokens
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast if where == "made" else nullcontext():
+        decoder = Decoder(model, 4)
+    with autocast if where == "run" else nullcontext():
+        result = decoder.generate([PROMPT], 8)
+    assert result.tokens == expected
+    assert result.cache.k.dtype == torch.float32
+
+
+def test_weights_of_nan_end_the_request_and_say_so() -> None:
+    model = sharp_model()
+    mlp: Any = model.layers[0].mlp
+    torch.nn.init.constant_(mlp.down_proj.weight, math.nan)
+    result = Decoder(model, 4).generate([PROMPT], 8)
+    assert (result.tokens, result.finish_reasons) == ([[]], ["error"])
+    assert result.errors == ["expected finite logits, got NaN, inf or nothing above -inf after the prompt"]

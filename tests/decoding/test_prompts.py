@@ -1,4 +1,4 @@
-"""What can be a prompt: lists, NumPy arrays and tensors of ints; all else is refused by name before anything changes."""
+"""What can be a prompt: lists, arrays and tensors of ints; all else is refused by name before anything changes."""
 
 from __future__ import annotations
 
@@ -112,10 +112,17 @@ def test_anything_else_is_refused_by_name(decoder: Decoder, name: str) -> None:
     assert decoder.session.free_slots == 2
 
 
-@pytest.mark.parametrize("stop", [[3], (3,), {3}, frozenset([3]), np.array([3]), torch.tensor([3]), [np.int32(3)]])
-def test_stop_tokens(decoder: Decoder, stop: Any) -> None:
-    assert decoder.generate([[1, 2, 3]], 3, stop_tokens=stop).finish_reasons == ["length"]
-    decoder.session.check([1], 3, stop)
+@pytest.mark.parametrize(
+    "kind",
+    [list, tuple, set, frozenset, np.array, torch.tensor, lambda ids: [np.int32(i) for i in ids]],
+    ids=["list", "tuple", "set", "frozenset", "array", "tensor", "NumPy ints"],
+)
+def test_stop_tokens(decoder: Decoder, kind: Any) -> None:
+    first = decoder.generate([[1, 2, 3]], 3).tokens[0][0]
+    assert decoder.generate([[1, 2, 3]], 3, stop_tokens=kind([first])).tokens == [[first]]
+    request = decoder.session.requests[decoder.add([1, 2, 3], 3, stop_tokens=kind([first]))]
+    decoder.step()
+    assert (request.tokens, request.finish_reason) == ([first], "stop")
 
 
 @pytest.mark.parametrize("stop", [None, 3, "3", {3: 4}, [True], [1.0], [30], np.array([1.0])])

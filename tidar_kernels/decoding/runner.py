@@ -6,7 +6,8 @@ what was accepted. On CUDA the whole step is captured once as a graph and replay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -142,7 +143,8 @@ class StepRunner:
         one.cache.reset()
         self.lengths[slot] = 0
         try:
-            has_token = self._join(one, prompt, params)
+            with self._inference():
+                has_token = self._join(one, prompt, params)
         except BaseException:
             one.cache.reset()
             raise
@@ -155,7 +157,6 @@ class StepRunner:
         self._active[slot] = 0
         self.cache.lengths[slot] = self.lengths[slot]
 
-    @torch.inference_mode()
     def _join(self, one: Batch, prompt: list[int], params: SamplingParams) -> bool:
         for held, value in zip(one.state, sampling_tensors([params], self.device), strict=True):
             held.copy_(value)
@@ -207,23 +208,31 @@ class StepRunner:
 
     # The step.
 
-    @torch.inference_mode()
     def run(self, slots: Sequence[int]) -> dict[int, SlotResult]:
         """One step of all slots; what it did in those asked for.
 
         If it raises where no graph is used, each of them takes the step by itself, and only those that raise again
         have failed: a strategy commits nothing before it is done.
         """
-        if self._use_graph:
-            report, forwards = self._replay()
-        else:
-            try:
-                forwards = self._device_step(self._batch, self._active, self._report)
-            except Exception:
-                return {slot: self._run_alone(slot) for slot in slots}
-            report = self._report.tolist()
+        with self._inference():
+            if self._use_graph:
+                report, forwards = self._replay()
+            else:
+                try:
+                    forwards = self._device_step(self._batch, self._active, self._report)
+                except Exception:
+                    return {slot: self._run_alone(slot) for slot in slots}
+                report = self._report.tolist()
         self.forwards += forwards
         return {slot: _result(report[slot], forwards) for slot in slots}
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Without gradients, and in the dtype of the weights: autocast is a thread's, and steps may run on any thread."""
+        kind = self.device.type
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.inference_mode(), off:
+            yield
 
     def lengths_known(self) -> None:
         """The lengths are those of the host again: tighten the cache's bounds."""
