@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit bench gpu report docs wheel clean
+.PHONY: help venv demo test lint unit soak bench gpu report docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -62,6 +62,10 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 	TRITON_INTERPRET=0 $(PYTEST) --junitxml=$(REPORTS)/cpu.xml
 	TRITON_INTERPRET=1 $(PYTEST) --junitxml=$(REPORTS)/interpreter.xml
 	@$(BIN)/python .ci/summary.py $(REPORTS)/cpu.xml $(REPORTS)/interpreter.xml
+
+# About 15 minutes; SEED=N for another one.
+soak: $(STAMP)  ## random requests on shared sessions against autoregressive decoding: STEPS=300000 steps, none wrong
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m tests.decoding.soak --steps $(or $(STEPS),300000) --seed $(or $(SEED),0)
 
 # A red check has no figures and a red exit code, but the rest is published.
 bench: $(STAMP)  ## benchmarks on this machine's CPU; figures into benchmarks/results and the pages, or under OUT

@@ -85,6 +85,7 @@ def test_a_soak_sees(break_it: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for prompt in range(soak_module.PROMPTS):  # of the package as it is
         for params in soak_module.SAMPLINGS:
             references.tokens(prompt, replace(params, seed=0))
+    monkeypatch.setattr(soak_module, "PATIENCE", 5.0)  # without its lock a session may hang as well
     monkeypatch.setattr(soak_module, "References", lambda model: references)
     break_it(monkeypatch)
     assert soak(2000, threads=4, seed=1, round_steps=100, most_wrong=0).wrong

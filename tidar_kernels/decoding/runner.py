@@ -228,7 +228,7 @@ class StepRunner:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Without gradients, and in the dtype of the weights: autocast is a thread's, and steps may run on any thread."""
+        """Without gradients, and in the weights' dtype: autocast is a thread's own, and steps may run on any thread."""
         kind = self.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with torch.inference_mode(), off:
