@@ -15,7 +15,7 @@ __all__ = ["KVCache"]
 class KVCache:
     """K/V of every layer, with one committed length per sequence.
 
-    Slots `[0, lengths[b])` of sequence b are committed. A forward pass writes its causal rows behind them (`append`);
+    Slots `[0, lengths[b])` of sequence b are committed. A forward pass writes its causal rows after them (`append`);
     `commit` then advances the lengths by what was accepted. Slots past the length are stale by definition: the next
     append overwrites them, and nothing reads them.
 
@@ -124,7 +124,7 @@ class KVCache:
         """Rotate q and k, and `append` the first `keep` rows' rotated k and v, in one launch; returns `(q, k)` rotated.
 
         Raises:
-            ValueError: as `append`, and `tidar_kernels.rotary.rotary_append`.
+            ValueError: as `append`, and `tidar_kernels.rotary_append`.
         """
         self.check_room(keep)
         return rotary_append(q, k, v, rotary, *self.layer(layer), self.lengths, keep)

@@ -43,7 +43,7 @@ def test_expected_tokens_are_what_a_simulation_gives(block: int, chosen: list[in
     strategy.step = counted
     decode_chain(model, strategy, [SamplingParams(temperature=1.0, seed=s) for s in range(60)], 200, "rejection")
     found = torch.cat(counts).double()
-    # Offset o of the chain is o positions behind the last token seen: draft r positions behind the first is o = r + 1.
+    # Offset o of the chain is o positions after the last token seen: draft r positions after the first is o = r + 1.
     expected = levels.expected_tokens(acceptance[1:].tolist(), block, chosen)
     assert found.mean().item() == pytest.approx(expected, abs=5 * found.std().item() / len(found) ** 0.5 + 0.01)
 

@@ -166,7 +166,7 @@ def test_beta_lets_the_block_choose(model: Transformer, beta: float) -> None:
     assert Decoder(model, 1).generate([tokens], 12).tokens[0] != got
     n = len(tokens)
     for i, token in enumerate(got):
-        if i:  # the first token comes with the prefill, where there is no block behind it
+        if i:  # the first token comes with the prefill, where there is no block after it
             known = torch.tensor([tokens + got[:i] + [CONFIG.mask_token_id]])
             from tidar_kernels.patterns import tidar_prefill
 
@@ -234,7 +234,7 @@ def test_a_callback_that_raises_leaves_the_session_whole(model: Transformer) -> 
 
 
 def test_poison_in_the_prompt_and_later(model: Transformer) -> None:
-    """NaN logits behind the prompt, and NaN logits in the middle of a generation, end that request alone."""
+    """NaN logits after the prompt, and NaN logits in the middle of a generation, end that request alone."""
     serving = decoder(model, 4, batch_size=3, max_len=128)
     poisoned, other = serving.add([3, POISON], 10), serving.add(prompt(2), 16)
     requests = dict(serving.session.requests)

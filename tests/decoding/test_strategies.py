@@ -96,7 +96,7 @@ def test_a_block_sees_itself_and_is_never_committed(length: int) -> None:
 @pytest.mark.parametrize(("block", "levels"), [(1, [1]), (4, [1]), (4, [1, 3]), (6, [1, 2, 6]), (5, [1, 2, 3, 4, 5])])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_sparse_levels(block: int, levels: list[int], bidirectional: bool) -> None:
-    """Blocks of the chosen levels only: each sees that many drafts, and starts behind them."""
+    """Blocks of the chosen levels only: each sees that many drafts, and starts after them."""
     rows = [(0, m, m) for m in range(block)] + [(level, m, level + m) for level in levels for m in range(block)]
 
     def visible(q: int, k: int) -> bool:
@@ -166,7 +166,7 @@ def test_adapters_run_on_mask_rows_alone(model: Transformer, name: str) -> None:
     ("name", "accepted"),
     [
         # From a cold start: one token, then as many as there are drafts.
-        ("tidar_levels_1", [1, 4, 1, 4]),  # behind 4 of 4 the block of level 1 knows nothing more
+        ("tidar_levels_1", [1, 4, 1, 4]),  # after 4 of 4 the block of level 1 knows nothing more
         ("tidar_levels_1_3", [1, 4, 3, 4, 3]),
         ("tidar_levels_1_2_6", [1, 6, 6, 6]),
         ("isd_4_unshifted", [1, 4, 4, 4]),
@@ -192,7 +192,7 @@ def test_right_drafts_are_accepted(name: str, accepted: list[int]) -> None:
 
 
 def test_shifted_masks_guess_one_further() -> None:
-    """The same for masks that predict the token behind their position."""
+    """The same for masks that predict the token after their position."""
     model, chain = certain(7, 12)
     tables = model.tables.view(7, model.offsets, -1)
     tables[:, 1:-1] = tables[:, 2:].clone()

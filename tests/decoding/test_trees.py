@@ -101,7 +101,7 @@ def test_only_what_is_on_a_path_is_kept() -> None:
     assert kept(3, 1, 3) == 3  # not the root
     assert kept(3, 0, 2, 1, 3) == 3  # its parent's sibling too
     assert kept(3, 0, 3) == 3  # a position is missing
-    assert kept(1, 0, 1, 2) == 1  # a row behind it
+    assert kept(1, 0, 1, 2) == 1  # a row after it
     assert kept(3, 3) == 3  # a second root, in the wrong place
     assert kept(3, 0, 1, 3, roles=torch.tensor([1, 1, 1, 2, 1], dtype=torch.int8)) == 3
     assert replace(good, positions=torch.arange(5, dtype=torch.int32)).kept_len == 2
@@ -299,7 +299,7 @@ def test_by_the_kernels(model: Transformer) -> None:
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.8, "seed": 5}])
 def test_more_is_accepted_than_of_a_chain(model: Transformer, params: dict[str, Any]) -> None:
-    """The chain's drafts are the tree's first choices, so a step never commits less behind the same tokens."""
+    """The chain's drafts are the tree's first choices, so a step never commits less after the same tokens."""
     prompts = [[token] for token in range(20)]
     chain = Decoder(model, strategy=SelfSpeculation(4)).generate(prompts, 40, **params)
     same = Decoder(model, strategy=tree((1, 1, 1))).generate(prompts, 40, **params)

@@ -1,6 +1,6 @@
 """The reference decoder: generate, stream, and a batch that requests join and leave.
 
-TiDAR and plain autoregression are the same loop, `tidar_kernels.session`; this is its front door.
+TiDAR and plain autoregression are the same loop, `tidar_kernels.decoding.session`; this is its front door.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Decoder:
         mode: "tidar" (draft and verify, by `strategy`) or "autoregressive".
         strategy: "tidar"; "isd", "flare", "self_speculation", "tree" or "block_diffusion" with their usual options; or
             one made by `tidar_kernels.strategies`, which then sets the block size. Masks predict the token at their
-            position, unless the model's `config.shifted_masks` says that they predict the one behind it (I-DLM).
+            position, unless the model's `config.shifted_masks` says that they predict the one after it (I-DLM).
         stride: what "isd" and "flare" call their block size.
         sampling: how drafts are judged at temperature > 0: "coupled" (the very tokens of autoregressive sampling with
             the same seed), "rejection" (its distribution, more drafts accepted), or "point_mass" (its distribution,
@@ -96,10 +96,10 @@ class Decoder:
         batch_size: slots of the batch that `add`, `step` and `remove` work on.
         max_len: cache slots per sequence; default as many as each generation needs, and 4096 for `add`.
         prefill_chunk: prompt tokens per prefill forward pass, >= 1.
-        adapted: the model's gated adapters run on mask rows (`tidar_kernels.lora`); default if it has any. The output
-            is then that of the model without them.
+        adapted: the model's gated adapters run on mask rows (`tidar_kernels.nn.adapters`); default if it has any. The
+            output is then that of the model without them.
         exact: every committed bit is that of autoregressive decoding, as far as the platform goes: the same K/V, and
-            the same logits (`tidar_kernels.exact`); autoregressive decoding must be exact too.
+            the same logits (`tidar_kernels.decoding.exact`); autoregressive decoding must be exact too.
         cuda_graph: capture a step as one CUDA graph; default where there is a GPU.
 
     Raises:

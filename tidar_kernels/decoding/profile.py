@@ -34,7 +34,7 @@ def profile(
         prompts: token ids of each; what they are like is what the choice is good for.
         max_block_size: the longest block that `auto` may choose, >= 1.
         mask_token_id: default the model's own.
-        new_tokens: decoded behind each prompt.
+        new_tokens: decoded after each prompt.
         context_len: committed tokens while rows are timed; default the middle of the generations.
         batch_size: sequences a step while rows are timed.
         repeats: of each timing.

@@ -3,7 +3,7 @@
 All strategies that verify share one step (`Drafting.step`):
 
     rows      [d_0 .. d_{n-1} | mask rows]          one forward pass over the strategy's pattern
-    verify    `sampling.verify` on the draft rows   a accepted drafts and the token behind them
+    verify    `sampling.verify` on the draft rows   a accepted drafts and the token after them
     next      that token, and a token of each row `sources[a]`
 
 A draft may be missing: it is -1 in the buffer, its row is a mask row, and acceptance ends before it. A step whose
@@ -90,8 +90,8 @@ class Batch:
         drafts: int64 `[batch, drafts]`; the first is always there, -1 where another is missing.
         draft_logits: `[batch, drafts, vocab]`, what they were drawn from; for the rejection rule, else None.
         seen: bool `[batch, vocab]` for repetition penalties, or None.
-        adapted: the model's gated adapters are on for mask rows, see `tidar_kernels.lora`.
-        exact: draft rows have the bits of single-token decoding, see `tidar_kernels.exact`.
+        adapted: the model's gated adapters are on for mask rows, see `tidar_kernels.nn.adapters`.
+        exact: draft rows have the bits of single-token decoding, see `tidar_kernels.decoding.exact`.
     """
 
     model: DecoderModel
@@ -156,12 +156,12 @@ class StepResult(NamedTuple):
     """What a step did, on the device.
 
     Attributes:
-        verified: accepted counts, the tokens behind them, bad rows.
+        verified: accepted counts, the tokens after them, bad rows.
         drafts: int64 `[batch, drafts]`, what was judged.
-        following: int64 `[batch, drafts - 1]`, the next drafts behind the first; -1 for none.
+        following: int64 `[batch, drafts - 1]`, the next drafts after the first; -1 for none.
         logits: `[batch, drafts - 1, vocab]`, what those were drawn from; None if nobody asks.
         forwards: forward passes that the step took.
-        path: int64 `[batch, drafts]`, behind which committed slots the accepted drafts' K/V lies, ascending, then -1;
+        path: int64 `[batch, drafts]`, in which slots after the committed ones the accepted drafts' K/V lies, then -1;
             None if it is 0, 1, ... already.
     """
 
@@ -187,7 +187,7 @@ class Strategy(ABC):
         options: names of what can be chosen beside the number of drafts, keywords of the function that makes it.
         rules: how its drafts can be judged, see `tidar_kernels.ops.verify`.
         equals_autoregression: with the coupled rule, the output is that of autoregressive decoding, token for token.
-        can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.exact`).
+        can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.decoding.exact`).
         graphable: the step reads nothing from the device, so that it can be one CUDA graph.
     """
 
@@ -217,7 +217,7 @@ class Strategy(ABC):
 
     @property
     def slots(self) -> int:
-        """The most cache slots that a step writes behind the committed ones."""
+        """The most cache slots that a step writes after the committed ones."""
         return self.drafts
 
     def first(self, prompt_rows: int) -> tuple[Pattern, list[int]] | None:
@@ -279,7 +279,7 @@ class Drafting(Strategy):
         state = torch.where(missing[:, 1], count + 1, verified.accepted)
         at = sources[state]
         logits = batch.model.logits(hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])))
-        # The next first draft takes the position behind the accepted ones, and these the positions behind that.
+        # The next first draft takes the position after the accepted ones, and these the positions after that.
         following = batch.draft(logits, batch.cache.lengths + verified.accepted + 1)
         return StepResult(verified, drafts, following.masked_fill(at < 0, -1), logits)
 

@@ -47,7 +47,7 @@ class BlockDiffusion(Strategy):
         return f"{super().label}, threshold {self.threshold}"
 
     def step(self, batch: Batch) -> StepResult:
-        # The first token is known: it is the autoregressive choice behind the last commit.
+        # The first token is known: it is the autoregressive choice after the last commit.
         block = torch.cat([batch.drafts[:, :1], torch.full_like(batch.drafts[:, 1:], -1)], dim=1)
         bad = torch.full_like(block[:, 0], -1)
         passes = 0

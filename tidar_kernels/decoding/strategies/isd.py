@@ -1,4 +1,4 @@
-"""Introspective strided decoding (I-DLM, arXiv 2604.11035) and FLARE-style rows: masks behind the drafts, one chain."""
+"""Introspective strided decoding (I-DLM, arXiv 2604.11035) and FLARE-style rows: masks after the drafts, one chain."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class FLARE(ISD):
 
 
 def isd(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Drafting:
-    """`[pending, s_0 .. s_{N-2} | masks]`: N rows verify, and the masks behind them draft for full acceptance alone.
+    """`[pending, s_0 .. s_{N-2} | masks]`: N rows verify, and the masks after them draft for full acceptance alone.
 
     If all N drafts stay, the masks have given the next ones. If not, they conditioned on a token that is gone, and the
     next step is cold: `[t_0 | masks]`, which commits one token and drafts anew. Masks see the masks before them; with
-    `bidirectional` (FLARE, HybridDiffusion) they all see each other, in cold steps only those behind the drafts' rows.
+    `bidirectional` (FLARE, HybridDiffusion) they all see each other, in cold steps only those after the drafts' rows.
 
     Args:
         stride: N >= 2, the most tokens a step commits.
-        bidirectional: the mask rows behind the drafts see each other both ways.
-        shifted: a mask row predicts the token behind its own position (I-DLM); False: the token at it (TiDAR).
+        bidirectional: the mask rows after the drafts see each other both ways.
+        shifted: a mask row predicts the token after its own position (I-DLM); False: the token at it (TiDAR).
 
     Raises:
         TypeError, ValueError: `stride` is not an int >= 2.
     """
     pattern = patterns.isd_step(stride, bidirectional=bidirectional, shifted=shifted)
     shift = 0 if shifted else 1
-    behind = torch.arange(stride + shift, pattern.q_len, device="cpu")  # conditioned on all drafts
+    after = torch.arange(stride + shift, pattern.q_len, device="cpu")  # conditioned on all drafts
     sources = torch.full((stride + 1, stride - 1), -1, device="cpu")
-    sources[stride] = behind
+    sources[stride] = after
     cold = torch.arange(1 + shift, stride + shift, device="cpu")  # the rows of the missing drafts
     if bidirectional:
         return FLARE("flare", pattern, stride, sources, cold)
@@ -66,7 +66,7 @@ def expected_tokens(acceptance: float, stride: int) -> float:
 def acceptance_of(accepted: Sequence[int], stride: int) -> float:
     """Which share of a request's judged drafts stayed, from the accepted counts of its passes (`Request.accepted`).
 
-    The first pass is cold, and so is every pass behind one that did not commit N tokens; cold passes judge no draft.
+    The first pass is cold, and so is every pass after one that did not commit N tokens; cold passes judge no draft.
 
     Raises:
         ValueError: no draft was judged.

@@ -1,7 +1,7 @@
 """The slot budget: which numbers of accepted drafts get a block, from what acceptance and rows cost on this machine.
 
 A block for every acceptance makes `B + B*B` rows a step, and past some number of rows a step takes longer. A level
-that is left out costs drafts instead: behind a accepted ones the block of the next level l below predicts a - l
+that is left out costs drafts instead: after a accepted ones the block of the next level l below predicts a - l
 positions less. Both are measured (`tidar_kernels.profiling`), and `auto` picks the block length and the levels with the
 most expected tokens a second. What is decoded does not depend on the choice.
 """
@@ -29,7 +29,7 @@ class Profile:
     """What a model's drafts are worth, and what rows cost.
 
     Args:
-        acceptance: entry r - 1 is the share of drafts that stay, of those r positions behind the first draft whose
+        acceptance: entry r - 1 is the share of drafts that stay, of those r positions after the first draft whose
             predecessors did; ascending r from 1.
         rows, seconds: latency of a step with that many rows; rows ascending.
 
@@ -72,7 +72,7 @@ def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequen
     """Tokens a step, in the long run.
 
     The state of a step is how many positions its drafts lie further out than they could: s = a - l of the step before.
-    Then draft m, of `block_size - s`, is r = s + m positions behind what its block had seen. The mean is taken over the
+    Then draft m, of `block_size - s`, is r = s + m positions after what its block had seen. The mean is taken over the
     states' stationary distribution.
     """
     kept = [*acceptance[: block_size - 1], *[0.0] * (block_size - 1 - len(acceptance))]
@@ -82,7 +82,7 @@ def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequen
     for skipped in range(size):
         so_far = 1.0
         for accepted in range(1, size - skipped + 1):
-            row = skipped + accepted  # of the draft behind these
+            row = skipped + accepted  # of the draft after these
             stays = kept[row - 1] if accepted < size - skipped else 0.0
             level = max(x for x in levels if x <= accepted)
             move[skipped, accepted - level] += so_far * (1.0 - stays)

@@ -40,7 +40,7 @@ class TiDAR(Drafting):
 def tidar(block_size: int, *, bidirectional: bool = True, levels: Sequence[int] | None = None) -> TiDAR:
     """The step of the paper: B drafts, and a block of masks conditioned on every number of accepted ones.
 
-    With `levels` only those numbers get a block, and the step has `B + len(levels) * B` rows: behind a accepted drafts
+    With `levels` only those numbers get a block, and the step has `B + len(levels) * B` rows: after a accepted drafts
     the block of the closest level l below predicts from position l on, so that it leaves the last a - l batch of the
     next draft empty. What is decoded stays the same. The papers' bonus form `[last | k drafts | k + 1 blocks]` is
     `block_size = k + 1`: its last token is our first draft.

@@ -22,7 +22,7 @@ Path = tuple[int, ...]
 
 
 class Tree(Strategy):
-    """`[seed, M x depth]` both ways, its K/V dropped; then a tree of its drafts, every node behind its own path.
+    """`[seed, M x depth]` both ways, its K/V dropped; then a tree of its drafts, every node after its own path.
 
     The mask of depth d gives the candidates of all nodes of that depth: rank r is the r-th best by the scores, with the
     noise of the target where there is any, ties by the lower id. From the seed on, the path goes to the child that is
@@ -108,7 +108,7 @@ class Tree(Strategy):
         return torch.stack(found, dim=-1)
 
     def _targets(self, batch: Batch, tokens: Tensor, logits: Tensor, ways: Tensor) -> Tensor:
-        """What autoregressive decoding would take behind every node, `[batch, nodes]`; -1 of bad logits."""
+        """What autoregressive decoding would take after every node, `[batch, nodes]`; -1 of bad logits."""
         nodes = tokens.shape[1]
         positions = batch.cache.lengths[:, None] + (ways >= 0).sum(1)
         state = SamplingTensors(*(x.repeat_interleave(nodes, 0) for x in batch.state))
