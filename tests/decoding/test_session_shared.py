@@ -402,6 +402,58 @@ def test_callbacks_may_add_remove_and_step() -> None:
     assert removed[0].tokens == alone(B, 20)[: len(removed[0].tokens)]
 
 
+def test_callbacks_that_step_leave_the_order_of_tokens() -> None:
+    """A step within the first request's callback: the second one's is told of the outer step first."""
+    session = session_of(sharp_model())
+    called: dict[int, list[int]] = {}
+
+    def act(request_id: int, tokens: list[int]) -> None:
+        called.setdefault(request_id, []).extend(tokens)
+        if request_id == 0 and len(called[0]) < 10:
+            session.step()
+
+    for prompt in (A, B):
+        session.add(prompt, 20, on_tokens=act)
+    finish(session)
+    assert called == {0: alone(A, 20), 1: alone(B, 20)}
+
+
+def test_an_interrupt_in_a_callback_loses_no_event() -> None:
+    session = session_of(sharp_model())
+    interrupts = [KeyboardInterrupt()]
+
+    def act(request_id: int, tokens: list[int]) -> None:
+        if interrupts:
+            raise interrupts.pop()
+
+    for prompt in (A, B, C):
+        session.add(prompt, 20, on_tokens=act)
+    with pytest.raises(KeyboardInterrupt):
+        session.step()
+    assert finish(session) == {i: alone(prompt, 20) for i, prompt in enumerate((A, B, C))}
+
+
+def test_what_a_callback_raises_in_another_threads_step_is_not_adds() -> None:
+    """The request joined and failed between being written down and `add` looking at it."""
+    session = session_of(sharp_model())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("consumer")
+
+    join = session._join_waiting
+
+    def late() -> None:
+        session._join_waiting = join  # type: ignore[method-assign]
+        session._is_computing = False
+        session.step()
+        session._is_computing = True
+        join()
+
+    session._join_waiting = late  # type: ignore[method-assign]
+    assert session.add(A, 20, on_tokens=fail) == 0
+    assert not session.requests
+
+
 def test_decode_may_add_but_not_step() -> None:
     """It is called within a step: what it adds joins with the next one, and a step of its own is refused."""
     session = session_of(sharp_model(), slots=3)

@@ -86,6 +86,8 @@ class Session:
         self._waiting: deque[Request] = deque()  # to join
         self._slots: list[Request | None] = [None] * batch_size  # an ended request stays here until a turn frees it
         self._next_id = 0
+        # What a step received, and the list that its event goes to, until its callback was called.
+        self._to_deliver: deque[tuple[list[Event], Request, list[int], FinishReason | None]] = deque()
         self._undelivered: deque[list[Event]] = deque()  # of steps on the worker
         self._under_way: Future[None] | None = None  # the step on the worker
         self._worker: ThreadPoolExecutor | None = None
@@ -199,7 +201,7 @@ class Session:
         with self._turn_if_free() as is_ours:
             if is_ours:
                 self._join_waiting()
-                if request.exception is not None:  # what its prompt raised is for the caller
+                if request.exception is not None and request.finish_reason is None:  # its prompt's: for the caller
                     self._end(request, "error")
                     raise request.exception
         return request.id
@@ -235,9 +237,8 @@ class Session:
             TypeError, ValueError: the model has changed since the session was made; nothing has changed then.
         """
         with self._turn_of_a_step():
-            if self._undelivered:
-                return self._undelivered.popleft()
-            return self._step()
+            events = self._left_undelivered()
+            return self._step() if events is None else events
 
     async def steps(self) -> AsyncIterator[list[Event]]:
         """Steps until no request runs, each on a worker thread; requests may be added and removed at any time.
@@ -250,10 +251,7 @@ class Session:
         while self._undelivered or self._under_way or self.requests:
             if not self._undelivered:
                 await asyncio.wrap_future(self._step_on_worker())
-            events = None
-            with self._mutex:
-                if self._undelivered:
-                    events = self._undelivered.popleft()
+            events = self._left_undelivered()
             if events is not None:
                 yield events
 
@@ -294,9 +292,11 @@ class Session:
         """Wait for the turn, before all prompts that come meanwhile; callbacks still are within it."""
         with self._mutex:
             self._steps_waiting += 1
-        self._turn.acquire()
-        with self._mutex:
-            self._steps_waiting -= 1
+        try:
+            self._turn.acquire()
+        finally:
+            with self._mutex:
+                self._steps_waiting -= 1
         try:
             yield
         finally:
@@ -329,9 +329,14 @@ class Session:
         else:
             done.set_exception(exception)
 
+    def _left_undelivered(self) -> list[Event] | None:
+        with self._mutex:
+            return self._undelivered.popleft() if self._undelivered else None
+
     # What is done in a turn.
 
     def _step(self) -> list[Event]:
+        self._call_callbacks()  # of the step around this one, if one of its callbacks has called it
         with self._computing():
             self._join_waiting()
             running = [(slot, request) for slot, request in enumerate(self._slots) if request is not None]
@@ -345,7 +350,16 @@ class Session:
             self._free_slots_of_ended()
             self._runner.lengths_known()
             self.seconds += time.perf_counter() - started
-        return [self._delivered(*what) for what in received if what is not None]
+        events: list[Event] = []
+        self._to_deliver.extend((events, *what) for what in received if what is not None)
+        try:
+            self._call_callbacks()
+        except BaseException:  # the end of the program, and no request's failure: nothing is lost
+            events += [Event(request.id, tokens, reason) for _, request, tokens, reason in self._to_deliver]
+            self._to_deliver.clear()
+            self._undelivered.append(events)
+            raise
+        return events
 
     def _start_run(self) -> None:
         """What is asked once a run, before its first step."""
@@ -410,18 +424,21 @@ class Session:
                 self._end(request, reason)
             return request, taken.tokens, reason
 
-    def _delivered(self, request: Request, tokens: list[int], reason: FinishReason | None) -> Event:
-        """Tell the request's own callback; last in a step, when all else is done."""
-        if tokens and request.on_tokens is not None:
+    def _call_callbacks(self) -> None:
+        """Tell requests what they received, each in the order of its tokens; last in a step, when all else is done."""
+        while self._to_deliver:
+            events, request, tokens, reason = self._to_deliver.popleft()
             try:
-                request.on_tokens(request.id, list(tokens))
+                if tokens and request.on_tokens is not None:
+                    request.on_tokens(request.id, list(tokens))
             except Exception as exception:
                 with self._mutex:
                     if request.finish_reason != "cancelled":
                         request.keep(exception)
                         self._end(request, "error")
                         reason = "error"
-        return Event(request.id, tokens, reason)
+            finally:
+                events.append(Event(request.id, tokens, reason))
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """No request of the session any longer; its slot is freed by the next turn, or in this one."""
