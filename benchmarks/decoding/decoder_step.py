@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from tidar_kernels.decoding import strategies
-from tidar_kernels.decoding.session import Session, Step
+from tidar_kernels.decoding.session import Session, StepConfig
 
 from ..core.operands import OURS, Implementation, Operands, Prepared
 from .models import LARGE, SHAPES, fill, floor_of, model_of
@@ -58,7 +58,7 @@ class DecoderStep(Operands):
         model = model_of(case.model, self.device, self.dtype)
         self.config = model.config
         self.strategy = strategies.tidar(case.block_size) if case.block_size else strategies.autoregressive()
-        step = Step(self.strategy, self.config.vocab_size - 1)
+        step = StepConfig(self.strategy, self.config.vocab_size - 1)
         self.session = Session(model, step, 1, case.context_len + max(case.block_size, 1))
         # No request runs: the step is the same, and commits nothing, so that every repetition is alike.
         fill(self.session.cache, case.context_len)
