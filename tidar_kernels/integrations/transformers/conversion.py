@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...patterns import check_int
 
 __all__ = ["MASK_TOKEN", "Conversion", "add_mask_token", "convert"]
 
 MASK_TOKEN = "<|mask|>"
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def convert(
 
     Raises:
         FileExistsError: there is something at `out_path`; before anything is read or written.
-        TypeError, ValueError: an argument does not fit, or the checkpoint lacks weights.
+        TypeError, ValueError: an argument does not fit, or the checkpoint lacks weights or has those of other shapes.
         OSError: the checkpoint cannot be read, or the new one not be written.
     """
     check_int("block_size", block_size, 1)
@@ -162,8 +163,19 @@ def convert(
     source: Any = os.fspath(model_path)
     if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
+    config = AutoConfig.from_pretrained(source).get_text_config()
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > _MAX_LAYERS:  # a module each, even before any weight is read
+        raise ValueError(f"model_path: expected num_hidden_layers <= {_MAX_LAYERS} in its configuration, got {layers}")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    read: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            "model_path: expected weights of the shapes that its configuration says, got others"
+        ) from error
     model, loaded = read
     missing = sorted(loaded["missing_keys"])
     if missing:
