@@ -223,7 +223,7 @@ def test_a_model_without_finite_logits_is_refused(run: Run, tmp_path: Path, mode
     code, out, err = run("--checkpoint", tmp_path / "broken.safetensors", "--temperature", 0.8, "--mode", mode)
     assert (code, out) == (2, "")
     assert err == (
-        "tidar-kernels: error: --checkpoint: expected a model with finite logits, got NaN or inf behind 0 new tokens\n"
+        "tidar-kernels: error: --checkpoint: expected a model with finite logits, got NaN or inf after 0 new tokens\n"
     )
 
 
@@ -289,7 +289,7 @@ def test_block_diffusion_promises_nothing(run: Run) -> None:
     code, output, _ = run(*arguments)
     assert code == 0
     assert "outputs not compared: block diffusion decodes by the diffusion logits" in output
-    assert "block diffusion, B = 4" in output
+    assert "block diffusion, L = 4, threshold 0.9" in output
 
 
 @pytest.mark.parametrize(
@@ -298,14 +298,17 @@ def test_block_diffusion_promises_nothing(run: Run) -> None:
         (["--levels", "2"], "--levels: expected auto, or ascending numbers from 1, as in 1,2,4, got '2'"),
         (["--levels", "1,x"], "--levels: expected auto, or ascending numbers from 1, as in 1,2,4, got '1,x'"),
         (["--levels", "1,9"], "--levels: expected ascending ints from 1 to at most 8, got [1, 9]"),
-        (["--strategy", "tree", "--exact"], "--exact: expected a strategy other than tree beside it"),
+        (["--strategy", "tree", "--exact"], '--exact: expected False for strategy "tree", got True'),
         (
             ["--strategy", "tree", "--sampling", "rejection"],
-            "--sampling: expected coupled with --strategy tree, got rejection",
+            "--sampling: expected coupled for strategy \"tree\", got 'rejection'",
         ),
         (["--strategy", "isd", "--levels", "1,2"], "--levels: expected --strategy tidar beside it, got isd"),
         (["--strategy", "isd", "--block-size", "1"], "--block-size: expected >= 2, got 1"),
-        (["--strategy", "flare", "--beta", "0.5"], "--beta: expected 1 with a strategy other than tidar"),
+        (
+            ["--strategy", "flare", "--beta", "0.5"],
+            '--beta: expected 1 for strategies but "tidar" with all its blocks, got 0.5',
+        ),
         (["--strategy", "medusa"], "--strategy: invalid choice: 'medusa'"),
     ],
 )

@@ -405,4 +405,4 @@ def test_a_loss_that_is_not_finite(run: Run, tiny: list[Any], monkeypatch: pytes
 
 
 def test_one_name_of_the_state() -> None:
-    assert train._STATE == STATE
+    assert train.STATE == STATE

@@ -6,13 +6,26 @@ imports nothing heavy at the top: PyTorch is loaded once the arguments are known
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from .. import __version__
 from . import bench, convert, doctor, draw, generate, train
-from .common import FAILED, INTERRUPTED, OK, PROGRAM, USAGE, Parser, UserError, one_line
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    PROGRAM,
+    USAGE,
+    Parser,
+    UserError,
+    described,
+    one_line,
+    out_of_resources,
+)
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -24,7 +37,7 @@ _EPILOG = f"""\
 exit codes:
   {OK}    all went well
   {FAILED}    a check failed, or outputs differ that must not
-  {USAGE}    an argument or an input file is no good; standard error says why
+  {USAGE}    bad input, a stream that cannot be written, or too little memory; standard error says why
   {INTERRUPTED}  interrupted (Ctrl-C)
 
 examples:
@@ -66,37 +79,69 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
+    Whatever is wrong with the input, the machine or the streams ends here, as one line on standard error. Only a bug
+    leaves as the exception that it is.
+
     Args:
         argv: the arguments without the program's name; default those of the process.
     """
+    if sys.stderr is None:  # closed by the caller; print would fall back on standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    if sys.stdout is None:
+        return _refused("standard output: expected an open one, got none")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows "?" instead
             stream.reconfigure(errors="replace")
     try:
-        try:
-            code = _dispatch(argv)
-        except UserError as error:
-            sys.stdout.flush()
-            print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
-            code = USAGE
+        code = _dispatch(argv)
         sys.stdout.flush()
         return code
+    except UserError as error:
+        return _refused(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _abandon_output()
+        _abandon_streams()
         return _BROKEN_PIPE
-    except OSError as error:  # of a full disk, say; what a command opens itself is checked where it is opened
-        _abandon_output()
-        print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)
-        return USAGE
+    except RecursionError:
+        return _refused("expected input that is nested less deeply, got more than Python's limit on recursion")
+    except (OSError, UnicodeError) as error:  # what a command opens itself is checked where it is opened
+        return _refused(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_resources(error):
+            raise
+        return _refused(f"expected memory and threads enough for this, got {described(error)}")
 
 
-def _abandon_output() -> None:
-    """Python flushes standard output once more as it exits: let it write into nothing."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)
+def _refused(message: object) -> int:
+    """Print the error's one line, as far as the streams still take it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        message = error
+        _abandon_streams()
+    try:
+        print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:
+        _abandon_streams()
+    return USAGE
+
+
+def _abandon_streams() -> None:
+    """Python flushes both streams once more as it exits: what cannot be written goes into nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if not _flushed(stream):
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
+
+
+def _flushed(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:

@@ -13,16 +13,26 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from _typeshed import SupportsWrite
 
 Number = TypeVar("Number", int, float)
 
 PROGRAM = "tidar-kernels"
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + 2  # as a shell reports a command that SIGINT ended
+
+# The largest values that options take. Sizes below them are held against the memory at hand before it is allocated.
+MAX_THREADS = 4 * (os.cpu_count() or 1)  # more only get in each other's way, and far more end the process
+MAX_TOKENS = 2**30  # of a text: positions and lengths are int32
+MAX_BLOCK_SIZE = 1024  # a TiDAR step of this block length has a million rows
+
+_LONGEST_LINE = 1200
+_NO_RESOURCES = r"can't allocate|cannot allocate|not enough memory|calculation overflowed|can't start new thread"
 
 
 class UserError(Exception):
@@ -36,46 +46,120 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.13 argparse takes a value "--" (`--option=--`) for the end of the options, and returns [].
+        if action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "expected one argument, got '--'")
+        return super()._get_values(action, arg_strings)
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        # argparse's own hides that a help text could not be written.
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 
 @contextmanager
-def user_errors(*kinds: type[Exception], rename: Mapping[str, str] | None = None) -> Iterator[None]:
+def user_errors(
+    *kinds: type[Exception], rename: Mapping[str, str] | None = None, otherwise: str = ""
+) -> Iterator[None]:
     """Exceptions of these kinds, raised inside, are the user's to mend: they become a `UserError`.
 
-    Messages of the package begin with the argument's name; `rename` says which option it came from.
+    Args:
+        rename: messages of the package begin with an argument's name; which option it came from.
+        otherwise: `option: expected ..` for messages that do not begin so. Readers raise anything on a file that is not
+            what they expect: where one is read, catch `Exception` and say here what it should have been.
     """
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
-        name, colon, rest = one_line(error).partition(":")
+        if out_of_resources(error):
+            raise
+        message = one_line(error)
+        name, colon, rest = message.partition(":")
+        if otherwise and not rest.startswith(" expected "):
+            raise UserError(f"{otherwise}, got {described(error)}") from error
         raise UserError(f"{(rename or {}).get(name, name)}{colon}{rest}") from error
 
 
+def out_of_resources(error: BaseException) -> bool:
+    """Whether memory or threads gave out: Python, PyTorch and its allocators each say so in their own way."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"MemoryError", "OutOfMemoryError"}:
+        return True
+    return isinstance(error, RuntimeError) and re.search(_NO_RESOURCES, str(error)) is not None
+
+
+def described(error: BaseException) -> str:
+    """What an exception says, on one line, and its kind where that says more."""
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.strerror):
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
+
+
 def one_line(message: object) -> str:
-    """A message, or what an exception says, on one line."""
-    return " ".join(str(message).split()) or type(message).__name__
+    """A message, or what an exception says, on one line, the middle of a very long one cut out."""
+    text = " ".join(str(message).split()) or type(message).__name__
+    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE * 2 // 3]} ... {text[-_LONGEST_LINE // 4 :]}"
 
 
-def whole_number(at_least: int) -> Callable[[str], int]:
-    """An argparse type: an int >= `at_least`."""
-    return number(int, lambda value: value >= at_least, f"a whole number >= {at_least}")
+def whole_number(at_least: int, at_most: int) -> Callable[[str], int]:
+    """An argparse type: an int from `at_least` to `at_most`, both included; an error names the bound that it passes."""
+
+    def convert(text: str) -> int:
+        value = _parsed(int, text)
+        if value is None or value < at_least:
+            raise _unfit(f"a whole number >= {at_least}", text)
+        if value > at_most:
+            raise _unfit(f"a whole number <= {at_most}", text)
+        return value
+
+    return convert
 
 
 def number(kind: type[Number], fits: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:
     """An argparse type: a number of this kind that fits; `expected` says in words which do."""
 
     def convert(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
+        value = _parsed(kind, text)
         if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+            raise _unfit(expected, text)
         return value
 
     return convert
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers with commas between them."""
+    values = [_parsed(int, part) for part in text.split(",")]
+    numbers = tuple(value for value in values if value is not None)
+    if len(numbers) < len(values):
+        raise _unfit("whole numbers with commas between them", text)
+    return numbers
+
+
+def _parsed(kind: type[Number], text: str) -> Number | None:
+    """The number that `text` spells in plain ASCII: what else Python reads (1_000, other scripts' digits) is a slip."""
+    if not re.fullmatch(r"[+\-.0-9a-zA-Z]+", text):
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _unfit(expected: str, text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def any_path(text: str) -> Path:
+    """An argparse type: the path of a file or a folder, there or not; empty it would mean the current folder."""
+    if not text:
+        raise _unfit("a path", text)
+    return Path(text)
 
 
 def add_json_argument(parser: argparse._ActionsContainer) -> None:
@@ -93,8 +177,8 @@ def add_device_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def _device_name(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise _unfit("auto, cpu, cuda or cuda:N", text)
     return text
 
 
@@ -124,12 +208,13 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if count else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    device = torch.device(name)
-    index = torch.cuda.current_device() if count and device.index is None else device.index or 0
-    if index >= count:
+    # As digits: PyTorch keeps an index in 8 bits, and refuses or wraps a larger one.
+    digits = name.partition(":")[2]
+    index = digits.lstrip("0") or "0" if digits else str(torch.cuda.current_device() if count else 0)
+    if len(index) > 3 or int(index) >= count:
         seen = f"PyTorch sees {count} GPU(s)" if torch.version.cuda else "this PyTorch is built without CUDA"
         raise UserError(f"--device: expected a device of this machine, got {name} ({seen})")
-    return torch.device("cuda", index)
+    return torch.device("cuda", int(index))
 
 
 def versions() -> dict[str, str | None]:

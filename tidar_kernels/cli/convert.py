@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
 
-from .common import OK, PROGRAM, UserError, add_json_argument, import_torch, print_json, user_errors, whole_number
+from .common import (
+    MAX_BLOCK_SIZE,
+    OK,
+    PROGRAM,
+    UserError,
+    add_json_argument,
+    any_path,
+    import_torch,
+    print_json,
+    user_errors,
+    whole_number,
+)
 
 SUMMARY = "make a transformers checkpoint ready for TiDAR: a mask token and a configuration entry"
 
@@ -27,22 +39,31 @@ examples:
   {PROGRAM} convert SRC DST --block-size 16 --mask-token '<|reserved_special_token_0|>' --json
 """
 
+_MAX_MULTIPLE = 2**16  # rows that nothing uses cost memory; hardware asks for 8 to 512
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="the autoregressive checkpoint")
-    parser.add_argument("target", metavar="DST", help="the folder to write")
+    parser.add_argument("target", type=any_path, metavar="DST", help="the folder to write")
     parser.add_argument(
-        "--block-size", type=whole_number(1), required=True, metavar="B", help="tokens of a block, to train with"
+        "--block-size",
+        type=whole_number(1, MAX_BLOCK_SIZE),
+        required=True,
+        metavar="B",
+        help="tokens of a block, to train with",
     )
     parser.add_argument("--mask-token", metavar="TOKEN", help="default the tokenizer's own, or <|mask|> if it has none")
     parser.add_argument(
-        "--pad-to-multiple-of", type=whole_number(1), metavar="N", help="of the embedding's rows, if it has to grow"
+        "--pad-to-multiple-of",
+        type=whole_number(1, _MAX_MULTIPLE),
+        metavar="N",
+        help="round the rows of the embedding up to a multiple of N, if it has to grow",
     )
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    target = Path(options.target)
+    target: Path = options.target
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"DST: expected a new or an empty folder, got {target}")  # before seconds of imports
     import_torch()
@@ -52,17 +73,18 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(
             f"transformers: expected it installed (pip install 'tidar-kernels[hf]'), got: {error}"
         ) from None
-    from safetensors import SafetensorError
-
     from ..integrations.transformers.conversion import convert
 
-    transformers.utils.logging.disable_progress_bar()
+    # The one line of an error, or the report, says all that there is to say.
+    logs = transformers.utils.logging
+    verbosity = logs.get_verbosity()
+    logs.set_verbosity(logging.CRITICAL)
+    logs.disable_progress_bar()
     try:
         with user_errors(
-            OSError,
-            ValueError,
-            SafetensorError,
-            rename={"model_path": "SRC", "out_path": "DST", "token": "--mask-token"},
+            Exception,
+            rename={"model_path": "SRC", "out_path": "DST", "token": "--mask-token", "tokenizer": "SRC"},
+            otherwise="SRC: expected a checkpoint that transformers can read, and room for DST",
         ):
             done = convert(
                 options.source,
@@ -72,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
                 pad_to_multiple_of=options.pad_to_multiple_of,
             )
     finally:
-        transformers.utils.logging.enable_progress_bar()
+        logs.enable_progress_bar()
+        logs.set_verbosity(verbosity)
     if options.json:
         print_json(asdict(done))
         return OK

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .common import OK, PROGRAM, UserError, add_json_argument, import_torch, print_json, user_errors, whole_number
+from .common import (
+    MAX_TOKENS,
+    OK,
+    PROGRAM,
+    UserError,
+    add_json_argument,
+    any_path,
+    import_torch,
+    print_json,
+    user_errors,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from ..patterns import Pattern
@@ -31,16 +42,18 @@ PNG files need matplotlib.
 
 # Rows beyond this are a slip of the keyboard: a million rows take seconds, and any pattern is binned to fit a page.
 MAX_ROWS = 2**20
+MAX_TREE = 1024  # a tree has a bit for every pair of its nodes
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A whole number that a pattern is made from: its option, its default, what it means, and the least it can be."""
+    """A whole number that a pattern is made from: its option, its default, what it means, and its range."""
 
     option: str
     default: int
     help: str
     least: int = 1
+    most: int = MAX_TOKENS
 
     @property
     def name(self) -> str:
@@ -96,7 +109,7 @@ PATTERNS = {
         {},
     ),
     "isd": _Drawable(
-        "one ISD step: N rows that are verified, and masks behind them, all causal",
+        "one ISD step: N rows that are verified, then masks, all causal",
         "patterns.isd_step",
         (_Parameter("--stride", 4, "N, the most tokens of a step", 2),),
         lambda stride: 2 * stride - 1,
@@ -113,9 +126,9 @@ PATTERNS = {
         {},
     ),
     "tree": _Drawable(
-        "the pass that verifies a token tree, every node behind its own path",
+        "the pass that verifies a token tree, each node sees the path to itself",
         "decoding.strategies.tree",
-        (_Parameter("--tokens", 8, "the most tokens of a step; the tree has twice as many nodes", 2),),
+        (_Parameter("--tokens", 8, "the most tokens of a step; the tree has twice as many nodes", 2, MAX_TREE),),
         lambda tokens: 2 * tokens,
         {},
     ),
@@ -138,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for parameter in drawable.parameters:
             pattern.add_argument(
                 parameter.option,
-                type=whole_number(parameter.least),
+                type=whole_number(parameter.least, parameter.most),
                 default=parameter.default,
                 metavar="N",
                 help=f"{parameter.help} (default: {parameter.default})",
@@ -147,12 +160,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             pattern.add_argument(option, action="store_true", help=text)
         pattern.add_argument(
             "--context-len",
-            type=whole_number(0),
+            type=whole_number(0, MAX_TOKENS),
             default=0,
             metavar="N",
             help="P, cached keys that every row sees, drawn before the others (default: 0)",
         )
-        pattern.add_argument("--out", metavar="FILE.png", help="write a PNG instead of text")
+        pattern.add_argument("--out", type=any_path, metavar="FILE.png", help="write a PNG instead of text")
         add_json_argument(pattern)
 
 
@@ -175,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
     with user_errors(ImportError, ValueError, rename={"path": "--out"}):
         text = pattern.draw(options.out, context_len=options.context_len)
     if options.json:
-        print_json(_described(pattern, options.context_len) | {"png": options.out})
+        print_json(_described(pattern, options.context_len) | {"png": options.out and str(options.out)})
     elif options.out is not None:
         print(f"{pattern.name}: wrote {options.out}")
     else:

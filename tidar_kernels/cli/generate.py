@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .common import (
     FAILED,
+    MAX_BLOCK_SIZE,
+    MAX_THREADS,
+    MAX_TOKENS,
     OK,
     PROGRAM,
     Terminal,
     UserError,
     add_device_argument,
     add_json_argument,
+    any_path,
     import_torch,
     one_line,
     print_json,
@@ -26,14 +32,17 @@ from .common import (
     versions,
     whole_number,
 )
+from .memory import check_memory, step_bytes
 from .sampling import Sampling, add_sampling_arguments
 from .strategy import Drafts, add_strategy_arguments
 
 if TYPE_CHECKING:
     from ..decoding.decoder import Decoder, GenerationResult, Mode
+    from ..decoding.strategies import Strategy
     from ..models import Transformer
+    from ..patterns import Pattern
 
-SUMMARY = "decode a prompt, several tokens a forward pass"
+SUMMARY = "decode a prompt, several tokens per forward pass"
 
 USAGE = "(--prompt TEXT | --prompt-file PATH | --demo) [options]"
 
@@ -52,6 +61,9 @@ examples:
   head -c 500 module.py | {PROGRAM} generate --prompt-file - --json
 """
 
+# A prompt has a token a byte; this is far more than memory has room for beside a model, but a device never ends.
+_MAX_PROMPT_BYTES = 2**24
+
 # The demo's prompt: the beginning of a module that the shipped model was not trained on.
 DEMO_MODULE = "graphlib.py"
 DEMO_BYTES = 256
@@ -59,29 +71,36 @@ DEMO_BYTES = 256
 # Enough steps of either mode that allocations, masks and compiled kernels are there before a clock runs.
 _WARM_UP_TOKENS = 24
 
-_TITLES: dict[Mode, str] = {"tidar": "TiDAR", "autoregressive": "autoregressive"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("prompt").add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    source.add_argument("--prompt-file", metavar="PATH", help="a file of UTF-8 text, or - for standard input")
+    source.add_argument(
+        "--prompt-file", type=any_path, metavar="PATH", help="a file of UTF-8 text, or - for standard input"
+    )
     source.add_argument(
         "--demo", action="store_true", help="the beginning of a module that the shipped model has never seen"
     )
 
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
-        "--max-new-tokens", type=whole_number(1), default=256, metavar="N", help="tokens to decode (default: 256)"
+        "--max-new-tokens",
+        type=whole_number(1, MAX_TOKENS),
+        default=256,
+        metavar="N",
+        help="tokens to decode (default: 256)",
     )
     decoding.add_argument(
         "--block-size",
-        type=whole_number(1),
+        type=whole_number(1, MAX_BLOCK_SIZE),
         metavar="B",
         help="tokens drafted a step; default what the model was trained with (no effect on autoregressive decoding)",
     )
     decoding.add_argument(
-        "--mode", choices=tuple(_TITLES), default="tidar", help="how the streamed text is decoded (default: tidar)"
+        "--mode",
+        choices=("tidar", "autoregressive"),
+        default="tidar",
+        help="how the streamed text is decoded (default: tidar)",
     )
     decoding.add_argument(
         "--compare",
@@ -93,15 +112,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser.add_argument_group("sampling"))
 
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", metavar="PATH", help="a safetensors checkpoint; default the shipped model")
+    model.add_argument(
+        "--checkpoint", type=any_path, metavar="PATH", help="a safetensors checkpoint; default the shipped model"
+    )
     model.add_argument(
         "--adapter",
+        type=any_path,
         metavar="FOLDER",
         help="a LoRA adapter as PEFT saves it, for drafting alone: the output stays the model's own; shipped is the "
         "one for the shipped model",
     )
     add_device_argument(model)
-    model.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads; default PyTorch's choice")
+    model.add_argument(
+        "--threads", type=whole_number(1, MAX_THREADS), metavar="N", help="CPU threads; default PyTorch's choice"
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -129,13 +153,22 @@ def run(options: argparse.Namespace) -> int:
     model, device = _load_model(options)
     other: Mode = "autoregressive" if options.mode == "tidar" else "tidar"
     modes: list[Mode] = [options.mode, other] if compare else [options.mode]
-    sampling = replace(Sampling.of(options), equals_autoregression=drafts.equals_autoregression)
-    block_size = options.block_size or model.config.block_size
-    if block_size is None and "tidar" in modes:
-        raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
+    sampling, strategy = Sampling.of(options), None
     if "tidar" in modes:
-        drafts, block_size = drafts.settled(model, prompt.tokens, block_size or 1)
-    tasks = [_Task(model, prompt, mode, block_size or 1, options.max_new_tokens, sampling, drafts) for mode in modes]
+        block_size = options.block_size or model.config.block_size
+        if block_size is None:
+            raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
+        if block_size > MAX_BLOCK_SIZE:
+            raise UserError(f"--checkpoint: expected a block size <= {MAX_BLOCK_SIZE} in it, got {block_size}")
+        strategy = drafts.strategy(model.config, block_size)
+        _check_memory(model, prompt, options.max_new_tokens, len(modes), strategy)
+        if drafts.levels == "auto":
+            drafts, block_size = drafts.settled(model, prompt.tokens, block_size)
+            strategy = drafts.strategy(model.config, block_size)
+        sampling = replace(sampling, equals_autoregression=strategy.equals_autoregression)
+    else:
+        _check_memory(model, prompt, options.max_new_tokens, len(modes))
+    tasks = [_Task(model, prompt, mode, strategy, options.max_new_tokens, sampling, options.exact) for mode in modes]
     for task in tasks:
         task.warm_up()
 
@@ -165,7 +198,7 @@ class _Prompt:
     text: str
     source: str
 
-    @property
+    @cached_property
     def tokens(self) -> list[int]:
         from ..models import ByteTokenizer
 
@@ -175,16 +208,25 @@ class _Prompt:
 def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
     """The prompt and where it comes from; anything wrong with it shows before PyTorch is loaded."""
     if options.prompt is not None:
-        text, source = options.prompt, "--prompt"
+        option, source, raw = "--prompt", "--prompt", os.fsencode(options.prompt)
     else:
-        source = "standard input" if options.prompt_file == "-" else options.prompt_file
+        option, from_file = "--prompt-file", str(options.prompt_file) != "-"
+        source = str(options.prompt_file) if from_file else "standard input"
+        if not from_file and sys.stdin is None:
+            raise UserError(f"{option}: expected an open standard input, got none")
         try:
-            raw = sys.stdin.buffer.read() if options.prompt_file == "-" else Path(options.prompt_file).read_bytes()
-            text = raw.decode("utf-8")
+            with open(options.prompt_file, "rb") if from_file else nullcontext(sys.stdin.buffer) as file:
+                raw = file.read(_MAX_PROMPT_BYTES + 1)
         except OSError as error:
-            raise UserError(f"--prompt-file: expected a readable file, got {source} ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt-file: expected UTF-8 text, got {source} ({error})") from error
+            raise UserError(
+                f"{option}: expected a readable file, got {source} ({error.strerror or one_line(error)})"
+            ) from error
+    if len(raw) > _MAX_PROMPT_BYTES:
+        raise UserError(f"{option}: expected at most {_MAX_PROMPT_BYTES} bytes, got more from {source}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}: expected UTF-8 text, got {source} ({error})") from error
     if not text:
         raise UserError(f"prompt: expected at least one character, got none from {source}")
     return text, source
@@ -209,7 +251,9 @@ def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
     from ..models.tokenizer import VOCAB_SIZE
 
     device = resolve_device(options.device)
-    with user_errors(OSError, ValueError, RuntimeError, rename={"path": "--checkpoint"}):
+    with user_errors(
+        Exception, rename={"path": "--checkpoint"}, otherwise="--checkpoint: expected a checkpoint that can be read"
+    ):
         if options.checkpoint is None:
             model, _ = load_shipped(device=device)
         else:
@@ -227,11 +271,30 @@ def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
     from ..models import load_shipped_adapter
     from ..nn.adapters import load_peft_adapter
 
-    with user_errors(OSError, ValueError, rename={"path": "--adapter"}):
-        if options.adapter == "shipped":
+    with user_errors(
+        Exception, rename={"path": "--adapter"}, otherwise="--adapter: expected an adapter that can be read"
+    ):
+        if str(options.adapter) == "shipped":
             load_shipped_adapter(model)
         else:
             load_peft_adapter(model, options.adapter)
+
+
+def _check_memory(
+    model: Transformer, prompt: _Prompt, max_new_tokens: int, modes: int, strategy: Strategy | None = None
+) -> None:
+    """Raise UserError unless the caches of all modes and a step fit into memory; before anything is allocated."""
+    config, weight = model.config, next(model.parameters())
+    tokens = len(prompt.tokens) + max_new_tokens + (strategy.slots if strategy else 1)
+    caches = modes * tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.element_size()
+    message = f"--max-new-tokens: expected a cache that fits into memory, got {max_new_tokens} tokens"
+    check_memory(caches, weight.device, message)
+    if strategy is None:
+        return
+    pattern: Pattern | None = getattr(strategy, "pattern", None)
+    rows = strategy.drafts if pattern is None else pattern.q_len
+    message = f"--block-size: expected a step that fits into memory, got one of {rows:,} rows"
+    check_memory(caches + step_bytes(config, rows, weight), weight.device, message)
 
 
 @dataclass(frozen=True)
@@ -282,23 +345,27 @@ class _Task:
         model: Transformer,
         prompt: _Prompt,
         mode: Mode,
-        block_size: int,
+        strategy: Strategy | None,
         max_new_tokens: int,
         sampling: Sampling,
-        drafts: Drafts,
+        exact: bool,
     ) -> None:
         from ..decoding.decoder import Decoder
+        from ..decoding.strategies import autoregressive
         from ..models.tokenizer import EOS_ID, MASK_ID
 
-        mask = MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id
         self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
+        self.title = autoregressive().label if strategy is None or mode == "autoregressive" else strategy.label
         self.parameters = sampling.parameters
-        self.title = drafts.title(block_size) if mode == "tidar" else _TITLES[mode]
-        size = dict.fromkeys(("stride", "length", "shape"), "--block-size")
-        with user_errors(ValueError, rename={"levels": "--levels", **size}):
-            how = drafts.decoder_options(mode, block_size)
+        with user_errors(ValueError, rename={name: f"--{name}" for name in ("sampling", "beta", "exact")}):
             self.decoder: Decoder = Decoder(
-                model, block_size, mask, mode=mode, sampling=sampling.rule, beta=sampling.beta, **how
+                model,
+                mask_token_id=MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id,
+                mode=mode,
+                strategy=strategy or "tidar",
+                sampling=sampling.rule,
+                beta=sampling.beta,
+                exact=exact,
             )
         self.stop_tokens = (EOS_ID,)
 
@@ -311,15 +378,9 @@ class _Task:
 
         watcher = watcher or _Watcher()
         decoded = StreamDecoder()
-        try:
-            stream = self.decoder.stream(
-                [self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens, **self.parameters
-            )
-        except RuntimeError as error:  # from PyTorch's allocators
-            raise UserError(
-                f"--max-new-tokens: expected a cache that fits into memory, got {self.max_new_tokens} tokens "
-                f"({one_line(error)})"
-            ) from error
+        stream = self.decoder.stream(
+            [self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens, **self.parameters
+        )
         parts = []
         try:
             for _, tokens in stream:
@@ -337,7 +398,7 @@ class _Task:
         """Logits that no token can be taken of end a request early."""
         if result.finish_reasons[0] == "error":
             raise UserError(
-                f"--checkpoint: expected a model with finite logits, got NaN or inf behind {len(result.tokens[0])} "
+                f"--checkpoint: expected a model with finite logits, got NaN or inf after {len(result.tokens[0])} "
                 "new tokens"
             )
 
@@ -422,7 +483,7 @@ def _print_report(
         ratio = tidar.result.tokens_per_second / autoregressive.result.tokens_per_second
         print(f"{tidar.title.split(',')[0]} decodes {ratio:.2f} x the tokens/s of autoregressive decoding")
         if sampling.promise != "tokens":
-            print(sampling.verdict())
+            print(sampling.verdict(tidar.title.split(",")[0]))
             return
         if not identical:
             pairs = enumerate(zip(tidar.tokens, autoregressive.tokens, strict=False))
@@ -447,5 +508,5 @@ def _as_json(
         report["promise"] = sampling.promise
     report["prompt"] = {"source": prompt.source, "text": prompt.text, "tokens": len(prompt.tokens)}
     report["sampling"] = sampling.as_json()
-    report["checkpoint"] = options.checkpoint or "shipped"
+    report["checkpoint"] = str(options.checkpoint or "shipped")
     return report | setting | {"versions": versions()}

@@ -102,13 +102,13 @@ class Sampling:
             return "none"
         return "tokens" if self.greedy or self.rule == "coupled" else "distribution"
 
-    def verdict(self) -> str:
-        """What to say of outputs that need not be identical."""
+    def verdict(self, strategy: str) -> str:
+        """What to say of outputs that need not be identical; `strategy` is its title."""
         if self.promise == "distribution":
             rule = self.rule.replace("_", "-")
             return f"same distribution: by the {rule} rule; the tokens may differ, and are not compared"
         if not self.equals_autoregression:
-            return "outputs not compared: block diffusion decodes by the diffusion logits"
+            return f"outputs not compared: {strategy} decodes by the diffusion logits"
         return "outputs not compared: with --beta below 1 the diffusion logits have a say"
 
     def as_json(self) -> dict[str, Any]:

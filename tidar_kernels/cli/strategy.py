@@ -6,31 +6,16 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .common import UserError
+from .common import UserError, user_errors, whole_numbers
 
 if TYPE_CHECKING:
-    from ..decoding.decoder import Mode
     from ..decoding.session import DecoderModel
+    from ..decoding.strategies import Strategy
 
 Levels = tuple[int, ...] | Literal["auto"]
 
-# Names on the command line, and how the package calls them.
-_STRATEGIES = {
-    "tidar": "tidar",
-    "isd": "isd",
-    "flare": "flare",
-    "self-speculation": "self_speculation",
-    "tree": "tree",
-    "block-diffusion": "block_diffusion",
-}
-_TITLES = {
-    "tidar": "TiDAR",
-    "isd": "ISD",
-    "flare": "FLARE rows",
-    "self_speculation": "self-speculation",
-    "tree": "token tree",
-    "block_diffusion": "block diffusion",
-}
+# Those of `decoding.strategies`, which is not asked because it would load PyTorch.
+STRATEGIES = ("tidar", "isd", "flare", "self-speculation", "tree", "block-diffusion")
 
 
 def _levels(text: str) -> Levels:
@@ -38,8 +23,8 @@ def _levels(text: str) -> Levels:
     if text == "auto":
         return "auto"
     try:
-        levels = tuple(int(part) for part in text.split(","))
-    except ValueError:
+        levels = whole_numbers(text)
+    except argparse.ArgumentTypeError:
         levels = ()
     if levels[:1] != (1,) or list(levels) != sorted(set(levels)):
         raise argparse.ArgumentTypeError(f"expected auto, or ascending numbers from 1, as in 1,2,4, got {text!r}")
@@ -49,7 +34,7 @@ def _levels(text: str) -> Levels:
 def add_strategy_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--strategy",
-        choices=tuple(_STRATEGIES),
+        choices=STRATEGIES,
         default="tidar",
         help="how --mode tidar drafts, up to --block-size tokens a step (default: tidar)",
     )
@@ -70,30 +55,32 @@ def add_strategy_arguments(parser: argparse._ActionsContainer) -> None:
 
 @dataclass(frozen=True)
 class Drafts:
-    """How drafts are made."""
+    """How drafts are made: the name of a strategy on the command line, and what goes with it."""
 
-    strategy: str
+    name: str
     levels: Levels | None
     exact: bool
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Drafts:
         """Raises UserError for options that do not go together."""
-        strategy = _STRATEGIES[options.strategy]
-        if options.levels is not None and strategy != "tidar":
+        if options.levels is not None and options.strategy != "tidar":
             raise UserError(f"--levels: expected --strategy tidar beside it, got {options.strategy}")
-        if options.beta < 1 and (strategy != "tidar" or options.levels is not None):
-            raise UserError("--beta: expected 1 with a strategy other than tidar, and with --levels")
-        if strategy == "tree" and options.sampling != "coupled":
-            raise UserError(f"--sampling: expected coupled with --strategy tree, got {options.sampling}")
-        if strategy == "tree" and options.exact:
-            raise UserError("--exact: expected a strategy other than tree beside it")
-        return cls(strategy, options.levels, options.exact)
+        return cls(options.strategy, options.levels, options.exact)
 
-    @property
-    def equals_autoregression(self) -> bool:
-        """Whether the coupled rule gives the output of autoregressive decoding."""
-        return self.strategy != "block_diffusion"
+    def strategy(self, config: Any, block_size: int) -> Strategy:
+        """What decodes a model of this configuration; before levels "auto" are settled, with a block for every draft.
+
+        Raises:
+            UserError: the block size or the levels do not suit it.
+        """
+        from ..decoding.strategies import by_name, tidar
+
+        size = dict.fromkeys(("stride", "length", "shape"), "--block-size")
+        with user_errors(ValueError, rename={"levels": "--levels", **size}):
+            if isinstance(self.levels, tuple):
+                return tidar(block_size, levels=self.levels)
+            return by_name(self.name.replace("-", "_"), block_size, bool(getattr(config, "shifted_masks", False)))
 
     def settled(self, model: DecoderModel, prompt: list[int], block_size: int) -> tuple[Drafts, int]:
         """Itself and the block size, with levels "auto" replaced by what a profile on this prompt chooses."""
@@ -105,20 +92,5 @@ class Drafts:
         chosen = plan(profile(model, [prompt], max_block_size=block_size, new_tokens=96, repeats=7))
         return replace(self, levels=chosen.levels), chosen.block_size
 
-    def decoder_options(self, mode: Mode, block_size: int) -> dict[str, Any]:
-        """Arguments of `Decoder` beyond the block size."""
-        if mode == "autoregressive":
-            return {"exact": self.exact}
-        if self.levels is None or self.levels == "auto":
-            return {"strategy": self.strategy, "exact": self.exact}
-        from ..decoding.strategies import tidar
-
-        return {"strategy": tidar(block_size, levels=self.levels), "exact": self.exact}
-
-    def title(self, block_size: int) -> str:
-        """What a table calls it."""
-        levels = "" if self.levels is None else f", levels {' '.join(map(str, self.levels))}"
-        return f"{_TITLES[self.strategy]}, B = {block_size}{levels}"
-
     def as_json(self) -> dict[str, Any]:
-        return {"strategy": self.strategy, "levels": self.levels, "exact": self.exact}
+        return {"strategy": self.name.replace("-", "_"), "levels": self.levels, "exact": self.exact}

@@ -7,7 +7,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,22 @@ from .common import (
     UserError,
     add_device_argument,
     add_json_argument,
+    any_path,
     import_torch,
+    number,
     one_line,
     resolve_device,
     table,
     user_errors,
     versions,
     whole_number,
+    whole_numbers,
 )
+from .memory import check_memory, step_bytes, training_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.training.trainer import Trainer
 
 SUMMARY = "train the package's own byte-level decoder on a folder of text"
@@ -51,6 +58,8 @@ examples:
   {PROGRAM} train --out runs/notes --config run.toml --data notes --suffix .md
 """
 
+_MAX_STEPS = 2**31 - 1
+
 # Arguments of the package whose errors are about an option.
 _OPTION_OF = {
     "folder": "--data",
@@ -65,7 +74,7 @@ _OPTION_OF = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="where everything is written")
+    run.add_argument("--out", type=any_path, metavar="DIR", help="where everything is written")
     begin = run.add_mutually_exclusive_group()
     begin.add_argument(
         "--resume", action="store_true", help="go on from DIR/state.pt; of the settings below, only --steps may change"
@@ -75,11 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print the settings as TOML, for --config, and do nothing else"
     )
     run.add_argument(
-        "--save-every", type=whole_number(1), default=200, metavar="N", help="steps between checkpoints (default: 200)"
+        "--save-every",
+        type=whole_number(1, _MAX_STEPS),
+        default=200,
+        metavar="N",
+        help="steps between checkpoints (default: 200)",
     )
     run.add_argument(
         "--eval-every",
-        type=whole_number(0),
+        type=whole_number(0, _MAX_STEPS),
         default=500,
         metavar="N",
         help="steps between evaluations on the held-out files; 0: only at the end, where there always is one "
@@ -89,7 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(run)
 
     text = parser.add_argument_group("text")
-    text.add_argument("--data", type=Path, metavar="FOLDER", help="train on its files; default the standard library")
+    text.add_argument(
+        "--data", type=any_path, metavar="FOLDER", help="train on its files; default the standard library"
+    )
     text.add_argument(
         "--suffix", action="append", type=_suffix, metavar=".EXT", help="of these files; repeatable (default: .py)"
     )
@@ -101,9 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     settings = parser.add_argument_group("settings")
-    settings.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; the options below win over it")
     settings.add_argument(
-        "--init", type=Path, metavar="FILE.safetensors", help="weights to start from, of the same shape"
+        "--config", type=any_path, metavar="FILE.toml", help="settings; the options below win over it"
+    )
+    settings.add_argument(
+        "--init", type=any_path, metavar="FILE.safetensors", help="weights to start from, of the same shape"
     )
     for entry in fields(TrainConfig):
         _add_setting(settings, entry)
@@ -111,14 +128,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_setting(parser: argparse._ActionsContainer, entry: Field[Any]) -> None:
     """One option for one setting; absent from the namespace unless given."""
-    low, choices, kind = entry.metadata["low"], entry.metadata["choices"], type(entry.default)
-    options: dict[str, Any] = {"choices": choices}
+    of, kind = entry.metadata, type(entry.default)
+    options: dict[str, Any] = {"choices": of["choices"]}
     if kind is tuple:
-        options = {"type": _whole_numbers, "metavar": "N,N"}
+        options = {"type": whole_numbers, "metavar": "N,N"}
     elif kind is int:
-        options = {"type": whole_number(int(low)), "metavar": "N"}
-    elif kind is float:
-        options = {"type": _number, "metavar": "X"}
+        options = {"type": whole_number(of["low"], of["high"]), "metavar": "N"}
+    elif kind is float:  # `TrainConfig` knows the range
+        options = {"type": number(float, lambda value: True, "a number"), "metavar": "X"}
     parser.add_argument(
         f"--{entry.name.replace('_', '-')}",
         default=argparse.SUPPRESS,
@@ -129,20 +146,6 @@ def _add_setting(parser: argparse._ActionsContainer, entry: Field[Any]) -> None:
 
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 def _suffix(text: str) -> str:
@@ -166,17 +169,29 @@ def run(options: argparse.Namespace) -> int:
     _check_out(options)
 
     import_torch()
-    device = str(resolve_device(options.device))
-    with user_errors(OSError, ValueError, rename=_OPTION_OF):
-        trainer = _trainer(options, config, given.get("steps"), device)
-        held_out = trainer.corpus.files.held_out_texts()
+    device = resolve_device(options.device)
+    trainer, held_out = _trainer(options, config, given.get("steps"), device)
+    with _folder(options.out):
+        return _train(trainer, held_out, options)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """The folder `path`, made if need be; what was made goes again, if nothing was written into it inside."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise UserError(f"--out: expected a folder to write into, got {path} (not writable)")
+        yield
     except OSError as error:
-        raise UserError(f"--out: expected a folder to write into, got {options.out} ({error.strerror})") from error
-    if not os.access(options.out, os.W_OK):
-        raise UserError(f"--out: expected a folder to write into, got {options.out} (not writable)")
-    return _train(trainer, held_out, options)
+        if path.is_dir():
+            raise
+        raise UserError(f"--out: expected a folder to write into, got {path} ({error.strerror})") from error
+    finally:
+        with suppress(OSError):  # one that has something in it stays, and those above it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> TrainConfig:
@@ -217,21 +232,63 @@ def _check_out(options: argparse.Namespace) -> None:
         )
 
 
-def _trainer(options: argparse.Namespace, config: TrainConfig | None, steps: int | None, device: str) -> Trainer:
-    """A new trainer, or without `config` the one that was saved."""
+def _trainer(
+    options: argparse.Namespace, config: TrainConfig | None, steps: int | None, device: torch.device
+) -> tuple[Trainer, dict[str, bytes]]:
+    """A new trainer, or without `config` the one that was saved; and the held-out texts.
+
+    Raises:
+        UserError: a file is missing or damaged, or what is asked for does not fit the text, the weights or the memory.
+    """
+    import torch
+
     from ..models import load_checkpoint
-    from ..models.training.data import Corpus, TextFiles, folder_files
+    from ..models.training.data import Corpus, TextFiles, folder_files, stdlib_files
     from ..models.training.trainer import Trainer, read_state
 
-    init = None if options.init is None else load_checkpoint(options.init)
-    # A run goes on with its own files, unless they have moved.
-    files = TextFiles.from_record(read_state(options.out)["files"]) if config is None and options.data is None else None
-    if options.data is not None:
-        files = folder_files(options.data, options.suffix or (".py",), options.held_out or ())
-    corpus = Corpus(files)
+    init, state = None, {}
+    if options.init is not None:
+        with user_errors(Exception, rename=_OPTION_OF, otherwise="--init: expected a checkpoint that can be read"):
+            init = load_checkpoint(options.init)
+    damaged = f"--resume: expected the whole state of a training run, got {options.out / STATE}"
     if config is None:
-        return Trainer.resume(options.out, corpus, steps, device)
-    return Trainer(config, corpus, init=init, device=device)
+        with user_errors(Exception, rename=_OPTION_OF, otherwise=damaged):
+            state = read_state(options.out)
+            _check_memory(TrainConfig.from_dict(state["config"]), device)
+    else:
+        _check_memory(config, device)
+    with user_errors(Exception, rename=_OPTION_OF, otherwise="--data: expected files that can be read"):
+        if options.data is not None:
+            files = folder_files(options.data, options.suffix or (".py",), options.held_out or ())
+        else:  # a run goes on with its own files, unless they have moved
+            files = stdlib_files() if config else TextFiles.from_record(state["files"])
+        size = sum((files.folder / name).stat().st_size for name in (*files.training, *files.held_out))
+        # Bytes, then one int64 and one int16 each.
+        check_memory(11 * size, torch.device("cpu"), f"--data: expected files that fit into memory, got {size:,} bytes")
+        corpus, held_out = Corpus(files), files.held_out_texts()
+    if config is None:
+        with user_errors(Exception, rename=_OPTION_OF, otherwise=damaged):
+            return Trainer.resume(options.out, corpus, steps, str(device)), held_out
+    with user_errors(ValueError, rename=_OPTION_OF):
+        return Trainer(config, corpus, init=init, device=str(device)), held_out
+
+
+def _check_memory(config: TrainConfig, device: torch.device) -> None:
+    """Raise UserError unless a step of the run fits into memory, and a decode step of its evaluations."""
+    import torch
+
+    from ..models.training.trainer import model_config
+    from ..patterns import tidar_step
+
+    model = model_config(config)
+    rows = 2 * config.seq_len * (config.batch // config.shares)
+    sizes = f"batch {config.batch}, seq_len {config.seq_len} and {model.num_parameters:,} parameters"
+    workers = config.workers if device.type == "cpu" else 1
+    needed = training_bytes(model, rows, workers)
+    check_memory(needed, device, f"settings: expected a step that fits into memory, got {sizes}")
+    longest = max(config.block_sizes)
+    needed += step_bytes(model, tidar_step(longest).q_len, torch.empty(0, device=device))
+    check_memory(needed, device, f"--block-sizes: expected steps that fit into memory, got {longest}")
 
 
 def _train(trainer: Trainer, held_out: dict[str, bytes], options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ STATE = "state.pt"  # the file in a run's folder from which it goes on
 
 # Steps are counted in int32, as tokens are; seeds are those of PyTorch's generators.
 _MOST_STEPS, _LARGEST_SEED = 2**31 - 1, 2**64 - 1
+_MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, unchecked.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not TOML.
+        OSError: it cannot be read. ValueError: it is not TOML, or longer than any settings are.
     """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    with open(path, "rb") as file:  # which may be a device that never ends
+        raw = file.read(_MAX_FILE_BYTES + 1)
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ValueError(f"more than {_MAX_FILE_BYTES} bytes")
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
