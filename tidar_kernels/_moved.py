@@ -73,7 +73,7 @@ def _new_name(old: str) -> str:
 
 
 def install() -> None:
-    """Put the finder of old names behind Python's own."""
+    """Put the finder of old names after Python's own."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
 

@@ -11,11 +11,11 @@ own.
 rows a step. `benchmarks/static/report.py` shows what the compiler made of each. No time on a GPU has chosen one yet:
 what spills or does not fit the chip's shared memory is out, and of the rest an entry without a reason beside it
 
-    has copies of a whole turn of its loop under way while the turn before is multiplied: from 3 stages on;
+    overlaps async copies for the next iterations with this iteration's MMAs: from 3 stages on;
     reads K/V for 128 rows at a time where it can (cc 80: 64), as L2 has no bandwidth for fewer;
-    up to head dim 64 leaves room for a second block on a multiprocessor, whose products fill its softmax's time;
-    from head dim 128 on, where one block fills the registers, multiplies SCORES_AHEAD on cc 90 and 100;
-    on cc 80 to 89 and 120 has warps that share no row where it can, so that none waits for another's maximum.
+    up to head dim 64 lets two CTAs share an SM, so that one's MMAs fill the other's softmax;
+    from head dim 128 on, where one CTA fills the registers, computes SCORES_AHEAD on cc 90 and 100;
+    on cc 80 to 89 and 120 lets no row span warps where it can, so that no warp waits for another's maximum.
 """
 
 from __future__ import annotations

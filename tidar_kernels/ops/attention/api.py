@@ -42,7 +42,7 @@ def attention(
         pattern: `pattern.q_len` and `pattern.kv_len` match q and k; with a tree mask only the twin takes it.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
         softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
-        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
+        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, without a value
             (GPT-OSS); lse has it too. Differentiable. Default none.
         return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
         backend: None picks by device; "triton" or "eager" by name.

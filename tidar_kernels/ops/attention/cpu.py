@@ -68,7 +68,7 @@ class _Edges:
     Args:
         starts: int64 `[tiles]`, first row of each.
         rest: int32 `[tiles, height, 4, 2]`, what no piece covers of each row's intervals: half-open intervals.
-        spans: int32 `[tiles, 4, 2]`, their hulls: the keys that are gathered, and behind them key 0 up to `width`.
+        spans: int32 `[tiles, 4, 2]`, their hulls: the keys that are gathered; key 0 fills the rest up to `width`.
     """
 
     starts: Tensor
@@ -143,7 +143,7 @@ def _staircases(interval: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 
 def _cut_interval(interval: Tensor, rest: Tensor, staircases: bool) -> list[_Piece]:
-    """Pieces of one interval of every row; `rest [q_len, 2, 2]` becomes what they leave of it, before and behind."""
+    """Pieces of one interval of every row; `rest [q_len, 2, 2]` becomes what they leave of it, before and after."""
     pieces = []
     rest[:, 0] = interval
     at = 0

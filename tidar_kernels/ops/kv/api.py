@@ -25,7 +25,7 @@ def append_kv(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """Write new keys and values behind the committed ones, in place; commits nothing.
+    """Write new keys and values after the committed ones, in place; commits nothing.
 
     Token j of sequence b lands in slot `lengths[b] + j`, bit for bit. Every other slot keeps its bits. On CUDA, where
     `lengths` is not read by the host, slots outside `[0, max_len)` are dropped by the kernel; `KVCache` raises first.
@@ -102,7 +102,7 @@ def rotary_append(
     *,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q and k, and write the first `keep` rows' k and v behind the committed ones; commits nothing.
+    """Rotate q and k, and write the first `keep` rows' k and v after the committed ones; commits nothing.
 
     What a layer of a decode step does before its attention, in one launch. v goes into the cache bit for bit, as by
     `append_kv`; k with the bits of the rotated k that is returned. It has no gradient: a backward pass through it is a

@@ -52,7 +52,7 @@ def step_attention(
         max_context: an upper bound of `lengths` that the host happens to know; fewer programs are launched, the bits
             stay. Default `max_len`.
         softcap: cap of the logits, positive: they are `softcap * tanh(scale * q.k / softcap)` (Gemma 2). Default none.
-        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, with no value behind it
+        sinks: `[heads]`, any float dtype: one more logit in the softmax of every row of a head, without a value
             (GPT-OSS); lse has it too. Default none.
         return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
         backend: None picks by device; "triton" or "eager" by name.

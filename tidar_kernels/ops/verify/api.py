@@ -38,7 +38,7 @@ class Verified(NamedTuple):
 
     Attributes:
         accepted: int64 `[batch]`, drafts that stay, 1..B.
-        next_tokens: int64 `[batch]`, what follows them: slot 0 of the next draft; -1 behind a bad row.
+        next_tokens: int64 `[batch]`, what follows them: slot 0 of the next draft; -1 after a bad row.
         bad_rows: int64 `[batch]`, the row whose logits no token can be taken of (NaN, +inf, or nothing above -inf) and
             that the step came to; -1 if there is none.
     """
@@ -93,7 +93,7 @@ def sample(
 
     Args:
         logits: `[batch, rows, vocab]`, any float dtype, any strides.
-        positions: int `[batch]`, the position of the token of each sequence's row 0; row i is for the i-th behind it.
+        positions: int `[batch]`, the position of the token of each sequence's row 0; row i is for the i-th after it.
         params: of every sequence, or one for all.
         seen: bool `[batch, vocab]`, tokens that the repetition penalty is for; None for no penalty.
         stream: which noise; drafts that rejection will judge need a stream of their own.
@@ -129,20 +129,20 @@ def verify(
     check: bool = True,
     backend: Backend | None = None,
 ) -> Verified:
-    """How many drafts of a step stay, and the token behind them (TiDAR, arXiv 2511.08923, step rule).
+    """How many drafts of a step stay, and the token after them (TiDAR, arXiv 2511.08923, step rule).
 
     The first draft was the model's own choice a step ago and always stays. Draft i stays if all before it do and row
     i - 1, which has seen them, accepts it by the rule; the first row that does not, or the last, gives the next token.
 
     Args:
         logits: `[batch, B, vocab]`, the autoregressive logits of the B draft rows, any float dtype, any strides.
-        drafts: int64 `[batch, B]`; -1 behind the first for a draft that is missing, where acceptance ends.
-        positions: int `[batch]`, the position that row 0's token would take, one behind the first draft's.
+        drafts: int64 `[batch, B]`; -1 after the first for a draft that is missing, where acceptance ends.
+        positions: int `[batch]`, the position that row 0's token would take, one after the first draft's.
         params: of every sequence, or one for all. At temperature 0 every rule is greedy.
         rule: "coupled", "rejection" or "point_mass"; see the module.
         draft_logits: `[batch, B, vocab]`, for "rejection": row i is what draft i was drawn from, by the same `params`;
             row 0 is not used.
-        mix: `[batch, B, vocab]`, row i the diffusion logits of row 0 of the block behind draft i: rows then go by
+        mix: `[batch, B, vocab]`, row i the diffusion logits of row 0 of the block after draft i: rows then go by
             `beta * logits + (1 - beta) * mix`.
         beta: trust in the autoregressive logits, in [0, 1].
         seen: bool `[batch, vocab]`, tokens committed so far, for the repetition penalty; None for no penalty. Each row

@@ -59,7 +59,7 @@ def _history(seen: Tensor | None, drafts: Tensor | None, rows: int) -> Tensor | 
 
 
 def _gumbel(scores: Tensor, seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """Noise of every (sequence, row, token); row i of a sequence is for the position i behind its first."""
+    """Noise of every (sequence, row, token); row i of a sequence is for the position i after its first."""
     token = torch.arange(scores.shape[-1], device=scores.device)
     position = positions[:, None, None] + torch.arange(scores.shape[1], device=scores.device)[:, None]
     return noise.gumbel(seeds[:, None, None], token, position, stream)
@@ -108,14 +108,14 @@ def verify(
         logits = beta * logits.to(wide) + (1.0 - beta) * mix.to(wide)
     x = shaped_scores(logits, knobs, _history(seen, drafts, rows))
     greedy, bad = (knobs[:, Knob.TEMPERATURE] <= 0)[:, None], _is_bad(logits)
-    behind = torch.cat([drafts[:, 1:], torch.full_like(drafts[:, :1], -1)], dim=1)  # row i decides draft i + 1
+    following = torch.cat([drafts[:, 1:], torch.full_like(drafts[:, :1], -1)], dim=1)  # row i decides draft i + 1
     token = x.argmax(-1)
     if rule == "coupled":
         if not bool(greedy.all()):
             token = torch.where(greedy, token, (x + _gumbel(x, seeds, positions, Stream.TOKEN)).argmax(-1))
-        accept = token == behind
+        accept = token == following
     else:
-        p, has_draft = x.softmax(-1), behind >= 0
+        p, has_draft = x.softmax(-1), following >= 0
         if rule == "rejection":
             if draft_logits is None:
                 raise ValueError("draft_logits: expected a tensor for the rejection rule, got None")
@@ -123,14 +123,14 @@ def verify(
             bad = bad | torch.cat([_is_bad(draft_logits)[:, 1:], torch.zeros_like(bad[:, :1])], dim=1) & has_draft
             q = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1).masked_fill(~has_draft[..., None], 0.0)
         else:
-            q = torch.nn.functional.one_hot(behind.clamp(min=0), x.shape[-1]) * has_draft[..., None].to(p.dtype)
+            q = torch.nn.functional.one_hot(following.clamp(min=0), x.shape[-1]) * has_draft[..., None].to(p.dtype)
         rest = (p - q).clamp(min=0)
         rest = torch.where((rest > 0).any(-1, keepdim=True), rest, p)
         drawn = (rest.log() + _gumbel(x, seeds, positions, Stream.RESIDUAL)).argmax(-1)
         position = positions[:, None] + torch.arange(rows, device=x.device)
         u = noise.uniform(seeds[:, None], position, Stream.ACCEPT)
-        p_draft, q_draft = (y.gather(-1, behind.clamp(min=0)[..., None])[..., 0] for y in (p, q))
-        accept = torch.where(greedy, token == behind, has_draft & (u * q_draft < p_draft))
+        p_draft, q_draft = (y.gather(-1, following.clamp(min=0)[..., None])[..., 0] for y in (p, q))
+        accept = torch.where(greedy, token == following, has_draft & (u * q_draft < p_draft))
         token = torch.where(greedy, token, drawn)
     accept = accept & ~bad
     last = accept.to(torch.int64).cumprod(1).sum(1).clamp(max=rows - 1)[:, None]
