@@ -278,7 +278,7 @@ _DKDV: Table = {
             32: TileConfig(64, 128, 8, 3),
             64: TileConfig(64, 128, 8, 3),
             128: TileConfig(32, 128, 8, 4),  # 64 rows spill 40 bytes
-            256: TileConfig(16, 64, 8, 2),  # 3 stages spill 32 bytes
+            256: TileConfig(16, 64, 8, 3),
         },
     },
     100: {

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
 from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
-from .._triton.softmax import cap_gradient, cap_scores, raw_scores, score_units
-from .._triton.tiles import defects, load_interval, load_tile, row_pointers, tile_bounds
+from .._triton.softmax import cap_gradient, cap_scores, score_units
+from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Results, Rows, Scores
 
 
@@ -43,8 +43,7 @@ def attention_rows_kernel(
 ):  # fmt: skip
     """`neg_lse = -lse / unit` and `neg_delta = -delta`, float32 `[batch, heads, q_len]`, of BLOCK_M rows of one head.
 
-    `grad_lse` may be None. Rows that saw no key have -inf and 0. Rows whose lse, delta or gradient is not finite have
-    NaN and 0, so that their P is NaN at every key that they see.
+    `grad_lse` may be None. Rows that saw no key have -inf and 0.
     """
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
@@ -61,30 +60,23 @@ def attention_rows_kernel(
     if grad_lse is not None:
         grad_offset = b * grad_lse.stride[0] + head * grad_lse.stride[1] + row.to(tl.int64) * grad_lse.stride[2]
         row_delta += tl.load(grad_lse.ptr + grad_offset, mask=in_bounds, other=0.0)
-    row_lse = tl.where(empty, 0.0, row_lse)
-    defect = (row_lse - row_lse) + (row_delta - row_delta) + defects(do_tile)
-    tl.store(neg_lse + row_offset, tl.where(empty, float("-inf"), -row_lse / unit + defect), mask=in_bounds)
-    tl.store(neg_delta + row_offset, tl.where(empty | (defect != 0.0), 0.0, row_delta), mask=in_bounds)
+    tl.store(neg_lse + row_offset, tl.where(empty, float("-inf"), -row_lse / unit), mask=in_bounds)
+    tl.store(neg_delta + row_offset, tl.where(empty, 0.0, row_delta), mask=in_bounds)
 
 
 @triton.jit
-def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, unit2, inner_scale, visible, defect):
+def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, unit2, inner_scale, visible):
     """`dq` after one more key tile: dQ but for its factor, `unit` or with a cap `unit * inner_scale`.
 
-    `neg_lse2` is -lse in base 2; `visible [rows, keys]` is None where every row sees every key. Under a mask
-    `k_tile` is finite, 0 where the keys have a `defect` (`defects`), as values are in `softmax_update`.
+    `neg_lse2` is -lse in base 2; `visible [rows, keys]` is None where every row sees every key.
     """
-    scores = raw_scores(q_tile, k_tile)
-    if visible is not None:
-        scores += defect[None, :]
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     scores = cap_scores(scores, inner_scale, q_tile.dtype == tl.float32)
     p = tl.exp2(tl.fma(scores, unit2, neg_lse2[:, None]))
     if visible is not None:
         p = tl.where(visible, p, 0.0)
     ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee") + neg_delta[:, None])
     ds = cap_gradient(ds, scores, inner_scale)
-    if visible is not None:
-        ds = tl.where(p == 0.0, 0.0, ds)
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
 
@@ -93,7 +85,7 @@ def attention_dq_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, unit, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dQ `[batch, heads, q_len, d]` of one row tile of one head; `neg_lse` becomes NaN where q is not finite."""
+    """dQ `[batch, heads, q_len, d]` of one row tile of one head."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,9 +96,7 @@ def attention_dq_kernel(
     do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM, UPCAST)
     row_offset = tl.program_id(1).to(tl.int64) * q_len + row
     unit2 = unit * 1.4426950408889634
-    row_lse = tl.load(neg_lse + row_offset, mask=in_bounds, other=float("-inf"))
-    tl.store(neg_lse + row_offset, row_lse + defects(q_tile), mask=in_bounds)
-    row_lse2 = row_lse * unit2
+    row_lse2 = tl.load(neg_lse + row_offset, mask=in_bounds, other=float("-inf")) * unit2
     row_delta = tl.load(neg_delta + row_offset, mask=in_bounds, other=0.0)
     key = tl.arange(0, BLOCK_N)
     k_ptrs = row_pointers(k, b * k.stride[0] + head // group * k.stride[1], key, BLOCK_D)
@@ -121,18 +111,15 @@ def attention_dq_kernel(
         for tile in tl.range(full, full_end):
             k_tile = load_tile(k_ptrs + tile * k_step, None, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs + tile * v_step, None, HEAD_DIM, UPCAST)
-            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, None, None)
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, None)
         before = full - first
-        for i in tl.range(0, before + last - full_end, num_stages=1):
+        for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            defect = defects(load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM, UPCAST))
-            k_tile = load_tile(k_ptrs + tile * k_step, (n < kv_len) & (defect == 0.0), HEAD_DIM, UPCAST)
+            k_tile = load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
             v_tile = load_tile(v_ptrs + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            acc = _dq_tile(
-                acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, visible, defect
-            )
+            acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, visible)
 
     if inner_scale is not None:
         unit *= inner_scale
@@ -292,11 +279,9 @@ def attention_dkdv_kernel(
             for tile in tl.range(tl.load(partial_runs - 2 * i), tl.load(partial_runs - 2 * i + 1)):
                 row = tile * BLOCK_M + in_tile
                 in_bounds = row < q_len
+                q_tile = load_tile(q_ptr + tile * q_step + q_offset, in_bounds, HEAD_DIM, UPCAST)
+                do_tile = load_tile(do_ptr + tile * do_step + do_offset, in_bounds, HEAD_DIM, UPCAST)
                 row_lse = tl.load(neg_lse + row_offset + row, mask=in_bounds, other=float("-inf"))
-                # Other rows (NaN, -inf) may hold NaN themselves, and 0 * NaN would reach keys that they do not see.
-                sound = row_lse > float("-inf")
-                q_tile = load_tile(q_ptr + tile * q_step + q_offset, sound, HEAD_DIM, UPCAST)
-                do_tile = load_tile(do_ptr + tile * do_step + do_offset, sound, HEAD_DIM, UPCAST)
                 row_delta = tl.load(neg_delta + row_offset + row, mask=in_bounds, other=0.0)
                 lo, hi = load_interval(lead, row, in_bounds)
                 visible = (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
