@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit soak bench gpu report docs wheel clean
+.PHONY: help venv demo test lint unit soak bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -82,6 +82,11 @@ gpu: $(GPU_SETUP)  ## all that needs a CUDA GPU: parity, then benchmarks, as fil
 # Compiles what is missing or stale; a run that is cut short goes on where it stopped.
 report: $(STAMP)  ## what the compiler makes of every kernel on every chip, without a GPU; JOBS=N processes
 	$(BIN)/python -m benchmarks.static.report $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
+
+# One process: a model type after the other, some of them large.
+models: $(STAMP)  ## every causal model type of transformers, equal to generate or refused; the table of docs/transformers.md
+	MODELS_OUT=$(BENCH_OUT) $(BIN)/python -m pytest -q -n 0 -m models tests/integrations/transformers/test_every_model.py
+	$(PUBLISH)
 
 docs: $(STAMP)  ## regenerate the pictures and tables of docs/ and README.md
 	$(BIN)/python docs/generate.py

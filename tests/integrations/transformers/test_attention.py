@@ -216,6 +216,95 @@ class TestMasks:
         assert torch.equal(mask.dense()[0, 0], torch.ones(3, 3, dtype=torch.bool).tril())
         assert mask.dense() is mask.dense()
 
+    def test_the_structure_is_a_tensor_to_whoever_looks(self) -> None:
+        """Functions of PyTorch, operators and indices give what they give for the dense mask."""
+        options = {"q_length": 4, "kv_length": 4, "allow_is_causal_skip": False, "local_size": 2}
+        if "cache_position" in attention.sdpa_mask.__code__.co_varnames:
+            options["cache_position"] = torch.arange(4)
+        mask = tidar_mask(2, **options)
+        dense = mask.dense()
+        one = torch.zeros(())
+        for ask in (
+            lambda m: torch.where(m, 0.0, -1.0),
+            lambda m: torch.cat([m, m]),
+            lambda m: torch.stack((m, m)),
+            lambda m: torch.logical_not(m),
+            lambda m: m[:, :, 1:],
+            lambda m: m[..., -1],
+            lambda m: ~m,
+            lambda m: m & m,
+            lambda m: dense & m,
+            lambda m: one.masked_fill(m, 1.0),
+            lambda m: m == dense,
+            lambda m: m * 2.0,
+            lambda m: 1.0 - m.float(),
+            lambda m: torch.tensor(len(m)),
+        ):
+            assert torch.equal(ask(mask), ask(dense))
+        assert mask[:, :, 0:, :] is mask  # all of it is still no tensor
+        assert len({mask, mask}) == 1
+
+    @pytest.mark.parametrize("mask", ["ones", "4-D ones"])
+    def test_packed_documents_under_a_mask_of_ones_are_warned_of(self, mask: str) -> None:
+        ids = padded_inputs("none")["input_ids"]
+        positions = torch.cat([torch.arange(8), torch.arange(13)]).expand(3, -1)
+        ones = torch.ones_like(ids) if mask == "ones" else torch.ones(3, 1, 21, 21, dtype=torch.bool).tril()
+        with pytest.warns(UserWarning, match=r"^attention_mask: expected None beside position_ids that start again"):
+            tiny()(ids, attention_mask=ones, position_ids=positions, use_cache=False)
+        apart = (positions[:, :, None] - torch.arange(21)[:, None] == positions[:, None] - torch.arange(21)).unsqueeze(
+            1
+        )
+        tiny()(ids, attention_mask=apart & torch.ones(21, 21, dtype=torch.bool).tril(), position_ids=positions)
+        tiny()(ids, position_ids=positions, use_cache=False)
+        for padding in ("left", "right"):
+            inputs = padded_inputs(padding)
+            rows = inputs["attention_mask"]
+            tiny()(**inputs, position_ids=(rows.cumsum(-1) - 1).masked_fill(rows == 0, 1))
+
+
+def test_the_result_lies_as_that_of_sdpa_does() -> None:
+    """Contiguous on every path, for models that call `.view` on it."""
+    module = torch.nn.Module()
+    module.layer_idx, module.num_key_value_groups = 0, 2
+    q, kv, pattern = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), patterns.causal(5)
+    cache = KVCache(num_layers=1, batch_size=2, num_kv_heads=2, head_dim=8, max_len=8)
+    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    with torch.no_grad():
+        for rows, mask, options in (
+            (q, None, {}),
+            (q[:, :, -1:], None, {}),
+            (q, seen, {}),
+            (q, seen, {"softcap": 3.0}),
+            (q, None, {"tidar_pattern": pattern}),
+            (q, None, {"tidar_pattern": pattern, "tidar_cache": cache}),
+        ):
+            out, _ = tidar_attention_forward(module, rows, kv, kv, mask, **options)
+            assert out.shape == (2, rows.shape[2], 4, 8)
+            assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("widths", [(8, 4), (4, 8)], ids=str)
+def test_keys_and_values_of_several_widths(widths: tuple[int, int]) -> None:
+    """With a pattern: zeros are put behind the narrower ones, in a cache too; gradients are those of the parts."""
+    module = torch.nn.Module()
+    module.layer_idx = 0
+    pattern = patterns.tidar_prefill(3, 2)
+    q, k = torch.randn(2, 4, 5, widths[0]), torch.randn(2, 2, 5, widths[0], requires_grad=True)
+    v, sinks = torch.randn(2, 2, 5, widths[1], requires_grad=True), torch.randn(4)
+    mask = pattern.dense()[None, None]
+    expected = attention.masked_attention(q, k, v, mask, sinks=sinks)
+    out, _ = tidar_attention_forward(module, q, k, v, None, tidar_pattern=pattern, s_aux=sinks)
+    torch.testing.assert_close(out, expected)
+    for got, wanted in zip(*(torch.autograd.grad(x.square().sum(), (k, v)) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    cache = KVCache(num_layers=1, batch_size=2, num_kv_heads=3, head_dim=9, max_len=4)  # larger than this layer's
+    cache.k.fill_(torch.nan)
+    with torch.no_grad():
+        out, _ = tidar_attention_forward(module, q, k, v, None, tidar_pattern=pattern, tidar_cache=cache, s_aux=sinks)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(cache.k[0, :, :2, :3, : widths[0]], k[:, :, :3])
+    assert torch.equal(cache.v[0, :, :2, :3, : widths[1]], v[:, :, :3])
+
 
 def test_masked_attention_in_all_its_parts() -> None:
     """Against the twin, which has boolean masks, softcap and sinks; rows that see nothing are 0."""

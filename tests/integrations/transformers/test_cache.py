@@ -76,6 +76,33 @@ class TestLayer:
         layer.reset()
         assert layer.get_seq_length() == 0
 
+    def test_gradients_are_those_of_a_dynamic_cache(self) -> None:
+        """Through several appends, a rollback and other sequences; tokens without gradients among them."""
+        parts = [torch.randn(2, 3, n, 4, requires_grad=n != 2) for n in (3, 2, 4)]
+        found = []
+        for layer in (TiDARCacheLayer(12), DynamicLayer()):
+            for part in parts[:2]:
+                layer.update(part, part * 2)
+            layer.crop(-1)
+            layer.batch_select_indices(torch.tensor([1, 0]))
+            keys, values = layer.update(parts[2], parts[2] * 2)
+            found.append((keys, values, *torch.autograd.grad((keys * values.sin()).sum(), (parts[0], parts[2]))))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        with torch.no_grad():
+            layer = TiDARCacheLayer(12)
+            keys, _ = layer.update(parts[0], parts[0])
+            assert keys.data_ptr() == layer.keys.data_ptr()  # nothing is kept beside the buffers
+
+    def test_keys_and_values_of_several_dtypes(self) -> None:
+        """As under autocast, where rotated keys stay float32."""
+        layer, expected = TiDARCacheLayer(6), DynamicLayer()
+        for _ in range(2):
+            k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4).bfloat16()
+            for got, wanted in zip(layer.update(k, v), expected.update(k, v), strict=True):
+                assert got.dtype == wanted.dtype
+                assert torch.equal(got, wanted)
+
     def test_of_other_sequences(self, layer: TiDARCacheLayer) -> None:
         before, address = layer.keys.clone(), layer.keys.data_ptr()
         layer.reorder_cache(torch.tensor([1, 1]))
@@ -91,10 +118,28 @@ class TestLayer:
         x = torch.randn(2, 3, 4, 4)
         with pytest.raises(ValueError, match=r"^max_len: expected room for 4 more tokens, got 5 of 8 taken"):
             layer.update(x, x)
+        with pytest.raises(
+            ValueError, match=r"^v: expected shape \[2, 3, 1, 4\] like what is cached, got \[2, 3, 1, 2\]"
+        ):
+            layer.update(x[:, :, :1], x[:, :, :1, :2])
         check_equal(layer.keys, before, "keys")
         for count in (1, -6):
             with pytest.raises(ValueError, match=rf"^tokens_to_remove: expected between -5 and 0, got {count}"):
                 layer.crop(count)
+
+
+def test_a_model_under_autocast_and_with_gradients() -> None:
+    model = tiny()
+    model.set_attn_implementation("tidar")
+    inputs = padded_inputs("none")
+    found = []
+    for cache in (TiDARCache(model.config, 64), DynamicCache(config=model.config)):
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                logits = model(**inputs, past_key_values=cache).logits
+        found.append(torch.autograd.grad(logits.square().sum(), model.model.layers[0].self_attn.k_proj.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * float(found[1].abs().max()))
+    assert float(found[0].norm()) > 0
 
 
 def test_refusals() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,70 @@ def test_a_compiled_model_is_one_graph_a_layout() -> None:
         expected.backward()
         for one, other in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks
+def test_a_compiled_loss() -> None:
+    """The whole of it in a compiled function: the forward pass is compiled, the rest runs beside it."""
+    model, reference, batch = tiny(), tiny(), batch_of()
+    expected = compute_loss(reference, batch).loss
+    expected.backward()
+    compiled = torch.compile(lambda given: compute_loss(model, given).loss, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        got = compiled(batch)
+        torch.testing.assert_close(got.detach(), expected.detach())
+        got.backward()
+        del got
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_threads_do_not_meet() -> None:
+    """Losses and ordinary forward passes of one model at the same time are what they are alone."""
+    model, batches = tiny().eval(), [batch_of(), batch_of(EXAMPLES[1:2])]
+    ids = torch.randint(1, VOCAB, (2, 9))
+    with torch.no_grad():
+        losses_alone = [compute_loss(model, batch).loss for batch in batches]
+        alone = model(ids, labels=ids)
+    wrong: list[str] = []
+
+    def lose(index: int) -> None:
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(compute_loss(model, batches[index]).loss, losses_alone[index]):
+                    wrong.append(f"loss {index}")
+
+    def run() -> None:
+        for _ in range(40):
+            with torch.no_grad():
+                out = model(ids, labels=ids)
+                if not (torch.equal(out.logits, alone.logits) and torch.equal(out.loss, alone.loss)):
+                    wrong.append("logits")
+
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(lose, 0), pool.submit(lose, 1), pool.submit(run), pool.submit(run)]
+        for each in work:
+            each.result()
+    assert not wrong
+    assert not {"forward", "_loss_function"} & (vars(model).keys() | vars(model.lm_head).keys())
+
+
+def test_a_mask_of_ones_in_a_batch_opens_no_document() -> None:
+    """The pattern says what is seen, whatever a wrapper of the collator puts beside it."""
+    model, batch = tiny(), batch_of()
+    ones = {"attention_mask": torch.ones_like(batch["input_ids"])}
+    assert torch.equal(compute_loss(model, batch | ones).loss, compute_loss(model, batch).loss)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_autocast_where_keys_stay_float32(kind: str) -> None:
+    model, batch = tiny(kind), batch_of()
+    expected = compute_loss(model, batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = compute_loss(model, batch).loss
+    half.backward()
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0)
 
 
 def test_the_model_is_itself_again_afterwards() -> None:

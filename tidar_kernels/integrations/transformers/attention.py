@@ -3,8 +3,8 @@
 Ordinary use behaves as under `"sdpa"`, and no mask is ever dropped. Which path a call takes:
 
     call                                                  what runs
-    `tidar_pattern`                                       `tidar_kernels.attention`, behind the layer's window
-    `tidar_pattern`, `tidar_cache`                        `KVCache.append`, then `tidar_kernels.step_attention`
+    `tidar_pattern`                                       `tidar_kernels.attention`, cut to the layer's window
+    `tidar_pattern`, `tidar_cache`                        `tidar_kernels.append_kv`, then `step_attention`
     no mask, causal, as many keys as rows                 `tidar_kernels.attention`, plainly causal
     no mask, causal, more keys (unfilled static cache)    the same, on the first keys
     no mask, one row, inference (a growing cache)         `tidar_kernels.step_attention`, all keys but the last cached
@@ -16,6 +16,10 @@ Ordinary use behaves as under `"sdpa"`, and no mask is ever dropped. Which path 
 The mask of a model is made here too (`tidar_mask`). Where nobody gave one, it is a `StructureMask`: built only if a
 layer asks for it, so that a `tidar_pattern`, which stands in its place, costs no mask of sequence length squared.
 
+With a pattern, keys and values may differ in width (multi-head latent attention): the narrower one is padded with
+zeros, which changes no score and no output. A cache may be larger than a layer's K and V, which then take its first
+heads and columns: layers need not be alike.
+
 A pattern is compiled with the model it is given to. Cutting it to a window reads it, which a graph cannot: for
 `fullgraph=True` on a model with windows, call `pattern.windowed(window)` once before.
 """
@@ -23,10 +27,14 @@ A pattern is compiled with the model it is given to. Cutting it to a window read
 from __future__ import annotations
 
 import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,9 +42,10 @@ from transformers.masking_utils import sdpa_mask
 
 from ... import ops, patterns
 from ...cache import KVCache
+from ...ops.attention import reference
 from ...patterns import Pattern
 
-__all__ = ["StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
+__all__ = ["LayerCalls", "StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
 
 NAME = "tidar"
 
@@ -72,11 +81,66 @@ class StructureMask:
         """Itself: it is moved once it is built."""
         return self
 
+    # A model that looks into its mask, rather than hand it on, finds the tensor: by attribute, in PyTorch's functions,
+    # and by the operators below.
     def __getattr__(self, name: str) -> Any:
-        # A model that looks into its mask, rather than hand it on, finds the tensor.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dense(), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index,)
+        whole = all(isinstance(p, slice) and p.start in (None, 0) and p.stop is None and p.step is None for p in parts)
+        return self if whole else self.dense()[index]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*map(_dense, args), **{name: _dense(value) for name, value in (kwargs or {}).items()})
+
+
+def _dense(value: Any) -> Any:
+    """`value` with the tensor in place of every `StructureMask`, in lists and tuples too."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_dense, value))
+    return value.dense() if isinstance(value, StructureMask) else value
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    def operator(self: StructureMask, *args: Any) -> Any:
+        return getattr(self.dense(), name)(*map(_dense, args))
+
+    return operator
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
+for _name in (
+    *(f"__{side}{operation}__" for operation in _BINARY for side in ("", "r")),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__len__", "__iter__", "__invert__", "__neg__", "__bool__"),
+):
+    setattr(StructureMask, _name, _forwarded(_name))
+StructureMask.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class LayerShape(NamedTuple):
+    """What a layer calls attention with: heads of K and V, width of K, width of V."""
+
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+
+
+class LayerCalls:
+    """In place of `tidar_cache`: notes how often each layer calls attention, and with what; nothing is cached.
+
+    Attributes:
+        calls: for each layer index, the shapes of its calls.
+    """
+
+    def __init__(self) -> None:
+        self.calls: defaultdict[Any, list[LayerShape]] = defaultdict(list)
 
 
 def tidar_mask(
@@ -118,7 +182,7 @@ def tidar_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     tidar_pattern: Pattern | None = None,
-    tidar_cache: KVCache | None = None,
+    tidar_cache: KVCache | LayerCalls | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of `"tidar"`, called by every attention layer of a model; see the module for the paths.
@@ -132,10 +196,11 @@ def tidar_attention_forward(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: `[heads]`, attention sinks: a logit a head in the softmax's denominator.
         tidar_pattern: which rows see what, in place of a mask: `model(.., position_ids=.., tidar_pattern=pattern)`.
-        tidar_cache: with a pattern, the context; the pattern's causal rows are written behind it, not committed.
+        tidar_cache: with a pattern, the context; the pattern's causal rows are written after it, not committed. Or a
+            `LayerCalls`, which takes notes.
 
     Returns:
-        `([batch, rows, heads, head_dim], None)`.
+        `([batch, rows, heads, head_dim of value], None)`, contiguous.
 
     Raises:
         TypeError, ValueError: dropout, attention weights, head masks and position biases, which this cannot do; a mask
@@ -149,36 +214,46 @@ def tidar_attention_forward(
             raise ValueError(f'{name}: expected none under attn_implementation="tidar", got {type(given).__name__}')
     if tidar_pattern is None and tidar_cache is not None:
         raise ValueError("tidar_pattern: expected a Pattern beside tidar_cache, got None")
+    query, key, value = _as_autocast(query, key, value)
     if tidar_pattern is not None:
         pattern = _layer_pattern(tidar_pattern, key, attention_mask, sliding_window)
+        if isinstance(tidar_cache, LayerCalls):
+            layer = getattr(module, "layer_idx", None)
+            tidar_cache.calls[layer].append(LayerShape(key.shape[1], key.shape[3], value.shape[3]))
+            tidar_cache = None
+        scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        width = value.shape[-1]
+        query, key, value = _as_wide(query, key, value)
         numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
         if tidar_cache is None:
-            return ops.attention(query, key, value, pattern, **numbers).transpose(1, 2), None
-        keep, layer = tidar_pattern.kept_len, _layer_index(module, tidar_cache)
-        tidar_cache.append(layer, key[:, :, :keep], value[:, :, :keep])
-        cached = (*tidar_cache.layer(layer), tidar_cache.lengths)
-        return ops.step_attention(query, key, value, *cached, pattern, **numbers).transpose(1, 2), None
+            out = ops.attention(query, key, value, pattern, **numbers)
+        else:
+            cached = _append(tidar_cache, _layer_index(module, tidar_cache), key, value, tidar_pattern.kept_len)
+            out = ops.step_attention(query, key, value, *cached, pattern, **numbers)
+        return _as_rows(out[..., :width]), None
 
     mask = attention_mask.dense() if isinstance(attention_mask, StructureMask) else attention_mask
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is not None:
         _check_mask(mask, query, key)
-    elif _kernels_take(query, key, value):
+    if is_causal and getattr(module, "layer_idx", 0) == 0:
+        _warn_of_leaks(kwargs.get("position_ids"), mask, query.shape[2], key.shape[2])
+    if mask is None and _kernels_take(query, key, value):
         rows, keys = query.shape[2], key.shape[2]
         if is_causal and rows <= keys and (rows > 1 or keys == 1):
             pattern = _causal(rows)
             out = ops.attention(
                 query, key[:, :, :rows], value[:, :, :rows], pattern, scaling, softcap=softcap, sinks=s_aux
             )
-            return out.transpose(1, 2), None
+            return _as_rows(out), None
         if rows == 1 and keys > 1 and not torch.is_grad_enabled():
             lengths = torch.full(query.shape[:1], keys - 1, dtype=torch.int32, device=query.device)
             out = ops.step_attention(
                 query, key[:, :, -1:], value[:, :, -1:], key[:, :, :-1], value[:, :, :-1], lengths, _causal(1), scaling,
                 softcap=softcap, sinks=s_aux,
             )  # fmt: skip
-            return out.transpose(1, 2), None
+            return _as_rows(out), None
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=0.0, scaling=scaling, **kwargs)
     return masked_attention(query, key, value, mask, scaling, softcap, s_aux, is_causal), None
@@ -197,26 +272,68 @@ def masked_attention(
     """Plain PyTorch attention with all that layers ask for: any mask, softcap and sinks at once.
 
     Args and result are those of `tidar_attention_forward`; without a mask, several rows are causal by `is_causal`.
-    Softmax in float32 at least; a row that sees no key is 0.
+    A row that sees no key is 0.
     """
     rows, keys, kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    if mask is None and is_causal and rows > 1:
-        mask = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
-    grouped = query.unflatten(1, (kv_heads, -1))
-    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling).flatten(1, 2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    lse = scores.logsumexp(-1, keepdim=True)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None, None])
-    # Where no key is seen, both are -inf; their difference would be NaN.
-    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(value.dtype)
-    out = probs.unflatten(1, (kv_heads, -1)) @ value.unsqueeze(2)
-    return out.flatten(1, 2).transpose(1, 2)
+    if mask is None:
+        mask = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if is_causal and rows > 1 else mask
+    mask = mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
+    return _as_rows(reference.masked_attention(query, key, value, mask, scaling, softcap, sinks)[0])
+
+
+def _as_rows(out: Tensor) -> Tensor:
+    """`[batch, heads, rows, head_dim]` -> `[batch, rows, heads, head_dim]`, contiguous as that of "sdpa" is."""
+    return out.transpose(1, 2).contiguous()
+
+
+def _as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast a layer may bring float32 keys and half-precision values: all as autocast wants them."""
+    device = operands[0].device.type
+    if len({x.dtype for x in operands}) == 1 or not torch.is_autocast_enabled(device):
+        return operands
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in operands)
+
+
+def _as_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All with the width of the widest, zeros behind: the scores and the first columns of the output stay."""
+    width = max(key.shape[-1], value.shape[-1])
+    if query.shape[-1] == value.shape[-1]:
+        return query, key, value
+    query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    return query, key, value
+
+
+def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the first `keep` keys and values after a layer's committed ones; `(k_cache, v_cache, lengths)` of it."""
+    heads, width = key.shape[1], key.shape[3]
+    k_cache, v_cache = (buffer[:, :heads, :, :width] for buffer in cache.layer(layer))
+    cache.check_room(keep)
+    ops.append_kv(k_cache, v_cache, key[:, :, :keep], value[:, :, :keep], cache.lengths)
+    return k_cache, v_cache, cache.lengths
+
+
+def _warn_of_leaks(positions: Any, mask: Tensor | None, rows: int, keys: int) -> None:
+    """Warn if positions start again, as those of packed documents do, where the mask lets a row see the row before.
+
+    transformers keeps packed documents apart only if no mask is given: one of all ones says that they see each other.
+    Rows and keys of padding (which do not see themselves) are no documents.
+    """
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[-1] != rows or rows != keys:
+        return
+    if rows == 1 or torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    leaks = positions[:, 1:] <= positions[:, :-1]
+    if mask is not None and mask.shape[-2:] == (rows, keys):
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        earlier, own = seen.diagonal(-1, -2, -1), seen.diagonal(0, -2, -1)[..., 1:]
+        leaks = leaks & (earlier & own).any(1)
+    if bool(leaks.any()):
+        warnings.warn(
+            "attention_mask: expected None beside position_ids that start again, for a mask of ones lets packed "
+            "documents see each other",
+            stacklevel=2,
+        )
 
 
 @lru_cache(maxsize=64)
@@ -248,7 +365,7 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
 def _layer_pattern(
     pattern: Pattern, key: Tensor, mask: Tensor | StructureMask | None, sliding_window: int | None
 ) -> Pattern:
-    """`pattern` behind the layer's window, once it is sure that nothing else was asked for."""
+    """`pattern` cut to the layer's window, once it is sure that nothing else was asked for."""
     if not isinstance(pattern, Pattern):
         raise TypeError(f"tidar_pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
     if isinstance(mask, StructureMask):

@@ -1,4 +1,4 @@
-"""A transformers cache on preallocated buffers: exact appends, lengths on the device, a rollback that writes lengths.
+"""A transformers cache on preallocated buffers: lengths on the device, and a rollback that only writes lengths.
 
 `model.generate(.., past_key_values=TiDARCache(model.config, max_len=1024))` in ordinary use; `TiDARCache.from_kv` takes
 over what a TiDAR decoder has committed. Every layer keeps all tokens, also one with a sliding window: windows are a
@@ -7,13 +7,13 @@ matter of masks, so that rows taken back never miss what had slid out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ... import ops
 from ...cache import KVCache
 from ...patterns import check_int
 
@@ -22,6 +22,11 @@ __all__ = ["TiDARCache", "TiDARCacheLayer"]
 
 class TiDARCacheLayer(CacheLayerMixin):
     """One layer: K and V `[batch, kv_heads, max_len, head_dim]`, allocated with the first tokens.
+
+    Under autocast, keys may be float32 beside values in half precision, which are then kept in float32 too, as
+    `DynamicCache` does.
+
+    Where gradients are wanted, tensors with them are kept beside the buffers and returned, as `DynamicCache` does.
 
     Attributes:
         keys, values: the buffers; slots past the length are stale. None before.
@@ -40,33 +45,49 @@ class TiDARCacheLayer(CacheLayerMixin):
         self.max_len = max_len
         self.lengths = None
         self._length = 0
+        self._tracked: tuple[Tensor, Tensor] | None = None  # all K and V with their gradients, if any has one
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         with torch.inference_mode(False):  # what is allocated while generating may be written anywhere
+            dtypes = key_states.dtype, torch.promote_types(key_states.dtype, value_states.dtype)
             self.keys, self.values = (
-                torch.zeros(*x.shape[:2], self.max_len, x.shape[3], dtype=x.dtype, device=x.device)
-                for x in (key_states, value_states)
+                torch.zeros(*x.shape[:2], self.max_len, x.shape[3], dtype=dtype, device=x.device)
+                for x, dtype in zip((key_states, value_states), dtypes, strict=True)
             )
             self.lengths = torch.zeros(len(key_states), dtype=torch.int32, device=key_states.device)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `[batch, kv_heads, n, head_dim]`; returns all keys and values so far, as views.
+        """Append `[batch, kv_heads, n, head_dim]`; returns all keys and values so far, as views of the buffers.
 
         Raises:
             ValueError: `max_len` would be passed, or shapes disagree; nothing is written then.
         """
-        new = key_states.shape[2]
-        if self._length + new > self.max_len:
-            held = f"{self._length} of {self.max_len} taken"
-            raise ValueError(f"max_len: expected room for {new} more tokens, got {held}")
+        start, end = self._length, self._length + key_states.shape[2]
+        if end > self.max_len:
+            held = f"{start} of {self.max_len} taken"
+            raise ValueError(f"max_len: expected room for {key_states.shape[2]} more tokens, got {held}")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        ops.append_kv(self.keys, self.values, key_states.detach(), value_states.detach(), self.lengths)
-        self.lengths += new
-        self._length += new
-        return self.keys[:, :, : self._length], self.values[:, :, : self._length]
+        for name, new, buffer in (("k", key_states, self.keys), ("v", value_states, self.values)):
+            expected = [*buffer.shape[:2], end - start, buffer.shape[3]]
+            if list(new.shape) != expected:
+                raise ValueError(f"{name}: expected shape {expected} like what is cached, got {list(new.shape)}")
+        with torch.no_grad():
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+        self.lengths += end - start
+        self._length = end
+        before = self._tracked
+        if before is None:
+            if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
+                return self.keys[:, :, :end], self.values[:, :, :end]
+            before = self.keys[:, :, :start].clone(), self.values[:, :, :start].clone()
+        keys, values = before
+        keys, values = torch.cat([keys, key_states.to(keys)], 2), torch.cat([values, value_states.to(values)], 2)
+        self._tracked = keys, values
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens: a write to the lengths, nothing moves.
@@ -79,9 +100,15 @@ class TiDARCacheLayer(CacheLayerMixin):
         self._length += tokens_to_remove
         if self.lengths is not None:
             self.lengths += tokens_to_remove
+        self._track(lambda x: x[:, :, : self._length])
 
     def reset(self) -> None:
         self.crop(-self._length)
+        self._tracked = None
+
+    def _track(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._tracked is not None:
+            self._tracked = change(self._tracked[0]), change(self._tracked[1])
 
     def get_seq_length(self) -> int:
         return self._length
@@ -104,6 +131,7 @@ class TiDARCacheLayer(CacheLayerMixin):
             for buffer in (self.keys, self.values):
                 held = buffer[:, :, : self._length]
                 held.copy_(held.index_select(0, beam_idx.to(held.device)))
+            self._track(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -116,6 +144,7 @@ class TiDARCacheLayer(CacheLayerMixin):
     def _select(self, indices: Tensor) -> None:
         self.keys, self.values, self.lengths = self.keys[indices], self.values[indices], self.lengths[indices]
         self.batch_size = len(self.keys)
+        self._track(lambda x: x[indices])
 
 
 class TiDARCache(Cache):
@@ -137,6 +166,9 @@ class TiDARCache(Cache):
     @classmethod
     def from_kv(cls, kv: KVCache, sequence: int | None = None) -> TiDARCache:
         """What a decoder has committed, on the same memory: ordinary generation goes on from there.
+
+        The cache then holds all of the prompt and its new tokens, and `generate` wants one of its input that is not
+        cached, whose logits choose the next: `cache.crop(-1)` before `generate(prompt + new tokens)`.
 
         Args:
             kv: such as `GenerationResult.cache`; read once for its lengths. It must not be decoded into any more.

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import eq
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ... import patterns
 from ...cache import KVCache
-from ...nn.adapters import lora_gate
+from ...nn.adapters import has_gated_lora, lora_gate
 from ...patterns import Pattern
-from .attention import NAME
+from .attention import NAME, LayerCalls, LayerShape
+from .logits import LogitShape
 
 __all__ = ["DecoderConfig", "TransformersModel", "decoder_model"]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder asks of a model's configuration; the last two are defaults, None if the model has none."""
+    """What a decoder asks of a model's configuration.
+
+    `num_kv_heads` and `head_dim` are the largest of any layer. `max_positions` is None for a model without such a
+    bound; `block_size` and `mask_token_id` are defaults, None if the model has none.
+    """
 
     vocab_size: int
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    max_positions: int | None = None
     block_size: int | None = None
     mask_token_id: int | None = None
 
@@ -34,8 +44,12 @@ class DecoderConfig:
 class TransformersModel:
     """A causal language model of transformers as a `tidar_kernels.DecoderModel`.
 
-    The model is switched to `attn_implementation="tidar"` and stays so, whatever it was loaded with. Three tokens are
-    run once both ways, to be sure that every layer takes patterns and that these logits are the model's own.
+    The model is switched to `attn_implementation="tidar"` and stays so, whatever it was loaded with. A few tokens are
+    run both ways, as a prefill and a step after it, to be sure that every layer takes patterns and that these logits
+    are the model's own; so they are again before a run if the model has changed (`check_ready`).
+
+    Positions are bounded where the model has a table of them, and where its rotary table depends on the length
+    (dynamic NTK, longrope): there, by the length up to which it does not.
 
     Args:
         model: with a language modelling head, in evaluation mode, on one device; or a PEFT model around one.
@@ -45,82 +59,243 @@ class TransformersModel:
         TypeError: not a transformers model.
         ValueError: an encoder-decoder, a model in training mode or on several devices, layers that are not plain
             softmax attention, an embedding that does not fit the vocabulary, or a class that does not go through
-            transformers' attention interface.
+            transformers' attention interface. The model is then as it was.
     """
 
     def __init__(self, model: Any, block_size: int | None = None, mask_token_id: int | None = None) -> None:
-        model = _unwrapped(model)
-        text = model.config.get_text_config(decoder=True)
-        _check_kind(model, text)
-        self.model, self._decoder, self._head = model, model.get_decoder(), model.get_output_embeddings()
-        self.config = DecoderConfig(
-            vocab_size=text.vocab_size,
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            block_size=block_size,
-            mask_token_id=mask_token_id,
-        )
-        # Gemma caps its logits; Granite divides them, Cohere multiplies them.
-        self._softcap = getattr(text, "final_logit_softcapping", None)
-        self._scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-        if model.config._attn_implementation != NAME:
-            model.set_attn_implementation(NAME)
-        if text._attn_implementation != NAME:
-            raise ValueError(f"model: expected a class with transformers' attention interface, got {_name(model)}")
-        self._check_by_running()
+        self.model = _unwrapped(model)
+        before = [(config, config._attn_implementation) for config in _configs(self.model)]
+        try:
+            _check_kind(self.model)
+            if any(implementation != NAME for _, implementation in before):
+                self.model.set_attn_implementation(NAME)
+            self.config = replace(self._look(), block_size=block_size, mask_token_id=mask_token_id)
+            self._check_by_running()
+        except BaseException:
+            for config, implementation in before:  # a config sets those in it, which come later here
+                config._attn_implementation = implementation
+            raise
+        self._state = list(_state(self.model))
+        self._gated = has_gated_lora(self.model)
 
-    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
-        """Hidden states `[batch, q_len, hidden]` of `tokens [batch, q_len]`; see `DecoderModel`."""
+    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | LayerCalls | None = None) -> Tensor:
+        """Hidden states `[batch, q_len, hidden]` of `tokens [batch, q_len]`; see `DecoderModel`.
+
+        Raises:
+            ValueError: the model was switched to another attention implementation, or to training mode.
+        """
+        if self._text._attn_implementation != NAME or self.model.training:
+            self.check_ready()
         positions = pattern.on(tokens.device)[2].expand(len(tokens), -1)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             positions = cache.lengths[:, None] + positions
+        if self._last_position is not None:
+            positions = positions.clamp(max=self._last_position)
         hidden: Tensor = self._decoder(
             input_ids=tokens, position_ids=positions.long(), use_cache=False, tidar_pattern=pattern, tidar_cache=cache
         ).last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The lm_head and what the model does to its logits behind it."""
-        logits: Tensor = self._head(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+        """The lm_head, and what the model does to its logits after it."""
+        return self._shape(self._head(hidden))
 
     def parameters(self) -> Iterator[Any]:
         return self.model.parameters()
 
-    @torch.no_grad()
-    @lora_gate(False)  # gated adapters, if there are any, are not in question
+    def check_ready(self) -> None:
+        """Raise if the model can no longer be decoded as it could; a decoder asks before each run.
+
+        Nothing is run while modules, parameters, training flags, hooks and attention implementations are what they
+        were. If some are not, the model is checked as when it was given.
+
+        Raises:
+            ValueError: as `TransformersModel`; another attention implementation, autocast, or another vocabulary or
+                K/V than the decoder was made for.
+        """
+        _check_no_autocast(next(self.model.parameters()).device)
+        state = list(_state(self.model))
+        if len(state) == len(self._state) and all(map(eq, state, self._state)):
+            return
+        _check_kind(self.model)
+        if has_gated_lora(self.model) != self._gated:
+            raise ValueError(
+                f"model: expected gated adapters {self._gated} as when the decoder was made, got {not self._gated}; "
+                "make a new decoder"
+            )
+        config = self._look()
+        for name, found in vars(config).items():
+            expected = getattr(self.config, name)
+            if name not in ("block_size", "mask_token_id") and found != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} as when the decoder was made, got {found}; make a new decoder"
+                )
+        self._check_by_running()
+        self._state = state
+
+    def _look(self) -> DecoderConfig:
+        """What there is to know of the model now; nothing of it is changed."""
+        model = self.model
+        text = self._text = model.config.get_text_config(decoder=True)
+        self._decoder: Any = model.get_decoder()
+        self._head: Any = model.get_output_embeddings()
+        self._shape = LogitShape.of(text)
+        attending = [
+            vars(m)["config"] for m in self._decoder.modules() if "layer_idx" in vars(m) and "config" in vars(m)
+        ]
+        others = sorted({str(config._attn_implementation) for config in (text, *attending)} - {NAME})
+        if others:
+            if not model._can_set_attn_implementation():
+                raise ValueError(f"model: expected a class with transformers' attention interface, got {_name(model)}")
+            expected = f'attn_implementation="{NAME}" in all layers of {_name(model)}'
+            call = f'model.set_attn_implementation("{NAME}")'
+            raise ValueError(f"model: expected {expected}, got {', '.join(others)}; call {call}")
+        self._last_position, bound = None, _max_positions(self._decoder, text)
+        if bound is not None:
+            self._last_position = bound[1]
+        shapes = self._layer_shapes(text.num_hidden_layers)
+        return DecoderConfig(
+            vocab_size=text.vocab_size,
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=max(shape.num_kv_heads for shape in shapes),
+            head_dim=max(max(shape.head_dim, shape.head_dim_v) for shape in shapes),
+            max_positions=None if bound is None else bound[0],
+        )
+
+    def _layer_shapes(self, num_layers: int) -> list[LayerShape]:
+        """What each layer calls attention with: once, by the pattern it is given."""
+        noted, name = LayerCalls(), _name(self.model)
+        with _refusing(self.model):
+            self(self._few_tokens(), patterns.tidar_prefill(3, 2), noted)
+        for layer in range(num_layers):
+            if layer not in noted.calls:
+                raise ValueError(
+                    f"model: expected every layer's attention to take `tidar_pattern`, got {name}, "
+                    f"whose layer {layer} does not"
+                )
+            if len(noted.calls[layer]) != 1:
+                raise ValueError(
+                    f"model: expected one call of attention in each layer, got {name}, "
+                    f"whose layer {layer} makes {len(noted.calls[layer])}"
+                )
+        others = sorted(map(str, noted.calls.keys() - set(range(num_layers))))
+        if others:
+            raise ValueError(
+                f"model: expected attention in layers 0 .. {num_layers - 1}, got {name}, which has it in layer "
+                f"{', '.join(others)} too"
+            )
+        return [noted.calls[layer][0] for layer in range(num_layers)]
+
+    def _few_tokens(self) -> Tensor:
+        weight: Any = next(self.model.parameters())
+        return torch.arange(_FEW, device=weight.device)[None] % self._text.vocab_size
+
     def _check_by_running(self) -> None:
-        """Three tokens and two masks through a poisoned cache, against the model's own forward pass."""
-        weight = next(self.parameters())
-        tokens = torch.arange(5, device=weight.device)[None] % self.config.vocab_size
+        """A prefill and a step through a poisoned cache, against the model's own forward pass."""
+        name, tokens = _name(self.model), self._few_tokens()
+        weight: Any = next(self.model.parameters())
         cache = KVCache(
             num_layers=self.config.num_layers,
             batch_size=1,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
-            max_len=3,
+            max_len=_FEW,
             dtype=weight.dtype,
             device=weight.device,
         )
         cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+        step = patterns.tidar_step(2)
+        masks = tokens.new_full((1, step.q_len - 2), self._text.vocab_size - 1)
+        with _refusing(self.model):
+            first = self.logits(self(tokens, patterns.tidar_prefill(3, 2), cache)[:, :3])
+            cache.commit(3)
+            second = self.logits(self(torch.cat([tokens[:, 3:], masks], dim=1), step, cache)[:, :2])
+            own = self.model(input_ids=tokens, use_cache=False).logits.float()
+        logits = torch.cat([first, second], dim=1).float()
+        if not bool(own.isfinite().all()):
+            bad = [
+                n for n, p in self.model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())
+            ]
+            found = f"NaN or inf in its weights {bad[0]}" if bad else "NaN or inf in its own"
+            raise ValueError(f"model: expected finite logits, got {name} with {found}")
+        # Half precision stays far below, another formula far above.
+        for what, rows in (("", slice(3)), (" after cached tokens", slice(3, None))):
+            error = float((logits - own)[:, rows].norm() / own[:, rows].norm())
+            if not error <= 0.05:
+                raise ValueError(f"model: expected logits as {name} computes them, got {error:.3g} off{what}")
+
+
+# Tokens that the checks run: three as a prompt, two as drafts.
+_FEW = 5
+
+
+@contextmanager
+def _refusing(model: Any) -> Iterator[None]:
+    """Runs the model inside as it is without gated adapters, and says of any error that the model does not suit."""
+    name = _name(model)
+    with torch.no_grad(), lora_gate(False):  # gated adapters, if there are any, are not in question
         try:
-            logits = self.logits(self(tokens, patterns.tidar_prefill(3, 2), cache)[:, :3]).float()
-        except TypeError as refused:
-            expected = "a class that hands `tidar_pattern` on to its layers"
-            raise ValueError(f"model: expected {expected}, got {_name(self.model)}") from refused
-        for layer, written in enumerate(cache.k.isfinite().all(-1).all(-1).all(-1).all(-1).tolist()):
-            if not written:
-                raise ValueError(
-                    f"model: expected every layer's attention to take `tidar_pattern`, got {_name(self.model)}, "
-                    f"whose layer {layer} does not"
-                )
-        own = self.model(input_ids=tokens[:, :3], use_cache=False).logits.float()
-        error = float((logits - own).norm() / own.norm())
-        if not error <= 0.05:  # half precision stays far below, another formula far above
-            raise ValueError(f"model: expected logits as {_name(self.model)} computes them, got {error:.3g} off")
+            yield
+        except Exception as refused:
+            unknown = isinstance(refused, TypeError) and "unexpected keyword" in str(refused)
+            what = "hands `tidar_pattern` on to its layers" if unknown else "attends by a pattern and a cache"
+            reason = (str(refused).strip() or "nothing said").splitlines()[0]
+            raise ValueError(
+                f"model: expected a class that {what}, got {name}, which raised {type(refused).__name__}: {reason}"
+            ) from refused
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration in a model that names an attention implementation, outer ones first."""
+    found: dict[int, Any] = {}
+    pending = [c for m in model.modules() if isinstance(c := vars(m).get("config"), PreTrainedConfig)]
+    while pending:
+        config = pending.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            if isinstance(model, PreTrainedModel) and config is model.config:
+                pending = [c for k in config.sub_configs if (c := getattr(config, k, None)) is not None] + pending
+    return list(found.values())
+
+
+def _state(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What of a model decoding relies on, as cheap comparisons: the same while nobody has changed it."""
+    for module in model.modules():
+        config, own = vars(module).get("config"), vars(module).get("forward")
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        implementation = getattr(config, "_attn_implementation", None)
+        rope = getattr(module, "rope_type", None)
+        yield weakref.ref(module), module.training, implementation, own, hooks, str(rope)
+    for parameter in model.parameters():
+        yield weakref.ref(parameter), parameter.dtype, parameter.device, parameter.shape
+
+
+def _max_positions(decoder: nn.Module, text: Any) -> tuple[int, int] | None:
+    """How many positions a sequence may have, and the last that a row may be given; None if there is no bound."""
+    bounds = []
+    for path, module in decoder.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            numbers = module.config.rope_parameters
+            numbers = numbers if layer_type is None else numbers[layer_type]
+            is_dynamic = "dynamic" in kind
+            bound = module.original_max_seq_len if is_dynamic else numbers["original_max_position_embeddings"]
+            # A dynamic table that has grown is taken back below its original length only.
+            bounds.append((int(bound), max(int(bound) - 2, 0) if is_dynamic else int(bound) - 1))
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(path.rpartition(".")[2]):
+            rows = module.num_embeddings - (getattr(module, "offset", 0) or 0)
+            bounds.append((rows, rows - 1))
+    length = getattr(text, "max_position_embeddings", None)
+    for path, buffer in decoder.named_buffers():
+        if _POSITIONS.search(path.rpartition(".")[2]) and buffer.ndim > 1 and len(buffer) == length:
+            bounds.append((length, length - 1))
+    return min(bounds, default=None)
+
+
+_POSITIONS = re.compile(r"pos|wpe")
 
 
 def decoder_model(
@@ -167,22 +342,45 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     return model
 
 
-def _check_kind(model: PreTrainedModel, text: Any) -> None:
+def _is_inert(module: nn.Module) -> bool:
+    """Whether training mode is nothing to a module; layers that were just made (for a grown vocabulary) are in it."""
+    return type(module) in _INERT or (isinstance(module, nn.Dropout) and module.p == 0.0)
+
+
+_INERT = (nn.Linear, nn.Embedding, nn.Identity, nn.LayerNorm, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
+
+
+def _check_kind(model: PreTrainedModel) -> None:
     """Raise for what is plainly no decoder of softmax attention layers, ready to decode."""
+    text = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder-only model, got {_name(model)}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
+    training = [path for path, module in model.named_modules() if module.training and not _is_inert(module)]
+    if training:
+        where = f" in {training[0]}" if training[0] else ""
+        raise ValueError(f"model: expected evaluation mode, got training mode{where}; call model.eval()")
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     if head is None:
         raise ValueError(f"model: expected one with a language modelling head, got {_name(model)}")
-    for what, rows in (("embedding", embedding.weight.shape[0]), ("lm_head", head.weight.shape[0])):
+    for what, module in (("embedding", embedding), ("lm_head", head)):
+        rows = getattr(getattr(module, "weight", None), "shape", (None,))[0]
         if rows != text.vocab_size:
-            raise ValueError(f"vocab_size: expected {text.vocab_size} rows as in the config, got {rows} in the {what}")
+            expected = f"{text.vocab_size} rows as in the config"
+            raise ValueError(f"vocab_size: expected {expected}, got {rows} in the {what} of {_name(model)}")
     other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if other:
-        raise ValueError(f"model: expected layers of full or sliding attention, got {', '.join(other)}")
+        raise ValueError(
+            f"model: expected layers of full or sliding attention, got {_name(model)} with {', '.join(other)}"
+        )
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) != 1 or devices[0] == "meta":
         raise ValueError(f"model: expected all parameters on one device, got {', '.join(devices)}")
+    _check_no_autocast(devices[0])
+
+
+def _check_no_autocast(device: torch.device | str) -> None:
+    kind = torch.device(device).type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        raise ValueError(f"model: expected no torch.autocast around decoding, got {dtype}; call model.to({dtype})")

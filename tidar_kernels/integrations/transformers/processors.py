@@ -135,6 +135,10 @@ class ProcessedModel:
     def parameters(self) -> Iterator[Any]:
         return self.model.parameters()
 
+    def check_ready(self) -> None:
+        """As that of the model it wraps."""
+        self.model.check_ready()
+
 
 def _for_row(processor: Any, row: int) -> Any:
     """`processor` for a batch that is row `row` alone: penalties know how much padding each row has."""

@@ -7,11 +7,12 @@ on any forward pass, the weights of the lm_head are whole when they are read, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel, Trainer
 
 from ...nn.loss import TiDARLoss, label_counts, tidar_loss
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
+from .logits import LogitShape
 
 __all__ = ["TiDARTrainer", "compute_loss", "count_labels"]
 
-# Models whose forward pass was seen to shape logits as `_Objective.logits` does.
+# Models whose forward pass was seen to shape logits as `LogitShape` does.
 _CHECKED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -37,6 +39,8 @@ def count_labels(batch: Mapping[str, Any]) -> Tensor:
     return label_counts(batch["labels"], batch_pattern(batch), ignore_index=IGNORE_INDEX)
 
 
+# Its bookkeeping is not for a graph; the forward pass in it is compiled all the same.
+@torch.compiler.disable(recursive=False)
 def compute_loss(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -70,7 +74,7 @@ def compute_loss(
     implementation = causal_lm.config._attn_implementation
     if implementation != "tidar":
         raise ValueError(f'model: expected attn_implementation="tidar", got {implementation!r}')
-    pattern = batch_pattern(batch)
+    pattern = torch.compiler.disable(batch_pattern)(batch)
     first, on_host = causal_lm not in _CHECKED, batch["input_ids"].device.type == "cpu"
     compiling = torch.compiler.is_compiling()
     if (first or on_host) and not compiling:  # elsewhere reading it would wait for the device
@@ -112,8 +116,23 @@ def _causal_lm(model: Any) -> PreTrainedModel:
     raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
 
 
+class _Active(threading.local):
+    """The objective of a thread's forward pass. Not a context variable: `torch.compile` cannot read those."""
+
+    objective: _Objective | None = None
+
+
+_active = _Active()
+_lock = threading.Lock()
+_forwards: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models in whose forward passes a loss is computed
+
+
 class _Objective:
-    """The loss of one forward pass of `causal_lm`, standing in for its lm_head and its loss function."""
+    """The loss of one forward pass of `causal_lm`, standing in for its lm_head and its loss function.
+
+    It stands there for its own thread alone: others that run the model meanwhile, with an objective or without, find
+    what is theirs.
+    """
 
     def __init__(
         self,
@@ -127,40 +146,38 @@ class _Objective:
         self.causal_lm, self.labels, self.pattern = causal_lm, labels, pattern
         self.options: dict[str, Any] = {"alpha": alpha, "counts": counts, "chunk_size": chunk_size}
         self.head: nn.Module = causal_lm.get_output_embeddings()
-        self.head_forward = self.head.forward
-        text = causal_lm.config.get_text_config()
-        # Gemma caps its logits; Granite divides them, Cohere multiplies them.
-        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self.scale: float = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+        self.shape = LogitShape.of(causal_lm.config.get_text_config())
         self.result: TiDARLoss | None = None
         self.asked = False
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While it lasts, the lm_head gives no logits but the loss, and the model's loss function hands it out."""
-        saved = [(module, name, vars(module).get(name)) for module, name in self._replaced()]
-        self.head.forward = self._at_head
-        self.causal_lm.loss_function = self._loss_function
+        """While it lasts, the lm_head gives this thread no logits but the loss, which the loss function hands out."""
+        with _lock:
+            users = _forwards.get(self.causal_lm, 0)
+            if not users:
+                _put(self.head, "forward", _at_head(self.head.forward))
+                _put(self.causal_lm, "_loss_function", _at_loss(self.causal_lm.loss_function))
+            _forwards[self.causal_lm] = users + 1
+        outer, _active.objective = _active.objective, self
         try:
             yield
         finally:
-            for module, name, value in saved:
-                if value is None:
-                    delattr(module, name)
-                else:
-                    setattr(module, name, value)
+            _active.objective = outer
+            with _lock:
+                _forwards[self.causal_lm] -= 1
+                if not _forwards[self.causal_lm]:
+                    _take_back(self.head, "forward")
+                    _take_back(self.causal_lm, "_loss_function")
 
-    def _replaced(self) -> tuple[tuple[nn.Module, str], ...]:
-        return (self.head, "forward"), (self.causal_lm, "_loss_function")
-
-    def _at_head(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def at_head(self, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         """In the lm_head's place: the loss of all rows. What the model makes of these logits, `check` looks at."""
-        weight = self._weight()
+        weight = self._weight(forward)
         if weight is not None:
             hidden = hidden.to(weight.dtype)
         self.result = tidar_loss(
             hidden,
-            self._logits if weight is None else weight,
+            (lambda rows: self.shape(forward(rows))) if weight is None else weight,
             self.labels,
             self.pattern,
             ignore_index=IGNORE_INDEX,
@@ -168,35 +185,23 @@ class _Objective:
         )
         return self._probe(hidden)
 
-    def _weight(self) -> Tensor | None:
+    def _weight(self, forward: Any) -> Tensor | None:
         """The lm_head's weight, if rows times that are the logits; None for a head that is more than a weight."""
         head: Any = self.head
-        plain = (
-            isinstance(head, nn.Linear)
-            and getattr(head, "bias", None) is None
-            and self.softcap is None
-            and self.scale == 1.0
-        )
-        own_forward = self.head_forward == nn.Linear.forward.__get__(head)  # neither a subclass's nor a wrapper's
+        plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None and self.shape.is_plain
+        own_forward = forward == nn.Linear.forward.__get__(head)  # neither a subclass's nor a wrapper's
         if not (plain and own_forward and head.weight.is_floating_point()):
             return None
         weight: Tensor = head.weight
         return weight
-
-    def _logits(self, rows: Tensor) -> Tensor:
-        return self._shaped(self.head_forward(rows))
-
-    def _shaped(self, logits: Tensor) -> Tensor:
-        """What models do to logits behind the lm_head: mostly nothing."""
-        logits = logits if self.scale == 1.0 else logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @staticmethod
     def _probe(like: Tensor) -> Tensor:
         """Logits of no meaning, `[1, 1, 64]`, over the range that real ones have."""
         return torch.linspace(-100.0, 100.0, 64, dtype=like.dtype, device=like.device)[None, None]
 
-    def _loss_function(self, *_: Any, **__: Any) -> Tensor:
+    def at_loss(self) -> Tensor:
+        """In the loss function's place: the loss that was computed at the lm_head."""
         self.asked = True
         if self.result is None:
             name = type(self.causal_lm).__name__
@@ -204,13 +209,47 @@ class _Objective:
         return self.result.loss
 
     def check(self, logits: Tensor) -> None:
-        """Raise unless the model's own code did to the probe what `_shaped` does."""
-        expected = self._shaped(self._probe(logits))
+        """Raise unless the model's own code did to the probe what `LogitShape` does."""
+        expected = self.shape(self._probe(logits))
         if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=2e-2):
             raise ValueError(
                 f"model: expected logits of the lm_head as its configuration scales and softcaps them, "
                 f"got {type(self.causal_lm).__name__}, which shapes them otherwise"
             )
+
+
+def _at_head(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an lm_head, and for threads with an objective that."""
+
+    def routed(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        objective = _active.objective
+        return forward(hidden, *args, **kwargs) if objective is None else objective.at_head(forward, hidden)
+
+    return routed
+
+
+def _at_loss(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, a model's own loss, and for threads with an objective that."""
+
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        objective = _active.objective
+        return function(*args, **kwargs) if objective is None else objective.at_loss()
+
+    return routed
+
+
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute until `_take_back`, which knows what the module itself had there."""
+    value.before = vars(module).get(name)
+    setattr(module, name, value)
+
+
+def _take_back(module: nn.Module, name: str) -> None:
+    before = vars(module)[name].before
+    if before is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, before)
 
 
 class TiDARTrainer(Trainer):

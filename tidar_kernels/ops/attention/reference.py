@@ -30,7 +30,10 @@ def _split_defects(x: Tensor) -> tuple[Tensor, Tensor]:
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `q [.., heads, q_len, d]` over `k, v [.., kv_heads, kv_len, d]` under a boolean mask.
+    """Softmax attention of `q [.., heads, q_len, d]` over `k, v [.., kv_heads, kv_len, d]` under a mask.
+
+    The mask broadcasts against the scores `[.., kv_heads, group, q_len, kv_len]`: booleans, True for what is visible,
+    or floats, which are added.
 
     Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = the head's sink, or -inf without sinks. lse is
     float32 at least.
@@ -49,7 +52,7 @@ def masked_attention(
     scores = scores.masked_fill(~mask, 0.0)  # so that nothing but 0 comes back through what follows
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -math.inf)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
