@@ -1,0 +1,47 @@
+"""Two processes on gloo against one: DDP, FSDP2 (float32 and bfloat16) and the Trainer, by gradients and weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tests.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "trainer"])
+def test_two_processes_are_one_large_batch(how: str, tmp_path: Path) -> None:
+    """The worker compares; it prints what it compared, so that none passes by comparing nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": "2", "USE_LIBUV": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    port = str(20000 + (os.getpid() * 7 + hash(how)) % 20000)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), how, str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=180)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    counts = [re.search(r"compared (\d+)", text) for text in said]
+    assert all(count is not None and int(count[1]) > 20 for count in counts), said
