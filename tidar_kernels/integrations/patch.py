@@ -46,7 +46,7 @@ _ACTIVE: ContextVar[tuple[Pattern, KVCache | None] | None] = ContextVar("tidar_k
 
 @contextmanager
 def use_pattern(pattern: Pattern, cache: KVCache | None = None) -> Iterator[None]:
-    """While it lasts, patched modules attend by `pattern`, and with `cache` behind its committed context.
+    """While it lasts, patched modules attend by `pattern`, and with `cache` after its committed context.
 
     Outside they are causal. It holds for the running thread or task alone.
 

@@ -52,7 +52,8 @@ def close(model: nn.Module, reference: nn.Module, tolerance: float) -> int:
     """How many gradients were compared with those of `reference`."""
     compared = 0
     for (name, one), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None, name
+        assert one.grad is not None, name
+        assert other.grad is not None, name
         got = one.grad.full_tensor() if hasattr(one.grad, "full_tensor") else one.grad
         error = float((got.float() - other.grad).norm() / other.grad.norm().clamp(min=1e-6))
         assert error < tolerance, f"{name}: {error}"

@@ -49,6 +49,7 @@ class DecoderModel(Protocol):
     `config.max_positions` is an int for a model that has no position from there on (learned positions). A request's
     prompt and new tokens must fit. Rows look further ahead than that, so the model clamps the positions of its rows to
     the last one: such a row is a mask row, which only guesses, or a draft after the request's last token.
+    `config.bounded_by`, a str, says in errors why.
     """
 
     @property
@@ -74,7 +75,7 @@ def check_positions(model: DecoderModel, prompt_len: int, max_new_tokens: int) -
     if limit is not None and prompt_len + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens: expected <= {limit - prompt_len} after a prompt of {prompt_len}, for the model has "
-            f"{limit} positions, got {max_new_tokens}"
+            f"{limit} positions{getattr(model.config, 'bounded_by', '')}, got {max_new_tokens}"
         )
 
 

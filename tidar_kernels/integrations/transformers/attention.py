@@ -296,7 +296,7 @@ def _as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def _as_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All with the width of the widest, zeros behind: the scores and the first columns of the output stay."""
+    """All as wide as the widest, padded with zeros: the scores and the first columns of the output stay."""
     width = max(key.shape[-1], value.shape[-1])
     if query.shape[-1] == value.shape[-1]:
         return query, key, value

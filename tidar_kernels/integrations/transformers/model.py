@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import eq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class DecoderConfig:
     """What a decoder asks of a model's configuration.
 
     `num_kv_heads` and `head_dim` are the largest of any layer. `max_positions` is None for a model without such a
-    bound; `block_size` and `mask_token_id` are defaults, None if the model has none.
+    bound, and `bounded_by` says in errors what sets it; `block_size` and `mask_token_id` are defaults, None if the model has none.
     """
 
     vocab_size: int
@@ -37,6 +37,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int | None = None
+    bounded_by: str = ""
     block_size: int | None = None
     mask_token_id: int | None = None
 
@@ -150,16 +151,16 @@ class TransformersModel:
             expected = f'attn_implementation="{NAME}" in all layers of {_name(model)}'
             call = f'model.set_attn_implementation("{NAME}")'
             raise ValueError(f"model: expected {expected}, got {', '.join(others)}; call {call}")
-        self._last_position, bound = None, _max_positions(self._decoder, text)
-        if bound is not None:
-            self._last_position = bound[1]
+        bound = _bound(self._decoder, text)
+        self._last_position = None if bound is None else bound.last
         shapes = self._layer_shapes(text.num_hidden_layers)
         return DecoderConfig(
             vocab_size=text.vocab_size,
             num_layers=text.num_hidden_layers,
             num_kv_heads=max(shape.num_kv_heads for shape in shapes),
             head_dim=max(max(shape.head_dim, shape.head_dim_v) for shape in shapes),
-            max_positions=None if bound is None else bound[0],
+            max_positions=None if bound is None else bound.positions,
+            bounded_by="" if bound is None else f" ({bound.reason})",
         )
 
     def _layer_shapes(self, num_layers: int) -> list[LayerShape]:
@@ -271,8 +272,16 @@ def _state(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         yield weakref.ref(parameter), parameter.dtype, parameter.device, parameter.shape
 
 
-def _max_positions(decoder: nn.Module, text: Any) -> tuple[int, int] | None:
-    """How many positions a sequence may have, and the last that a row may be given; None if there is no bound."""
+class _Bound(NamedTuple):
+    """How many positions a sequence may have, the last that a row may be given, and why."""
+
+    positions: int
+    last: int
+    reason: str
+
+
+def _bound(decoder: nn.Module, text: Any) -> _Bound | None:
+    """The tightest bound of positions in a model, if there is one."""
     bounds = []
     for path, module in decoder.named_modules():
         kinds = getattr(module, "rope_type", None)
@@ -282,16 +291,17 @@ def _max_positions(decoder: nn.Module, text: Any) -> tuple[int, int] | None:
             numbers = module.config.rope_parameters
             numbers = numbers if layer_type is None else numbers[layer_type]
             is_dynamic = "dynamic" in kind
-            bound = module.original_max_seq_len if is_dynamic else numbers["original_max_position_embeddings"]
-            # A dynamic table that has grown is taken back below its original length only.
-            bounds.append((int(bound), max(int(bound) - 2, 0) if is_dynamic else int(bound) - 1))
+            length = int(module.original_max_seq_len if is_dynamic else numbers["original_max_position_embeddings"])
+            # A dynamic table that has grown is taken back only below its original length.
+            last = max(length - 2, 0) if is_dynamic else length - 1
+            bounds.append(_Bound(length, last, f"{kind} rotary positions, which depend on the length beyond"))
         if isinstance(module, nn.Embedding) and _POSITIONS.search(path.rpartition(".")[2]):
             rows = module.num_embeddings - (getattr(module, "offset", 0) or 0)
-            bounds.append((rows, rows - 1))
-    length = getattr(text, "max_position_embeddings", None)
+            bounds.append(_Bound(rows, rows - 1, path))
+    known = getattr(text, "max_position_embeddings", None)
     for path, buffer in decoder.named_buffers():
-        if _POSITIONS.search(path.rpartition(".")[2]) and buffer.ndim > 1 and len(buffer) == length:
-            bounds.append((length, length - 1))
+        if _POSITIONS.search(path.rpartition(".")[2]) and buffer.ndim > 1 and len(buffer) == known:
+            bounds.append(_Bound(len(buffer), len(buffer) - 1, path))
     return min(bounds, default=None)
 
 
