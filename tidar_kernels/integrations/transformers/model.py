@@ -215,11 +215,9 @@ class TransformersModel:
             own = self.model(input_ids=tokens, use_cache=False).logits.float()
         logits = torch.cat([first, second], dim=1).float()
         if not bool(own.isfinite().all()):
-            bad = [
-                n for n, p in self.model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())
-            ]
-            found = f"NaN or inf in its weights {bad[0]}" if bad else "NaN or inf in its own"
-            raise ValueError(f"model: expected finite logits, got {name} with {found}")
+            bad = [path for path, weight in self.model.named_parameters() if not bool(weight.isfinite().all())]
+            where = bad[0] if bad else "its logits"
+            raise ValueError(f"model: expected finite logits, got {name} with NaN or inf in {where}")
         # Half precision stays far below, another formula far above.
         for what, rows in (("", slice(3)), (" after cached tokens", slice(3, None))):
             error = float((logits - own)[:, rows].norm() / own[:, rows].norm())
@@ -247,29 +245,28 @@ def _refusing(model: Any) -> Iterator[None]:
             ) from refused
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Every configuration in a model that names an attention implementation, outer ones first."""
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration in a model, each before those in it; they name its attention implementations."""
     found: dict[int, Any] = {}
-    pending = [c for m in model.modules() if isinstance(c := vars(m).get("config"), PreTrainedConfig)]
+    pending = [model.config, *(own for module in model.modules() if (own := vars(module).get("config")) is not None)]
     while pending:
         config = pending.pop(0)
-        if id(config) not in found:
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
             found[id(config)] = config
-            if isinstance(model, PreTrainedModel) and config is model.config:
-                pending = [c for k in config.sub_configs if (c := getattr(config, k, None)) is not None] + pending
+            pending = [getattr(config, name, None) for name in config.sub_configs] + pending
     return list(found.values())
 
 
 def _state(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """What of a model decoding relies on, as cheap comparisons: the same while nobody has changed it."""
     for module in model.modules():
-        config, own = vars(module).get("config"), vars(module).get("forward")
+        own = vars(module)
+        implementation = getattr(own.get("config"), "_attn_implementation", None)
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        implementation = getattr(config, "_attn_implementation", None)
-        rope = getattr(module, "rope_type", None)
-        yield weakref.ref(module), module.training, implementation, own, hooks, str(rope)
-    for parameter in model.parameters():
-        yield weakref.ref(parameter), parameter.dtype, parameter.device, parameter.shape
+        rope = str(own.get("rope_type"))
+        yield weakref.ref(module), module.training, implementation, own.get("forward"), hooks, rope
+    for parameter in model.parameters():  # the weights may change, but not what a cache is made for
+        yield parameter.dtype, parameter.device, parameter.shape
 
 
 class _Bound(NamedTuple):
