@@ -219,10 +219,13 @@ class TransformersModel:
             where = bad[0] if bad else "its logits"
             raise ValueError(f"model: expected finite logits, got {name} with NaN or inf in {where}")
         # Half precision stays far below, another formula far above.
-        for what, rows in (("", slice(3)), (" after cached tokens", slice(3, None))):
+        for rows, reason in (
+            (slice(3), ": it is more than its decoder and lm_head"),
+            (slice(3, None), " after cached tokens: it keeps positions or state of its own"),
+        ):
             error = float((logits - own)[:, rows].norm() / own[:, rows].norm())
             if not error <= 0.05:
-                raise ValueError(f"model: expected logits as {name} computes them, got {error:.3g} off{what}")
+                raise ValueError(f"model: expected logits as {name} computes them, got {error:.3g} off{reason}")
 
 
 # Tokens that the checks run: three as a prompt, two as drafts.
