@@ -1,4 +1,4 @@
-"""What a decoder relies on and a user can change: it goes on with the tokens of `generate`, or says what has changed."""
+"""What a decoder relies on and a user can change: it goes on with the tokens of `generate`, or says what changed."""
 
 from __future__ import annotations
 

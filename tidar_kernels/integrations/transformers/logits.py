@@ -13,7 +13,7 @@ __all__ = ["LogitShape"]
 
 @dataclass(frozen=True)
 class LogitShape:
-    """Gemma caps its logits, `softcap * tanh(x / softcap)`; Granite divides them and Cohere multiplies them, `scale`."""
+    """Gemma caps its logits, `softcap * tanh(x / softcap)`; Granite divides and Cohere multiplies them, `scale`."""
 
     scale: float = 1.0
     softcap: float | None = None

@@ -29,7 +29,8 @@ class DecoderConfig:
     """What a decoder asks of a model's configuration.
 
     `num_kv_heads` and `head_dim` are the largest of any layer. `max_positions` is None for a model without such a
-    bound, and `bounded_by` says in errors what sets it; `block_size` and `mask_token_id` are defaults, None if the model has none.
+    bound, and `bounded_by` says in errors what sets it; `block_size` and `mask_token_id` are defaults, None if the
+    model has none.
     """
 
     vocab_size: int
