@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import patterns
 from ..cache import KVCache
 from ..nn.attention import RotaryEmbedding, TiDARAttention
 from ..patterns import Pattern
+from .causal import causal
 
 __all__ = ["PatchedAttention", "patch", "use_pattern"]
 
@@ -62,11 +62,6 @@ def use_pattern(pattern: Pattern, cache: KVCache | None = None) -> Iterator[None
         yield
     finally:
         _ACTIVE.reset(token)
-
-
-@lru_cache(maxsize=64)
-def _causal(rows: int) -> Pattern:
-    return patterns.causal(rows)
 
 
 @lru_cache(maxsize=16)
@@ -110,7 +105,7 @@ class PatchedAttention(TiDARAttention):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`x [batch, rows, hidden_size]` -> what the old module returned: the output, or a tuple of it and None."""
         self._refuse_others(x, args, kwargs)
-        pattern, cache = _ACTIVE.get() or (_causal(x.shape[1]), None)
+        pattern, cache = _ACTIVE.get() or (causal(x.shape[1]), None)
         if x.shape[1] != pattern.q_len:
             raise ValueError(f"x: expected {pattern.q_len} rows for {pattern.name}, got {x.shape[1]}")
         rotary = None
@@ -318,7 +313,7 @@ def _compare(where: str, old: nn.Module, new: PatchedAttention, call: Callable[[
     finally:
         old.train(training)
     before = returned[0] if isinstance(returned, tuple) else returned
-    with use_pattern(_causal(_CHECK_ROWS)):
+    with use_pattern(causal(_CHECK_ROWS)):
         after = new.eval()(x)
     new.train(training)
     if not isinstance(before, Tensor) or before.shape != after.shape:

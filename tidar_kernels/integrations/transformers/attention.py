@@ -30,7 +30,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +39,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ... import ops, patterns
+from ... import ops
 from ...cache import KVCache
 from ...ops.attention import reference
 from ...patterns import Pattern
+from ..causal import causal
 
 __all__ = ["LayerCalls", "StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
 
@@ -242,7 +242,7 @@ def tidar_attention_forward(
     if mask is None and _kernels_take(query, key, value):
         rows, keys = query.shape[2], key.shape[2]
         if is_causal and rows <= keys and (rows > 1 or keys == 1):
-            pattern = _causal(rows)
+            pattern = causal(rows)
             out = ops.attention(
                 query, key[:, :, :rows], value[:, :, :rows], pattern, scaling, softcap=softcap, sinks=s_aux
             )
@@ -250,7 +250,7 @@ def tidar_attention_forward(
         if rows == 1 and keys > 1 and not torch.is_grad_enabled():
             lengths = torch.full(query.shape[:1], keys - 1, dtype=torch.int32, device=query.device)
             out = ops.step_attention(
-                query, key[:, :, -1:], value[:, :, -1:], key[:, :, :-1], value[:, :, :-1], lengths, _causal(1), scaling,
+                query, key[:, :, -1:], value[:, :, -1:], key[:, :, :-1], value[:, :, :-1], lengths, causal(1), scaling,
                 softcap=softcap, sinks=s_aux,
             )  # fmt: skip
             return _as_rows(out), None
@@ -334,11 +334,6 @@ def _warn_of_leaks(positions: Any, mask: Tensor | None, rows: int, keys: int) ->
             "documents see each other",
             stacklevel=2,
         )
-
-
-@lru_cache(maxsize=64)
-def _causal(rows: int) -> Pattern:
-    return patterns.causal(rows)
 
 
 def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
