@@ -33,7 +33,7 @@ def masked_attention(
     """Softmax attention of `q [.., heads, q_len, d]` over `k, v [.., kv_heads, kv_len, d]` under a mask.
 
     The mask broadcasts against the scores `[.., kv_heads, group, q_len, kv_len]`: booleans, True for what is visible,
-    or floats, which are added.
+    or floats, which are added, -inf for what is not.
 
     Returns `(out, lse)`; a row that sees no key gives out = 0 and lse = the head's sink, or -inf without sinks. lse is
     float32 at least.
@@ -42,6 +42,7 @@ def masked_attention(
     left out of every product (0 * NaN is NaN) and makes the scores of its row or key NaN, before the mask.
     """
     num_kv_heads, head_dim = k.shape[-3], q.shape[-1]
+    visible = mask if mask.dtype == torch.bool else mask != -math.inf
     (q, row_defect), (k, key_defect), (v, value_defect) = map(_split_defects, (q, k, v))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     grouped = rearrange(q, "... (kv group) row dim -> ... kv group row dim", kv=num_kv_heads)
@@ -49,14 +50,14 @@ def masked_attention(
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
     scores = scores + rearrange(row_defect, "... (kv group) row -> ... kv group row 1", kv=num_kv_heads)
     scores = scores + rearrange(key_defect + value_defect, "... kv key -> ... kv 1 1 key")
-    scores = scores.masked_fill(~mask, 0.0)  # so that nothing but 0 comes back through what follows
+    scores = scores.masked_fill(~visible, 0.0)  # so that nothing but 0 comes back through what follows
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~visible, -math.inf) if visible is mask else scores + mask
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, rearrange(sinks, "(kv group) -> kv group 1", kv=num_kv_heads).to(lse.dtype))
-    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp().masked_fill(~mask, 0.0)
+    probs = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp().masked_fill(~visible, 0.0)
     out = probs.to(v.dtype) @ rearrange(v, "... kv key dim -> ... kv 1 key dim")
     out = out.masked_fill(lse.isnan().unsqueeze(-1), math.nan)  # so that no gradient of such a row enters that product
     merge = "... kv group row -> ... (kv group) row"
