@@ -5,11 +5,9 @@ from __future__ import annotations
 from .core.operands import Operands
 from .decoding.decoder_step import DecoderStep
 from .decoding.slots import TokenSlots
-from .operators.append_kv import AppendKV
 from .operators.attention import Attention
-from .operators.compact_kv import CompactKV
+from .operators.kv import AppendKV, CompactKV, RotaryAppend
 from .operators.projection import Projection
-from .operators.rotary_append import RotaryAppend
 from .operators.step_attention import StepAttention
 from .operators.verify import Verify
 

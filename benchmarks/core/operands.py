@@ -46,7 +46,8 @@ class Implementation:
 
     Args:
         label: its name in tables and pictures.
-        prepare: plans on given operands: layouts, masks, plans and compilation, all that a user does once.
+        prepare: plans on given operands, all that a user does once: layouts, masks, plans and compilation. It returns
+            the call to time, or a `Prepared`.
         ceiling: it does other, simpler work of the same size, as a yardstick; its result is not compared.
         compiles: planning takes seconds for every workload, so it is measured last.
         module, package: the top-level module that must be there, and the distribution that holds it, for its version.
@@ -135,8 +136,8 @@ class Operands:
 
     def prepare(self, name: str) -> Prepared:
         """Plan an implementation."""
-        prepared: Prepared = self.implementations[name].prepare(self)
-        return prepared
+        planned = self.implementations[name].prepare(self)
+        return planned if isinstance(planned, Prepared) else Prepared(planned)
 
     def check(self, name: str, prepared: Prepared) -> float:
         """Relative error of an implementation's result; 0 where equality is asked for.

@@ -121,7 +121,7 @@ def save(path: Path, parts: dict[str, dict[str, Any]]) -> None:
         head = json.dumps({name: value for name, value in part.items() if name != "rows"}, indent=1)
         rows = ",\n".join(f"  {json.dumps(row)}" for row in part["rows"])
         blocks.append(f'{json.dumps(kind)}: {head[:-2]},\n "rows": [\n{rows}\n ]\n}}')
-    _replace(path, f'{{\n"schema": {SCHEMA},\n"parts": {{\n' + ",\n".join(blocks) + "\n}\n}\n")
+    replace(path, f'{{\n"schema": {SCHEMA},\n"parts": {{\n' + ",\n".join(blocks) + "\n}\n}\n")
 
 
 def write(path: Path, kind: str, device: str, rows: list[dict[str, Any]]) -> None:
@@ -129,7 +129,8 @@ def write(path: Path, kind: str, device: str, rows: list[dict[str, Any]]) -> Non
     save(path, {kind: content(kind, device, rows)})
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text)

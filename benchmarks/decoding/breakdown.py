@@ -22,7 +22,7 @@ import torch
 
 from tidar_kernels import Decoder, ops
 from tidar_kernels.cache import KVCache
-from tidar_kernels.decoding import session
+from tidar_kernels.decoding import runner
 from tidar_kernels.decoding.strategies import base
 from tidar_kernels.models import shipped
 from tidar_kernels.models.transformer import Transformer
@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "append": ((KVCache, "rotary_append"),),
     "projections": ((torch.nn.Linear, "forward"),),
     "lm_head": ((Transformer, "logits"),),
-    "verify": ((base, "verify"), (base, "sample"), (session, "sample")),
+    "verify": ((base, "verify"), (base, "sample"), (runner, "sample")),
 }
 
 

@@ -48,6 +48,10 @@ class Training:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {self.direction}")
 
+    @property
+    def pattern(self) -> tk.Pattern:
+        return tk.patterns.tidar_training(self.seq_len, self.block_size)
+
     def __str__(self) -> str:
         heads = f"h{self.num_heads}_{self.num_kv_heads}-d{self.head_dim}"
         return f"S{self.seq_len}-B{self.block_size}-{heads}-b{self.batch} {self.direction}"
@@ -102,17 +106,8 @@ class Calls(NamedTuple):
         return backward
 
 
-def _ours(o: Attention) -> Calls:
-    return Calls(lambda q, k, v: (tk.attention(q, k, v, o.pattern),), o.leaves)
-
-
-@functools.lru_cache(maxsize=1)
-def _flex_plan(case: Training, device: str) -> tuple[Callable[..., Any], Any]:
-    return flex.plan(tk.patterns.tidar_training(case.seq_len, case.block_size), None, device)
-
-
 def _flex_attention(o: Attention) -> Calls:
-    attend, mask = _flex_plan(replace(o.case, direction="forward"), o.device)
+    attend, mask = flex.plan(replace(o.case, direction="forward"), o.device)  # one for both directions
     return Calls(lambda q, k, v: (attend(q, k, v, block_mask=mask, enable_gqa=True),), o.leaves)
 
 
@@ -132,34 +127,32 @@ def _dense_sdpa(o: Attention) -> Calls:
 
 def _causal(o: Attention, backend: SDPBackend | None = None) -> Calls:
     """Two causal calls on S rows, with as many K/V heads as query heads; their own operands, so nothing to check."""
-    leaves = tuple(o.leaf(o.case.num_heads, o.case.seq_len) for _ in range(6))
 
-    def compute(*x: Tensor) -> tuple[Tensor, ...]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with nullcontext() if backend is None else sdpa_kernel(backend):
-            first = F.scaled_dot_product_attention(x[0], x[1], x[2], is_causal=True)
-            return first, F.scaled_dot_product_attention(x[3], x[4], x[5], is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return Calls(compute, leaves)
+    leaves = tuple(o.leaf(o.case.num_heads, o.case.seq_len) for _ in range(6))
+    return Calls(lambda *x: (attend(*x[:3]), attend(*x[3:])), leaves)
 
 
 def _flash_attention(o: Attention, module: str) -> Calls:
     """Two causal calls of an installed FlashAttention, whose tensors are `[batch, rows, heads, head_dim]`."""
-    attend = importlib.import_module(module).flash_attn_func
-    leaves = tuple(o.leaf(o.case.seq_len, o.case.num_heads) for _ in range(6))
+    flash = importlib.import_module(module).flash_attn_func
 
-    def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor | tuple[Tensor, ...] = flash(q, k, v, causal=True)
         return out if isinstance(out, Tensor) else out[0]  # some versions return the log-sum-exp too
 
-    return Calls(
-        lambda *x: (first(attend(x[0], x[1], x[2], causal=True)), first(attend(x[3], x[4], x[5], causal=True))), leaves
-    )
+    leaves = tuple(o.leaf(o.case.seq_len, o.case.num_heads) for _ in range(6))
+    return Calls(lambda *x: (attend(*x[:3]), attend(*x[3:])), leaves)
 
 
 class Attention(Operands):
     operator = "attention"
     workload = Training
     implementations: ClassVar = {
-        OURS: Implementation("tidar_kernels", _ours),
+        OURS: Implementation(OURS, lambda o: Calls(lambda q, k, v: (tk.attention(q, k, v, o.pattern),), o.leaves)),
         "flex_attention": replace(STEP["flex_attention"], prepare=_flex_attention),
         "sdpa_dense_mask": replace(STEP["sdpa_dense_mask"], prepare=_dense_sdpa),
         "causal_sdpa": Implementation("2 causal SDPA calls: the floor", _causal, ceiling=True, devices=("cpu",)),
@@ -184,7 +177,7 @@ class Attention(Operands):
 
     def make(self) -> None:
         case, s = self.case, self.case.seq_len
-        self.pattern = tk.patterns.tidar_training(s, case.block_size)
+        self.pattern = case.pattern
         self.q = self.leaf(case.num_heads, 2 * s)
         self.k, self.v = (self.leaf(case.num_kv_heads, 2 * s) for _ in "kv")
         # Random rows, and the first and last of each half. The rest of the gradient of out is 0, so that these rows

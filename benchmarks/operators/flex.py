@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,7 @@ def predicate(pattern: Pattern, device: str, *, has_context: bool) -> Callable[.
     """What a row sees of keys in flight, which come first, and of the context after them."""
     # Looked up by row: on the CPU that took two thirds of the time of a predicate that divides by the block length.
     lead, own, _ = pattern.on(device)
-    lead_start, lead_end = (x.contiguous() for x in lead.unbind(1))
-    own_start, own_end = (x.contiguous() for x in own.unbind(1))
+    lead_start, lead_end, own_start, own_end = (x.contiguous() for pair in (lead, own) for x in pair.unbind(1))
 
     def in_step(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         leading = (key >= lead_start[row]) & (key < lead_end[row])
@@ -37,14 +37,17 @@ def predicate(pattern: Pattern, device: str, *, has_context: bool) -> Callable[.
     return in_step if has_context else in_training
 
 
-def plan(pattern: Pattern, context_len: int | None, device: str) -> tuple[Callable[..., Any], Any]:
-    """The compiled attention and its block mask. With a `context_len`, as TiDAR uses it: in-flight keys before the
-    context, so that one mask, built for the longest length, is sliced at every step."""
-    visible = predicate(pattern, device, has_context=context_len is not None)
-    if context_len is None:
-        mask = create_block_mask(visible, None, None, pattern.q_len, pattern.q_len, device=device)
-    else:
-        length = pattern.q_len + context_len
-        mask = create_block_mask(visible, None, None, pattern.q_len, length + ROOM, device=device)
-        mask = mask._adjust(pattern.q_len, length)
+@functools.lru_cache(maxsize=1)
+def plan(case: Any, device: str) -> tuple[Callable[..., Any], Any]:
+    """The compiled attention and its block mask, once for all sets of operands of a case.
+
+    With a `context_len`, as TiDAR uses it: in-flight keys before the context, so that one mask, built for the longest
+    length, is sliced at every step.
+    """
+    rows, context_len = case.pattern.q_len, getattr(case, "context_len", None)
+    visible = predicate(case.pattern, device, has_context=context_len is not None)
+    length = rows if context_len is None else rows + context_len + ROOM
+    mask = create_block_mask(visible, None, None, rows, length, device=device)
+    if context_len is not None:
+        mask = mask._adjust(rows, rows + context_len)
     return compiled_flex_attention(), mask

@@ -24,25 +24,15 @@ class Shape:
     rank: int
 
 
-def _plain(o: Projection) -> Prepared:
-    return Prepared(lambda: ops.row_invariant_linear(o.x, o.weight))
-
-
-def _adapted(o: Projection) -> Prepared:
-    return Prepared(lambda: ops.gated_lora(o.x, o.weight, o.lora_a, o.lora_b, o.gate))
-
-
-def _library(o: Projection) -> Prepared:
-    return Prepared(lambda: F.linear(o.x, o.weight))
-
-
 class Projection(Operands):
     operator = "projection"
     workload = Shape
     implementations: ClassVar = {
-        OURS: Implementation("row_invariant_linear", _plain),
-        "gated_lora": Implementation("gated_lora", _adapted),
-        "library": Implementation("F.linear", _library),
+        OURS: Implementation("row_invariant_linear", lambda o: lambda: ops.row_invariant_linear(o.x, o.weight)),
+        "gated_lora": Implementation(
+            "gated_lora", lambda o: lambda: ops.gated_lora(o.x, o.weight, o.lora_a, o.lora_b, o.gate)
+        ),
+        "library": Implementation("F.linear", lambda o: lambda: F.linear(o.x, o.weight)),
     }
     precise = (OURS, "gated_lora")
     cpu = tuple(Shape(rows, 1536, 1536, 64) for rows in (1, 20, 72))

@@ -37,12 +37,7 @@ ROWS, HIDDEN, WIDE, RANK = 72, 1536, 12288, 64  # of projections: B = 8 of a ste
 VOCABULARY = 151_936
 SOFTCAP = 50.0
 # A kernel whose tiles are in the tables, and its table.
-TABLE_OF = {
-    "step_attention": "step",
-    "attention_forward": "forward",
-    "attention_dq": "dq",
-    "attention_dkdv": "dkdv",
-}
+TABLE_OF = {"step_attention": "step", "attention_forward": "forward", "attention_dq": "dq", "attention_dkdv": "dkdv"}
 # The small kernels around them have one shape for all chips.
 _ROWS_KERNELS = ("combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
 _LISTS = ("row_tile_bounds", "list_row_runs")
@@ -200,28 +195,14 @@ def _attention(case: Case, device: torch.device) -> list[Launch]:
     return [forward, *backward]
 
 
-def _caches(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`(k or v of 72 rows, cache, lengths)` of 2 sequences, 8 kv heads."""
+def _caches(case: Case, device: torch.device) -> list[Launch]:
+    """What writes into caches of 2 sequences, 8 kv heads: 72 rows appended, or rotated and 8 appended, or moved."""
     operand = partial(_operand, device, dtype=case.torch_dtype)
-    lengths = _operand(device, 2, dtype=torch.int32)
-    return operand(2, 8, ROWS, case.head_dim), operand(2, 8, 8192, case.head_dim), lengths
-
-
-def _append(case: Case, device: torch.device) -> list[Launch]:
-    new, cache, lengths = _caches(case, device)
-    return [plan_append_kv(Cached(cache, cache, lengths), Keys(new, new))]
-
-
-def _compact(case: Case, device: torch.device) -> list[Launch]:
-    _, cache, lengths = _caches(case, device)
-    return [plan_compact_kv(Cached(cache, cache, lengths), _operand(device, 2, 16, dtype=torch.int32))]
-
-
-def _rotary(case: Case, device: torch.device) -> list[Launch]:
-    new, cache, lengths = _caches(case, device)
-    q = _operand(device, 2, 32, ROWS, case.head_dim, dtype=case.torch_dtype)
-    table = _operand(device, 2, ROWS, case.head_dim, dtype=case.torch_dtype)
-    return [plan_rotary_append(Turned(q, table, table), Keys(new, new), Cached(cache, cache, lengths), 8)[0]]
+    new, cache, table = (operand(2, *shape, case.head_dim) for shape in ((8, ROWS), (8, 8192), (ROWS,)))
+    rows, cached = Keys(new, new), Cached(cache, cache, _operand(device, 2, dtype=torch.int32))
+    path, q = _operand(device, 2, 16, dtype=torch.int32), operand(2, 32, ROWS, case.head_dim)
+    rotated = plan_rotary_append(Turned(q, table, table), rows, cached, 8)[0]
+    return [plan_append_kv(cached, rows), plan_compact_kv(cached, path), rotated]
 
 
 def _verify(case: Case, device: torch.device) -> list[Launch]:
@@ -263,8 +244,6 @@ _PLANS: dict[str, Callable[[Case, torch.device], list[Launch]]] = {
     **dict.fromkeys(("attention_forward", "attention_rows", "attention_dq", "attention_dkdv", *_LISTS), _attention),
     **dict.fromkeys(("verify_rows", "count_accepted"), _verify),
     **dict.fromkeys(("linear", "gated_rows", "gated_sum"), _linear),
-    "append_kv": _append,
-    "compact_kv": _compact,
-    "rotary_append": _rotary,
+    **dict.fromkeys(("append_kv", "compact_kv", "rotary_append"), _caches),
 }
 KERNELS = tuple(_PLANS)

@@ -94,16 +94,22 @@ def compiling_for(chip: int | str) -> Iterator[None]:
         yield
 
 
-def _run(tool: str, *arguments: str) -> str:
-    """Standard output and error of one of Triton's NVIDIA tools."""
+def _run(tool: str, content: bytes, *arguments: str) -> str:
+    """Standard output and error of one of Triton's NVIDIA tools on a file of this content."""
     from triton import knobs
 
-    done = subprocess.run(
-        [getattr(knobs.nvidia, tool).path, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        command = [getattr(knobs.nvidia, tool).path, *arguments, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{tool}: expected exit code 0, got {done.returncode}: {done.stderr.strip()}")
     return done.stdout + done.stderr
+
+
+def disassembled(cubin: bytes) -> str:
+    """The SASS of an NVIDIA binary."""
+    return _run("nvdisasm", cubin, "-c")
 
 
 # Tensor-core instructions: in PTX, and in the binary.
@@ -131,28 +137,23 @@ def compile_report(launch: Launch, chip: int | str, *, read_binary: bool = False
 
 
 def _read_cubin(compiled: Any, chip: int, read_binary: bool) -> dict[str, Any]:
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx_file = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        if found is None:
-            raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
-        stack_bytes, spill_bytes, local_accesses = int(found[2]), 0, 0
-        tensor_core: set[str] = {name for pattern, name in _IN_PTX if re.search(pattern, ptx)}
-        loop: list[str] = []
-        if stack_bytes or read_binary:
-            sass = disassembled(compiled.asm["cubin"])
-            local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-            tensor_core, loop = set(re.findall(r"\b([A-Z]+MMA)\b", sass)), hot_loop(sass, SASS)
-        if stack_bytes:
-            ptx_file.write_text(ptx)
-            target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-            ptxas = "ptxas_blackwell" if chip >= 100 else "ptxas"
-            name = f"--gpu-name={target[1] if target else f'sm_{chip}'}"
-            log = _run(ptxas, "-v", name, str(ptx_file), "-o", "/dev/null")
-            spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    usage = _run("cuobjdump", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: expected REG and STACK, got {usage!r}")
+    stack_bytes, spill_bytes, local_accesses = int(found[2]), 0, 0
+    tensor_core = {name for pattern, name in _IN_PTX if re.search(pattern, ptx)}
+    loop: list[str] = []
+    if stack_bytes or read_binary:
+        sass = disassembled(cubin)
+        local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        tensor_core, loop = set(re.findall(r"\b([A-Z]+MMA)\b", sass)), hot_loop(sass, SASS)
+    if stack_bytes:
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+        name = f"--gpu-name={target[1] if target else f'sm_{chip}'}"
+        log = _run("ptxas_blackwell" if chip >= 100 else "ptxas", ptx.encode(), "-v", name, "-o", "/dev/null")
+        spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return {
         "registers": int(found[1]),
         "stack_bytes": stack_bytes,
@@ -195,11 +196,3 @@ def compile_all(compile_one: Callable[[Work], Found], work: Sequence[Work], jobs
         waiting = {pool.submit(compile_one, one): one for one in work}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
-
-
-def disassembled(cubin: bytes) -> str:
-    """The SASS of an NVIDIA binary."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        return _run("nvdisasm", "-c", str(path))

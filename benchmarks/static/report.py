@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import triton
 
 from tidar_kernels.ops._triton.configs import CHIPS
 
-from .cases import KERNELS, Case, cases, launch
+from ..core.record import replace
+from .cases import KERNELS, Case, Config, cases, launch
 from .compilation import CompileReport, compile_all, compile_report
 from .fingerprints import fingerprint
 from .occupancy import LIMITS
@@ -37,38 +38,16 @@ WRITE_EVERY_S = 20.0
 # Of a launch's options, those that a table chooses.
 CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg", "SCORES_AHEAD")
 # Of an entry, what is compared with a fresh compilation.
-MEASURED = (
-    "registers",
-    "stack_bytes",
-    "local_accesses",
-    "spill_bytes",
-    "shared_bytes",
-    "warps",
-    "tensor_core",
-    "loop",
-    "copies_ahead",
-)
+MEASURED = tuple(one.name for one in fields(CompileReport) if one.name not in ("kernel", "chip", "options"))
 
 
-def row_of(case: Case, report: CompileReport, mark: str) -> dict[str, Any]:
-    """One entry of the report."""
-    config = {name: report.options[name] for name in CHOSEN if name in report.options}
-    measured = {name: getattr(report, name) for name in MEASURED}
-    return {**asdict(case), "config": config, **measured, "tensor_core": list(report.tensor_core), "fingerprint": mark}
-
-
-def compiled_row(case: Case) -> dict[str, Any]:
-    """The entry of a case, compiled now.
-
-    Raises:
-        RuntimeError: the kernel does not compile. The message names the case.
-    """
-    planned = launch(case)
-    try:
-        report = compile_report(planned, case.target, read_binary=True)
-    except Exception as error:
-        raise RuntimeError(f"{case}: {type(error).__name__}: {str(error).splitlines()[-1:]}") from error
-    return row_of(case, report, fingerprint(planned))
+def compiled_row(case: Case, config: Config | None = None) -> dict[str, Any]:
+    """The entry of a case, compiled now, with the table's configuration or another."""
+    planned = launch(case, config)
+    report = compile_report(planned, case.target, read_binary=True)
+    chosen = {name: report.options[name] for name in CHOSEN if name in report.options}
+    measured = {name: getattr(report, name) for name in MEASURED} | {"tensor_core": list(report.tensor_core)}
+    return {**asdict(case), "config": chosen, **measured, "fingerprint": fingerprint(planned)}
 
 
 def case_of(row: dict[str, Any]) -> Case:
@@ -86,11 +65,8 @@ def load(path: Path = REPORT) -> dict[str, Any]:
 
 def write(path: Path, version: str, rows: Iterable[dict[str, Any]]) -> None:
     """Write a report whole or not at all: sorted, an entry a line, so that a change is a line in a diff."""
-    lines = ",\n".join(json.dumps(row, separators=(", ", ": ")) for row in sorted(rows, key=case_of))
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(f'{{"schema": {SCHEMA}, "triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
-    os.replace(partial, path)
+    lines = ",\n".join(map(json.dumps, sorted(rows, key=case_of)))
+    replace(path, f'{{"schema": {SCHEMA}, "triton": {json.dumps(version)}, "rows": [\n{lines}\n]}}\n')
 
 
 def fresh(rows: Iterable[dict[str, Any]]) -> dict[Case, dict[str, Any]]:
@@ -123,13 +99,8 @@ def broken(rows: Iterable[dict[str, Any]], budget: dict[str, Any]) -> list[str]:
                 excused |= exception["allowed"]
         multiplies = case.kernel in budget["multiplying"] and case.dtype != "float32"
         wanted = excused.get("tensor_core", [budget["tensor_core"][case.chip]] if multiplies else [])
-        bounds = {
-            "stack_bytes": excused.get("stack_bytes", 0),
-            "local_accesses": excused.get("local_accesses", 0),
-            "spill_bytes": excused.get("spill_bytes", 0),
-            "registers": limits.registers,
-            "shared_bytes": limits.block_shared,
-        }
+        bounds = {name: excused.get(name, 0) for name in ("stack_bytes", "local_accesses", "spill_bytes")}
+        bounds |= {"registers": limits.registers, "shared_bytes": limits.block_shared}
         least = excused.get("warps", budget["warps"].get(_line_of(case), {}).get(case.chip, 1))
         wrong = [f"{name}: expected <= {most}, got {row[name]}" for name, most in bounds.items() if row[name] > most]
         wrong += [f"warps: expected >= {least}, got {row['warps']}"] if row["warps"] < least else []
@@ -145,9 +116,9 @@ def broken(rows: Iterable[dict[str, Any]], budget: dict[str, Any]) -> list[str]:
 def with_warps_of(rows: Iterable[dict[str, Any]], budget: str) -> str:
     """The text of a budget with the resident warps of `rows` as the least that it asks for."""
     least: dict[str, dict[str, int]] = {}
-    for row in sorted(rows, key=case_of):
-        line = least.setdefault(_line_of(case_of(row)), {})
-        line[row["chip"]] = min(row["warps"], line.get(row["chip"], row["warps"]))
+    for case, warps in sorted((case_of(row), row["warps"]) for row in rows):
+        line = least.setdefault(_line_of(case), {})
+        line[case.chip] = min(warps, line.get(case.chip, warps))
     lines = [
         f"  {json.dumps(name)}: {json.dumps({str(c): line[str(c)] for c in CHIPS if str(c) in line})}"
         for name, line in least.items()
@@ -155,12 +126,10 @@ def with_warps_of(rows: Iterable[dict[str, Any]], budget: str) -> str:
     return budget[: budget.index(' "warps": {')] + ' "warps": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
-def _changes(old: dict[str, Any] | None, row: dict[str, Any]) -> str:
-    if old is None:
-        return "new"
+def _changes(old: dict[str, Any], row: dict[str, Any]) -> str:
     names = (*MEASURED, "config")
     changed = [f"{name} {old.get(name)} -> {row[name]}" for name in names if old.get(name) != row[name]]
-    return ", ".join(changed) or "as it was"
+    return (", ".join(changed) or "as it was") if old else "new"
 
 
 def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -> tuple[list[dict[str, Any]], int]:
@@ -183,7 +152,7 @@ def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -
             line = result
         else:
             rows[case] = result
-            line = f"{case}: {_changes(old.get(case), result)}"
+            line = f"{case}: {_changes(old.get(case, {}), result)}"
         print(f"[{done}/{len(todo)}] {line}", file=sys.stderr, flush=True)
         if time.monotonic() - written > WRITE_EVERY_S:
             write(path, triton.__version__, rows.values())
@@ -193,11 +162,11 @@ def renew(path: Path, wanted: list[Case], jobs: int, everything: bool = False) -
 
 
 def _attempt(case: Case) -> dict[str, Any] | str:
-    """The entry of a case, or why it has none."""
+    """The entry of a case, or why it has none: compilers fail in their own ways."""
     try:
         return compiled_row(case)
-    except RuntimeError as error:
-        return str(error)
+    except Exception as error:
+        return f"{case}: {type(error).__name__}: {str(error).splitlines()[-1:]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from tidar_kernels.ops._triton.configs import EXTRAS, PLAIN, ForwardConfig, atte
 from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig, linear_config
 from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 
-from ..core import record, timing
+from ..core import measure, record, timing
 from .cases import HIDDEN, TABLE_OF, WIDE, Case, Config, configured, kernel_of, launch, launches, wanted
 from .compilation import CompileReport, compile_all, compile_report
 from .occupancy import LIMITS
@@ -71,28 +73,26 @@ def current(case: Case) -> Config:
 
 def candidates(case: Case) -> list[Config]:
     """What is worth compiling, the table's own first. float32 multiplies on plain units: small tiles alone."""
-    largest = 32 if case.dtype == "float32" else 128
-    shapes = [(m, n) for m, n in itertools.product(TILES, TILES) if max(m, n) <= largest and m * n >= 256]
+    is_half, is_nvidia = case.dtype != "float32", isinstance(case.target, int)
+    shapes = [
+        (m, n) for m, n in itertools.product(TILES, TILES) if max(m, n) <= (128 if is_half else 32) and m * n >= 256
+    ]
     found: list[Config] = []
     if case.variant in ROLES:
-        width, room = 4 if case.dtype == "float32" else 2, LIMITS[case.target].block_shared
+        width, room = case.torch_dtype.itemsize, LIMITS[case.target].block_shared
         for (m, n), k, warps, stages in itertools.product(shapes, DEPTHS, WARPS, STAGES[2:]):
             # Sums of a thread: too few and it idles, too many and it spills.
             if 8 <= m * n // (32 * warps) <= 64 and stages * (m + n) * k * width <= room:
                 found.append(LinearConfig(m, n, k, warps, stages))
     else:
-        is_half, is_nvidia = case.dtype != "float32", isinstance(case.target, int)
+        make: list[Callable[..., Config]] = [TileConfig]
+        if TABLE_OF[case.kernel] in ("step", "forward"):
+            make = [partial(ForwardConfig, SCORES_AHEAD=ahead) for ahead in (False, True)[: 1 + is_half]]
         # On NVIDIA's chips fewer than 3 stages leave no copy under way while a tile is multiplied.
-        depths = STAGES[2:] if is_half and is_nvidia else STAGES
-        for (m, n), warps, stages in itertools.product(shapes, WARPS[1:], depths):
+        for (m, n), warps, stages in itertools.product(shapes, WARPS[1:], STAGES[2 * (is_half and is_nvidia) :]):
             # Of the second product's sums, which are as wide as the head.
-            if m * n < 64 * warps or m * max(n, case.head_dim) // (32 * warps) > 160:
-                continue
-            if TABLE_OF[case.kernel] in ("step", "forward"):
-                orders = (False, True) if is_half else (False,)
-                found += [ForwardConfig(m, n, warps, stages, SCORES_AHEAD=ahead) for ahead in orders]
-            else:
-                found.append(TileConfig(m, n, warps, stages))
+            if m * n >= 64 * warps and m * max(n, case.head_dim) // (32 * warps) <= 160:
+                found += [one(m, n, warps, stages) for one in make]
     return list(dict.fromkeys([current(case), *found]))
 
 
@@ -106,14 +106,13 @@ def _compiled(work: tuple[Case, Config]) -> CompileReport | None:
 
 def survivors(case: Case, configs: Iterable[Config], jobs: int = 1) -> list[Trial]:
     """Of the candidates those that compile without local memory and fit the chip; most resident warps first."""
-    configs, limits = list(configs), LIMITS[case.target]
-    reports = compile_all(_compiled, [(case, config) for config in configs], jobs)
+    configs, room = list(configs), LIMITS[case.target].block_shared
     found = [
         Trial(config, report.registers, report.shared_bytes, report.warps)
-        for (_, config), report in reports
+        for (_, config), report in compile_all(_compiled, [(case, config) for config in configs], jobs)
         if report is not None
         and not (report.stack_bytes or report.spill_bytes or report.local_accesses)
-        and report.shared_bytes <= limits.block_shared
+        and report.shared_bytes <= room
     ]
     return sorted(found, key=lambda trial: (-trial.warps, configs.index(trial.config)))
 
@@ -124,40 +123,30 @@ def check(case: Case, device: str) -> None:
     Raises:
         ParityError: it computes something else.
     """
-    common: dict[str, Any] = {"head_dim": case.head_dim, "dtype": case.torch_dtype}
-    extras: dict[str, Any] = {"softcap": 30.0, "sinks": True} if case.variant == "extras" else {}
+    heads: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_dim": case.head_dim, "dtype": case.torch_dtype}
+    heads |= {"softcap": 30.0, "sinks": True} if case.variant == EXTRAS else {}
     if case.variant in ROLES:
-        whole = case.variant in ("wide", "narrow", "down")
-        width = WIDE if case.variant == "wide" else 320
-        testing.check_gated_lora(
-            testing.LinearCase("tuned", (72,), 512, width, 64, case.torch_dtype, row_invariant=whole), device
-        )
+        width, whole = WIDE if case.variant == "wide" else 320, case.variant in ("wide", "narrow", "down")
+        linear = testing.LinearCase("tuned", (72,), 512, width, 64, case.torch_dtype, row_invariant=whole)
+        testing.check_gated_lora(linear, device)
     elif case.kernel == "step_attention":
-        if extras:
-            extras["window"] = 700
-        testing.check_step_attention(
-            testing.StepCase("tuned", patterns.tidar_step(8), (0, 1000, 4097), 8, 2, max_len=4200, **common, **extras),
-            device,
-        )
+        heads |= {"window": 700} if case.variant == EXTRAS else {}
+        step = testing.StepCase("tuned", patterns.tidar_step(8), (0, 1000, 4097), max_len=4200, **heads)
+        testing.check_step_attention(step, device)
     else:
-        training = patterns.tidar_training(300, 16)
-        testing.check_attention(testing.AttentionCase("tuned", training, 1, 8, 2, **common, **extras), device)
+        training = testing.AttentionCase("tuned", patterns.tidar_training(300, 16), 1, **heads)
+        testing.check_attention(training, device)
 
 
 def time_on_gpu(case: Case) -> float:
     """Median microseconds of the kernel of a case on the current GPU, operands cold in L2."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    width, cache = case.torch_dtype.itemsize, torch.cuda.get_device_properties(0).L2_cache_size
     # Two sets at least; attention's are larger than any L2.
-    sets = [launches(case, device="cuda") for _ in range(timing.copies(_operand_bytes(case), cache))]
-    for planned in sets:  # what a kernel reads, the launches before it wrote
-        for one in planned:
-            one.run()
+    count = timing.copies(width * (WIDE * HIDDEN if case.variant in ROLES else 2**25), cache)
+    sets = [launches(case, device="cuda") for _ in range(count)]
+    for one in itertools.chain.from_iterable(sets):  # what a kernel reads, the launches before it wrote
+        one.run()
     return timing.time_cuda([wanted(case, planned).run for planned in sets])["p50_us"]
-
-
-def _operand_bytes(case: Case) -> int:
-    width = 4 if case.dtype == "float32" else 2
-    return width * (WIDE * HIDDEN if case.variant in ROLES else 2**25)
 
 
 def timed(
@@ -169,32 +158,31 @@ def timed(
 ) -> Iterator[Trial]:
     """Trials with their time; one that the oracle refutes, or that does not run, has a failure instead."""
     for trial in trials:
-        p50_us, failure = None, ""
         with configured(case, trial.config):
             try:
                 checker(case, device)
-                p50_us = timer(case)
+                trial = replace(trial, p50_us=timer(case))
             except Exception as error:
-                failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield Trial(trial.config, trial.registers, trial.shared_bytes, trial.warps, p50_us, failure)
+                trial = replace(trial, failure=measure.reason(error))
+        yield trial
+
+
+def _time(trial: Trial) -> float:
+    return math.inf if trial.p50_us is None else trial.p50_us
 
 
 def choose(case: Case, trials: Iterable[Trial]) -> tuple[Trial, str] | None:
     """The entry to propose and the reason; None if nothing ran. The table's stays unless another gains `MARGIN`."""
-    ran = [(trial.p50_us, trial) for trial in trials if trial.p50_us is not None]
+    ran = sorted((trial for trial in trials if trial.p50_us is not None), key=_time)
     if not ran:
         return None
-    own = next(((time, trial) for time, trial in ran if trial.config == current(case)), None)
-    time, best = min(ran, key=lambda pair: pair[0])
-    if own is not None and time > (1 - MARGIN) * own[0]:
-        time, best = own
-    others = sorted((other for other in ran if other[1] is not best), key=lambda pair: pair[0])
-    reason = f"{time:.1f} us"
-    if own is not None and own[1] is not best:
-        reason += f"; {own[0]:.1f} with {_shape(own[1].config)}, the entry before"
-    elif others:
-        reason += f"; {others[0][0]:.1f} with {_shape(others[0][1].config)}, the next"
-    return best, f"{reason}; {best.registers} registers, {best.warps} warps"
+    own = next((trial for trial in ran if trial.config == current(case)), None)
+    best = own if own and _time(ran[0]) > (1 - MARGIN) * _time(own) else ran[0]
+    other, place = next((trial for trial in ran if trial is not best), None), "next"
+    if own and own is not best:
+        other, place = own, "entry before"
+    beside = f"; {_time(other):.1f} with {_shape(other.config)}, the {place}" if other else ""
+    return best, f"{_time(best):.1f} us{beside}; {best.registers} registers, {best.warps} warps"
 
 
 def _shape(config: Config) -> str:
@@ -207,44 +195,29 @@ def _shape(config: Config) -> str:
 
 def source(chosen: Iterable[tuple[Case, Trial, str]]) -> str:
     """Entries as the tables write them, each under its place in them."""
-    lines: list[str] = []
-    place = ""
+    places: dict[str, list[str]] = {}
     for case, trial, reason in chosen:
-        table = "linear_configs.TABLE" if case.variant in ROLES else f'TABLES["{TABLE_OF[case.kernel]}"]'
-        kind = ("float32" if case.dtype == "float32" else "half") + (" extras" if case.variant == "extras" else "")
-        here = f'{table}[{case.target!r}]["{kind}"]'
-        if here != place:
-            lines.append(f"# {here}")
-            place = here
-        key = f'"{case.variant}"' if case.variant in ROLES else str(case.head_dim)
-        lines.append(f"{key}: {type(trial.config).__name__}({_shape(trial.config)}),  # {reason}")
-    return "\n".join(lines)
+        table, key = "linear_configs.TABLE", f'"{case.variant}"'
+        if case.variant not in ROLES:
+            table, key = f'TABLES["{TABLE_OF[case.kernel]}"]', str(case.head_dim)
+        kind = ("float32" if case.dtype == "float32" else "half") + (" extras" if case.variant == EXTRAS else "")
+        entry = f"{key}: {type(trial.config).__name__}({_shape(trial.config)}),  # {reason}"
+        places.setdefault(f'# {table}[{case.target!r}]["{kind}"]', []).append(entry)
+    return "\n".join(line for place, entries in places.items() for line in (place, *entries))
 
 
 def _row(case: Case, trial: Trial) -> dict[str, Any]:
-    return {
-        "operator": case.kernel,
-        "chip": case.chip,
-        "dtype": case.dtype,
-        "head_dim": case.head_dim,
-        "variant": case.variant,
-        "config": vars(trial.config),
-        "in_table": trial.config == current(case),
-        "registers": trial.registers,
-        "shared_bytes": trial.shared_bytes,
-        "warps": trial.warps,
-        "p50_us": trial.p50_us,
-        "failure": trial.failure,
-    }
+    at = {"operator": case.kernel, **vars(case), **vars(trial)}
+    return at | {"config": vars(trial.config), "in_table": trial.config == current(case)}
 
 
 def _describe(case: Case, trial: Trial) -> str:
-    figure = "" if trial.p50_us is None else f"{trial.p50_us:10.1f} us"
-    most = LIMITS[case.target].warps
-    return (
-        f"{_shape(trial.config):20} {trial.registers:4} registers {trial.shared_bytes:7} bytes shared "
-        f"{trial.warps:3}/{most} warps{figure} {trial.failure}{' (table)' if trial.config == current(case) else ''}"
+    us = "" if trial.p50_us is None else f"{trial.p50_us:10.1f} us"
+    used = (
+        f"{trial.registers:4} registers {trial.shared_bytes:7} bytes shared {trial.warps:3}/{LIMITS[case.target].warps}"
     )
+    table = " (table)" if trial.config == current(case) else ""
+    return f"{_shape(trial.config):20} {used} warps{us} {trial.failure}{table}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
             chosen += [] if found is None else [(case, *found)]
             rows += [_row(case, trial) for trial in trials]
             record.write(options.out / f"tune-{chip}.json", "tune", "cuda", rows)
-        for trial in sorted(trials, key=lambda trial: (trial.p50_us is None, trial.p50_us or 0.0)):
+        for trial in sorted(trials, key=_time):
             print(f"    {_describe(case, trial)}", flush=True)
     if chosen:
         print(source(chosen))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks.core.operands import OURS, Implementation
@@ -209,22 +208,12 @@ SECTIONS: dict[str, Section] = {
 }
 
 
-def _pictures() -> dict[str, Picture]:
-    """A picture exists where its results do."""
-    found = {}
-    for device in ("cpu", "cuda"):
-        for name, (_, save, describe) in pictures.PICTURES.items():
-            part = pictures.part_for(measured.RESULTS, name, device)
-            if part is not None:
-                found[f"images/{name}_{device}.png"] = Picture(_saver(save, part), partial(describe, part))
-    return found
-
-
-def _saver(save: Any, part: dict[str, Any]) -> Any:
-    def to(path: Path) -> None:
-        save(part, path)
-
-    return to
-
-
-PICTURES = _pictures()
+# A picture exists where its results do.
+PICTURES = {
+    f"images/{name}_{device}.png": Picture(
+        partial(pictures.save, name, part), partial(pictures.description, name, part)
+    )
+    for device in ("cpu", "cuda")
+    for name in pictures.PICTURES
+    if (part := pictures.part_for(measured.RESULTS, name, device)) is not None
+}

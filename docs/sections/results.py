@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.reports import pictures
-from sections import Picture, Section
+from sections import Section
 from sections.measured import NO_CPU, NO_GPU, left_out, parts, where
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
@@ -227,21 +227,3 @@ SECTIONS: dict[str, Section] = {
     "training-memory-table": training_memory_table,
     "training-table": training_table,
 }
-
-
-def _first(kind: str) -> dict[str, Any]:
-    return parts(kind, "cpu")[0]
-
-
-# A picture exists where its results do.
-PICTURES: dict[str, Picture] = {}
-if parts("training", "cpu"):
-    PICTURES["images/training_cpu.png"] = Picture(
-        lambda path: pictures.save_training(_first("training"), path),
-        lambda: pictures.training_description(_first("training")),
-    )
-if parts("strategies", "cpu"):
-    PICTURES["images/strategies_cpu.png"] = Picture(
-        lambda path: pictures.save_strategies(_first("strategies"), path),
-        lambda: pictures.strategies_description(_first("strategies")),
-    )

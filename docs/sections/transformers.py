@@ -1,4 +1,4 @@
-"""The table of transformers models in docs/transformers.md, from what `python -m benchmarks.compatibility` recorded."""
+"""The tables of docs/transformers.md, from what the two tools in tests/integrations/transformers/ recorded."""
 
 from __future__ import annotations
 

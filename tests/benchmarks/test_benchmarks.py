@@ -45,7 +45,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Any:
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    attention._flex_plan.cache_clear()
+    flex.plan.cache_clear()
     monkeypatch.setattr(flex, "compiled_flex_attention", broken)
 
 
@@ -77,7 +77,7 @@ def test_flex_attention_has_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(flex, "compiled_flex_attention", lambda: None)
     monkeypatch.setattr(flex, "create_block_mask", lambda *a, **k: masks.append(a[0]) or create_block_mask(*a, **k))
     operands = Attention(Training("forward", 37, 8, 1, 1, 16), "cpu", torch.float32)
-    attention._flex_plan.cache_clear()
+    flex.plan.cache_clear()
     operands.prepare("flex_attention")
     row, key = torch.meshgrid(torch.arange(74), torch.arange(74), indexing="ij")
     assert torch.equal(masks[0](torch.tensor(0), torch.tensor(0), row, key), operands.pattern.dense())
@@ -204,14 +204,14 @@ def test_picture(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
     (result,) = record.newest(results, "training", "cpu")
-    pictures.save_training(result, tmp_path / "new" / "training.png")
+    pictures.save("training", result, tmp_path / "new" / "training.png")
     with image.open(tmp_path / "new" / "training.png") as picture:
-        assert picture.info["Description"] == pictures.training_description(result)
+        assert picture.info["Description"] == pictures.description("training", result)
     bars = pictures.training_bars(result, "backward")["float32, 4/2 heads"]
     assert bars["flex_attention"] is None
     assert bars["tidar_kernels"] == by_name(result["rows"])["tidar_kernels", "backward"]["against_floor"]
-    assert f"flex_attention none, sdpa_dense_mask {bars['sdpa_dense_mask']:.2f}" in pictures.training_description(
-        result
+    assert f"flex_attention none, sdpa_dense_mask {bars['sdpa_dense_mask']:.2f}" in pictures.description(
+        "training", result
     )
 
 

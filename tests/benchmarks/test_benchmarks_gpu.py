@@ -19,7 +19,7 @@ from benchmarks.core.operands import Implementation, Prepared, WrongResultError,
 from benchmarks.decoding import models
 from benchmarks.decoding.decoder_step import DecoderStep, WholeStep
 from benchmarks.decoding.slots import Pass
-from benchmarks.operators import attention, flex, step_peers
+from benchmarks.operators import attention, flex
 from benchmarks.operators.attention import Attention
 from benchmarks.operators.step_attention import Step, StepAttention
 from benchmarks.registry import OPERATORS, PARTS
@@ -35,8 +35,7 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> gpu.Suite:
     """The suite of a dry run whose clock says one microsecond, FlexAttention left uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    for plan in (step_peers.flex_plan, attention._flex_plan):
-        plan.cache_clear()
+    flex.plan.cache_clear()
     monkeypatch.setattr(flex, "compiled_flex_attention", lambda: torch.compile(flex_attention, backend="eager"))
     monkeypatch.setattr(rates, "measure", lambda *_, **__: [dict(line) for line in YARDSTICKS])
     return dataclasses.replace(gpu.DRY, timer=once)

@@ -22,7 +22,7 @@ from triton.runtime.jit import KernelInterface
 from benchmarks.static import report as static_report
 from benchmarks.static.assembly import AMDGCN, SASS, by_class, copies_ahead, hot_loop
 from benchmarks.static.cases import KERNELS, Case, cases, launch
-from benchmarks.static.compilation import compile_report, compiling_for, disassembled
+from benchmarks.static.compilation import compiling_for, disassembled
 from benchmarks.static.fingerprints import fingerprint, normalised, sources
 from benchmarks.static.occupancy import resident_warps
 from benchmarks.static.report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
@@ -125,12 +125,6 @@ def test_a_fresh_compilation_says_the_same(case: Case, rows: list[dict[str, Any]
         assert found == kept, f"run `{RENEW}`"
 
 
-def measured(case: Case, config: ForwardConfig) -> dict[str, Any]:
-    planned = launch(case, config)
-    report = compile_report(planned, case.target, read_binary=True)
-    return static_report.row_of(case, report, fingerprint(planned))
-
-
 def test_scores_ahead_hide_the_softmax_behind_wgmma() -> None:
     """Exponentials are issued while the next tile's scores are multiplied; in the plain order not one is."""
     found = []
@@ -147,13 +141,13 @@ def test_scores_ahead_hide_the_softmax_behind_wgmma() -> None:
 
 def test_spills_are_caught(budget: dict[str, Any]) -> None:
     """A configuration that does not ship, because it spills."""
-    row = measured(Case("step_attention", "90", "float32", 128, "one split"), ForwardConfig(16, 32, 4, 2))
+    row = compiled_row(Case("step_attention", "90", "float32", 128, "one split"), ForwardConfig(16, 32, 4, 2))
     assert {line.split(": ")[1] for line in broken([row], budget)} >= {"stack_bytes", "local_accesses", "spill_bytes"}
 
 
 def test_a_kernel_off_wgmma_is_caught(budget: dict[str, Any]) -> None:
     """32 rows are below the 64 that wgmma takes."""
-    row = measured(Case("step_attention", "90", "bfloat16", 64, "one split"), ForwardConfig(32, 64, 4, 2))
+    row = compiled_row(Case("step_attention", "90", "bfloat16", 64, "one split"), ForwardConfig(32, 64, 4, 2))
     assert row["tensor_core"] == ["HMMA"]
     assert any("tensor_core: expected HGMMA, got ['HMMA']" in line for line in broken([row], budget))
 

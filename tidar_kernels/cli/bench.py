@@ -12,16 +12,19 @@ from .common import PROGRAM, UserError, add_json_argument, print_json
 
 SUMMARY = "measure operators, training attention, decoding and strategies on this machine"
 USAGE = "[PART ...] --out DIR | compare OLD.json NEW.json [--fail-over X] | --tune [--dry-run]"
-# What a part is, and the module of the checkout's `benchmarks` that runs it, with an argument where it needs one.
+# What a part is, and the module of the checkout that runs it, with an argument where it needs one.
 PARTS = {
-    "operators": ("operators on the CPU", "cpu operators"),
-    "training": ("training attention beside its peers, on the CPU", "cpu training"),
-    "decode": ("the shipped model, TiDAR against autoregression", "decoding.decode"),
-    "slots": ("a forward pass over the tokens in flight", "cpu token_slots"),
-    "breakdown": ("where the time of a decode step goes", "decoding.breakdown"),
-    "strategies": ("every way to decode, side by side", "decoding.strategies"),
-    "compatibility": ("transformers models on these kernels; needs transformers", "compatibility"),
-    "gpu": ("all that needs a CUDA GPU, parity first", "gpu"),
+    "operators": ("operators on the CPU", "benchmarks.cpu operators"),
+    "training": ("training attention beside its peers, on the CPU", "benchmarks.cpu training"),
+    "decode": ("the shipped model, TiDAR against autoregression", "benchmarks.decoding.decode"),
+    "slots": ("a forward pass over the tokens in flight", "benchmarks.cpu token_slots"),
+    "breakdown": ("where the time of a decode step goes", "benchmarks.decoding.breakdown"),
+    "strategies": ("every way to decode, side by side", "benchmarks.decoding.strategies"),
+    "compatibility": (
+        "transformers models on these kernels; needs transformers",
+        "tests.integrations.transformers.compatibility",
+    ),
+    "gpu": ("all that needs a CUDA GPU, parity first", "benchmarks.gpu"),
 }
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Options that --tune hands on to `benchmarks.static.tune`.
@@ -109,13 +112,13 @@ def _checkout() -> Path:
 
 
 def _run_module(name: str, *arguments: str, is_json: bool) -> int:
-    """The exit code of a module of the checkout's `benchmarks`, whose arguments have absolute paths.
+    """The exit code of a module of the checkout, whose arguments have absolute paths.
 
     It has a process of its own: what ends one part does not end those after it. With --json standard output is the
     report alone.
     """
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        [sys.executable, "-m", name, *arguments],
         cwd=_checkout(),
         stdout=2 if is_json else None,  # the file of standard error
     )
@@ -128,7 +131,9 @@ def _compare(options: argparse.Namespace) -> int:
     if len(files) != 2:
         raise UserError(f"compare: expected two results files, OLD.json NEW.json, got {len(files)}")
     limit = [] if options.fail_over is None else ["--fail-over", str(options.fail_over)]
-    code = _run_module("reports.compare", *(str(Path(file).resolve()) for file in files), *limit, is_json=options.json)
+    code = _run_module(
+        "benchmarks.reports.compare", *(str(Path(file).resolve()) for file in files), *limit, is_json=options.json
+    )
     if options.json:
         print_json({"parts": {"compare": code}, "files": []})
     return code
@@ -143,7 +148,7 @@ def _tune(options: argparse.Namespace) -> int:
     arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
     arguments += [] if options.out is None else [f"--out={options.out.resolve()}"]
     arguments += ["--dry-run"] if options.dry_run else []
-    code = _run_module("static.tune", *arguments, is_json=options.json)
+    code = _run_module("benchmarks.static.tune", *arguments, is_json=options.json)
     if options.json:
         print_json({"parts": {"tune": code}, "files": _changed(options.out, before)})
     return code

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, StaticCache
 
-from benchmarks.compatibility import (
+from tests.integrations.transformers.compatibility import (
     MODELS,
     generate_is_equal,
     generated,

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.compatibility import MODELS, generated, padded_inputs, with_few_tokens
+from tests.integrations.transformers.compatibility import MODELS, generated, padded_inputs, with_few_tokens
 from tidar_kernels import KVCache
 from tidar_kernels.integrations.transformers import TiDARCache
 from tidar_kernels.integrations.transformers.cache import TiDARCacheLayer

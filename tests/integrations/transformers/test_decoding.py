@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from benchmarks.compatibility import (
+from tests.integrations.transformers.compatibility import (
     BLOCK_SIZE,
     MASK_TOKEN_ID,
     MODELS,

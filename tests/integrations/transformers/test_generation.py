@@ -15,7 +15,14 @@ pytest.importorskip("transformers")
 import tokenizers
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 
-from benchmarks.compatibility import BLOCK_SIZE, MASK_TOKEN_ID, MODELS, VOCAB_SIZE, padded_inputs, with_few_tokens
+from tests.integrations.transformers.compatibility import (
+    BLOCK_SIZE,
+    MASK_TOKEN_ID,
+    MODELS,
+    VOCAB_SIZE,
+    padded_inputs,
+    with_few_tokens,
+)
 from tidar_kernels.integrations import transformers as integration
 from tidar_kernels.integrations.transformers import generate, tidar_generation
 from tidar_kernels.integrations.transformers.processors import sampling_options

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AttentionInterface
 
-from benchmarks.compatibility import MODELS, VOCAB_SIZE, padded_inputs, with_few_tokens
+from tests.integrations.transformers.compatibility import MODELS, VOCAB_SIZE, padded_inputs, with_few_tokens
 from tidar_kernels.integrations.transformers import tidar_attention_forward
 from tidar_kernels.integrations.transformers.testing import SdpaAsTidar
 

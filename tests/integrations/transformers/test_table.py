@@ -10,8 +10,8 @@ from tests.paths import REPOSITORY
 
 pytest.importorskip("transformers")
 
-from benchmarks import compatibility
 from benchmarks.core import record
+from tests.integrations.transformers import compatibility
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

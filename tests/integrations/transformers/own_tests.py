@@ -1,6 +1,6 @@
 """transformers' own tests under `"sdpa"` and under `"tidar"`: pytest's reports of both runs, counted and recorded.
 
-    python -m benchmarks.own_tests --out DIR VERSION,LABEL,SDPA.xml,TIDAR.xml [...]
+    python -m tests.integrations.transformers.own_tests --out DIR VERSION,LABEL,SDPA.xml,TIDAR.xml [...]
 
 docs/transformers.md says how the reports are made. A class of tests is one row a run: what passed, failed and was
 skipped, and how many of the passed tests ran attention of `"tidar"` (the property `tidar_calls` of
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .core import record
+from benchmarks.core import record
 
 CLASSES = ("LlamaModelTest", "Qwen3ModelTest")
 
@@ -70,14 +70,16 @@ def rows_of(triple: str) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.own_tests", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.integrations.transformers.own_tests", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("reports", nargs="+", metavar="VERSION,LABEL,SDPA.xml,TIDAR.xml")
     options = parser.parse_args(arguments)
     try:
         rows = [row for triple in options.reports for row in rows_of(triple)]
     except ValueError as error:
-        print(f"benchmarks.own_tests: error: {error}", file=sys.stderr)
+        print(f"own_tests: error: {error}", file=sys.stderr)
         return 2
     record.add(options.out, "own_tests", "cpu", rows)
     return 0

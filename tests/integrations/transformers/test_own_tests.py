@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import own_tests
 from benchmarks.core import record
+from tests.integrations.transformers import own_tests
 
 CASES = """<testsuites><testsuite>
 <testcase classname="tests.LlamaModelTest" name="a">

@@ -1,6 +1,6 @@
 """Which transformers models run on these kernels, and how exactly: tiny random models of the real classes.
 
-    python -m benchmarks.compatibility --out benchmarks/results
+    python -m tests.integrations.transformers.compatibility --out benchmarks/results
 
 For each model: logits and gradients under "tidar" against "eager", with left, right and no padding and over the doubled
 training sequence; greedy generation against transformers' own; TiDAR decoding against both. The tests assert the same.
@@ -20,11 +20,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.core import record
 from tidar_kernels import Decoder, patterns
 from tidar_kernels.integrations.transformers.attention import NAME as OURS
 from tidar_kernels.testing import Measure, ParityError, budget
-
-from .core import record
 
 VOCAB_SIZE, WINDOW, BLOCK_SIZE, NEW_TOKENS = 96, 8, 4, 64
 MASK_TOKEN_ID = VOCAB_SIZE - 1
@@ -281,7 +280,9 @@ CHECKS = ("forward_parity", "backward_parity", "generate_equal", "decode_equal")
 
 
 def main(arguments: list[str] | None = None, report: Callable[[str], None] = print) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compatibility", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.integrations.transformers.compatibility", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     options = parser.parse_args(arguments)
     rows = []
