@@ -30,6 +30,7 @@ from tidar_kernels.models.transformer import Transformer
 from ..core import record
 from .turns import prompts
 
+PROGRAM = "python -m benchmarks.decoding.breakdown"
 # What is wrapped: part -> (owner, attribute).
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "attention": ((ops, "step_attention"),),
@@ -55,9 +56,8 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
         return wrapped
 
     with ExitStack() as stack:
-        for part, places in PARTS.items():
-            for owner, name in places:
-                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        for part, owner, name in ((part, *place) for part, places in PARTS.items() for place in places):
+            stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
         yield
 
 
@@ -77,19 +77,13 @@ def breakdown(decoder: Decoder, batch: list[list[int]], new_tokens: int) -> dict
                 pass
         for part, spent in seconds.items():
             parts[part].append(spent / (stream.result.forwards - before) * 1e3)
-    medians = {part: statistics.median(values) for part, values in parts.items()}
-    step = statistics.median(whole)
-    return {
-        "step_ms": round(step, 4),
-        **{f"{part}_ms": round(value, 4) for part, value in medians.items()},
-        "rest_ms": round(step - sum(medians.values()), 4),
-    }
+    medians, step = {part: statistics.median(values) for part, values in parts.items()}, statistics.median(whole)
+    found = {"step": step, **medians, "rest": step - sum(medians.values())}
+    return {f"{part}_ms": round(value, 4) for part, value in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.breakdown", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="0: autoregressive")
@@ -100,9 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         decoder = Decoder(model, block) if block else Decoder(model, mode="autoregressive")
         decoder.generate(prompts()[0], 16)
         found = breakdown(decoder, prompts(), options.new_tokens)
-        again = (
-            f"python -m benchmarks.decoding.breakdown --out DIR --new-tokens {options.new_tokens} --block-sizes {block}"
-        )
+        again = f"{PROGRAM} --out DIR --new-tokens {options.new_tokens} --block-sizes {block}"
         rows.append({"operator": "decode_step", "block_size": block, **found, "command": again})
         figures = "  ".join(f"{name[:-3]} {value:.2f}" for name, value in rows[-1].items() if name.endswith("_ms"))
         print(f"{f'B={block}' if block else 'AR':5} ms: {figures}", flush=True)

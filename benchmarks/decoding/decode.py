@@ -44,41 +44,35 @@ def run(
     turns = take_turns(decoders, groups, new_tokens, repeats)
     rows = []
     for block, turn in turns.items():
-        tokens, seconds = new_tokens * count, sum(turn.seconds)
+        tokens = new_tokens * count
         pattern = patterns.tidar_step(block) if block else patterns.causal(1)
         # At the middle of the generations; the lm_head on the drafts, and on the chosen block without its first row.
         least = floor_of(
             model.config, pattern, PROMPT_BYTES + new_tokens // 2, torch.float32, batch=batch_size,
             logits_rows=batch_size * (2 * max(block, 1) - 1),
         )  # fmt: skip
-        step_us = seconds / turn.forwards * 1e6
+        step_us = sum(turn.seconds) / turn.forwards * 1e6
         limit = limits.floor_us(least["bytes"], least["flops"], "float32") if limits else 0.0
         speedups = [a / b for a, b in zip(turns[0].seconds, turn.seconds, strict=True)]
-        rows.append(
-            {
-                "operator": "decode",
-                "mode": "tidar" if block else "autoregressive",
-                "block_size": block,
-                "rows": block * (block + 1) or 1,
-                "batch": batch_size,
-                "prompts": count,
-                "prompt_tokens": PROMPT_BYTES,
-                "new_tokens": tokens,
-                "forwards": turn.forwards,
-                "tokens_per_forward": round(tokens / sum(map(len, turn.accepted)), 4),
-                "tokens_per_second": round(tokens / seconds, 2),
-                "step_ms": round(step_us / 1e3, 4),
-                "speedup": round(sum(turns[0].seconds) / seconds, 4),
-                "speedup_median": round(statistics.median(speedups), 4),
-                "identical": turn.identical,
-                "bytes": least["bytes"],
-                "flops": least["flops"],
-                **({"floor_us": round(limit, 3), "of_floor": round(limit / step_us, 4)} if limit else {}),
-                "workloads": VERSION,
-                "command": f"{PROGRAM} --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size} --block-sizes"
-                + (f" {block}" if block else ""),
-            }
-        )
+        row = {
+            "operator": "decode",
+            "mode": "tidar" if block else "autoregressive",
+            "block_size": block,
+            "rows": pattern.q_len,
+            "batch": batch_size,
+            "prompts": count,
+            "prompt_tokens": PROMPT_BYTES,
+            **turn.figures(tokens, turns[0]),
+            "tokens_per_forward": round(tokens / sum(map(len, turn.accepted)), 4),
+            "step_ms": round(step_us / 1e3, 4),
+            "speedup_median": round(statistics.median(speedups), 4),
+            "bytes": least["bytes"],
+            "flops": least["flops"],
+            "workloads": VERSION,
+            "command": f"{PROGRAM} --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size} --block-sizes"
+            + (f" {block}" if block else ""),
+        }
+        rows.append(row | ({"floor_us": round(limit, 3), "of_floor": round(limit / step_us, 4)} if limit else {}))
     return rows
 
 

@@ -75,19 +75,11 @@ class DecoderStep(Operands):
 
     def further(self, line: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Times an autoregressive step, and the speed-up at the acceptance that TiDAR publishes for the model."""
-        case = self.case
-        baseline = next(
-            (
-                row["p50_us"]
-                for row in (line, *rows)
-                if row.get("implementation") == "autoregressive"
-                and "p50_us" in row
-                and (row["model"], row["context_len"]) == (case.model, case.context_len)
-            ),
-            None,
-        )
-        if baseline is None:
+        case, here = self.case, (self.case.model, self.case.context_len)
+        plain = [row for row in (line, *rows) if row.get("implementation") == "autoregressive" and "p50_us" in row]
+        times = [row["p50_us"] for row in plain if (row["model"], row["context_len"]) == here]
+        if not times:
             return {}
-        found = {"of_autoregressive": round(line["p50_us"] / baseline, 4)}
+        found = {"of_autoregressive": round(line["p50_us"] / times[0], 4)}
         published = SHAPES[case.model].published.get(case.block_size) if case.model in SHAPES else None
-        return found | ({"projected_speedup": round(published * baseline / line["p50_us"], 3)} if published else {})
+        return found | ({"projected_speedup": round(published * times[0] / line["p50_us"], 3)} if published else {})

@@ -29,6 +29,8 @@ from tidar_kernels.models.training import data
 from ..core import record
 from .turns import PROMPT_BYTES, excerpt, prompts, take_turns
 
+PROGRAM = "python -m benchmarks.decoding.strategies"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -48,21 +50,17 @@ class Candidate:
 def candidates(measured: Profile) -> list[Candidate]:
     """All strategies at the settings that suit a model of unshifted masks and bidirectional blocks."""
     found = [Candidate("autoregressive", "autoregressive", None, 1)]
-
-    def with_levels(block: int, levels: tuple[int, ...] | None, name: str, label: str) -> None:
+    chosen = plan(measured)
+    auto = f"TiDAR, auto: B = {chosen.block_size}, levels {' '.join(map(str, chosen.levels))}"
+    for name, label, block, levels in (
+        *(("tidar", f"TiDAR, B = {block}", block, None) for block in (4, 8, 16)),
+        ("tidar_levels", "TiDAR, B = 8, levels 1 2 4", 8, (1, 2, 4)),
+        ("tidar_levels", "TiDAR, B = 16, levels 1 2 3 4 6 8", 16, (1, 2, 3, 4, 6, 8)),
+        ("tidar_auto", auto, chosen.block_size, chosen.levels),
+    ):
         made = tidar(block, levels=levels)
         expected = expected_tokens(measured.acceptance, block, levels or range(1, block + 1))
         found.append(Candidate(name, label, made, made.pattern.q_len, round(expected, 3)))
-
-    for block in (4, 8, 16):
-        with_levels(block, None, "tidar", f"TiDAR, B = {block}")
-    with_levels(8, (1, 2, 4), "tidar_levels", "TiDAR, B = 8, levels 1 2 4")
-    with_levels(16, (1, 2, 3, 4, 6, 8), "tidar_levels", "TiDAR, B = 16, levels 1 2 3 4 6 8")
-    chosen = plan(measured)
-    levels = " ".join(map(str, chosen.levels))
-    with_levels(
-        chosen.block_size, chosen.levels, "tidar_auto", f"TiDAR, auto: B = {chosen.block_size}, levels {levels}"
-    )
     for stride in (4, 8):
         causal, both = isd(stride, shifted=False), isd(stride, bidirectional=True, shifted=False)
         found.append(Candidate("isd", f"ISD, N = {stride}", causal, causal.pattern.q_len))
@@ -98,26 +96,24 @@ def run(
         for c in chosen
     }
     turns = take_turns(decoders, [[prompt] for prompt in batch], new_tokens, repeats, progress)
-    tokens, baseline = new_tokens * len(batch), sum(turns[chosen[0].label].seconds)
-    return [
-        {
-            "operator": "strategy",
-            "name": c.name,
-            "label": c.label,
-            "rows": c.rows,
-            "exact": c.strategy is None or c.strategy.equals_autoregression,
-            "identical": turns[c.label].identical,
-            "prompts": len(batch),
-            "prompt_tokens": len(batch[0]),
-            "new_tokens": tokens,
-            "forwards": turns[c.label].forwards,
-            "tokens_per_forward": round(tokens / turns[c.label].forwards, 4),
-            "expected_tokens_per_forward": _expected(c, turns[c.label].accepted),
-            "tokens_per_second": round(tokens / sum(turns[c.label].seconds), 2),
-            "speedup": round(baseline / sum(turns[c.label].seconds), 4),
-        }
-        for c in chosen
-    ]
+    tokens, rows = new_tokens * len(batch), []
+    for c in chosen:
+        turn = turns[c.label]
+        rows.append(
+            {
+                "operator": "strategy",
+                "name": c.name,
+                "label": c.label,
+                "rows": c.rows,
+                "exact": c.strategy is None or c.strategy.equals_autoregression,
+                "prompts": len(batch),
+                "prompt_tokens": len(batch[0]),
+                **turn.figures(tokens, turns[chosen[0].label]),
+                "tokens_per_forward": round(tokens / turn.forwards, 4),
+                "expected_tokens_per_forward": _expected(c, turn.accepted),
+            }
+        )
+    return rows
 
 
 def _expected(candidate: Candidate, accepted: list[list[int]]) -> float | None:
@@ -141,9 +137,7 @@ def calibration_prompts(count: int = 8) -> list[list[int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding.strategies", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, at most 12")
@@ -166,24 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"  as autoregressive: {line['identical']}",
             flush=True,
         )
-        again = [
-            "python",
-            "-m",
-            "benchmarks.decoding.strategies",
-            "--out",
-            "DIR",
-            "--new-tokens",
-            str(options.new_tokens),
-        ]
-        line["command"] = shlex.join([*again, "--prompts", str(options.prompts), "--only", line["label"]])
-    rows.append(
-        {
-            "operator": "profile",
-            "acceptance": [round(share, 4) for share in measured.acceptance],
-            "rows": list(measured.rows),
-            "step_ms": [round(seconds * 1e3, 4) for seconds in measured.seconds],
-        }
-    )
+        line["command"] = f"{PROGRAM} --out DIR --new-tokens {options.new_tokens} --prompts {options.prompts} --only "
+        line["command"] += shlex.quote(line["label"])
+    acceptance = [round(share, 4) for share in measured.acceptance]
+    step_ms = [round(seconds * 1e3, 4) for seconds in measured.seconds]
+    rows.append({"operator": "profile", "acceptance": acceptance, "rows": [*measured.rows], "step_ms": step_ms})
     record.add(options.out, "strategies", "cpu", rows)
     return 0 if all(line["identical"] or not line["exact"] for line in rows if line["operator"] == "strategy") else 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tidar_kernels import Decoder
 from tidar_kernels.models.training import data
@@ -37,6 +37,17 @@ class Turn:
     forwards: int = 0
     accepted: list[list[int]] = field(default_factory=list)
     identical: bool = True
+
+    def figures(self, tokens: int, baseline: Turn) -> dict[str, Any]:
+        """What every row says of its `tokens` new tokens, beside the first decoder's."""
+        seconds = sum(self.seconds)
+        return {
+            "new_tokens": tokens,
+            "forwards": self.forwards,
+            "tokens_per_second": round(tokens / seconds, 2),
+            "speedup": round(sum(baseline.seconds) / seconds, 4),
+            "identical": self.identical,
+        }
 
 
 def take_turns(

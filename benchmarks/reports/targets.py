@@ -43,9 +43,9 @@ def _target(what: str, aim: float, unit: str, found: list[tuple[float, str]], *,
     return [Target(what, aim, unit, at_least, *worst, met, len(found))]
 
 
-def _rows(folder: Path, device: str, kinds: tuple[str, ...]) -> list[list[dict[str, Any]]]:
-    """Rows of these parts, of one machine each."""
-    return [part["rows"] for kind in kinds for part in record.newest(folder, kind, device)]
+def _rows(folder: Path, device: str, kind: str) -> list[list[dict[str, Any]]]:
+    """Rows of a part, of one machine each."""
+    return [part["rows"] for part in record.newest(folder, kind, device)]
 
 
 def step_cases(rows: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
@@ -67,16 +67,12 @@ def _heads(row: dict[str, Any]) -> str:
     return f"{row['num_heads']}/{row['num_kv_heads']} heads"
 
 
-def _faster(rows: list[dict[str, Any]], peers: tuple[str, ...] | None, blocks: tuple[int, ...]) -> list[Any]:
-    """Times faster than the best of `peers` (None: of all that do the same work), by case."""
+def _faster(rows: list[dict[str, Any]], blocks: tuple[int, ...], peer: str | None = None) -> list[tuple[float, str]]:
+    """Times faster than a peer (None: than the best of all that do the same work), by case."""
     found = []
     for case in step_cases(rows):
-        ours = case[OURS]
-        times = [
-            row["p50_us"]
-            for name, row in case.items()
-            if name != OURS and (name in peers if peers else name not in CEILINGS)
-        ]
+        ours = case.pop(OURS)
+        times = [row["p50_us"] for name, row in case.items() if (name == peer if peer else name not in CEILINGS)]
         if times and ours["block_size"] in blocks:
             found.append((min(times) / ours["p50_us"], _step_name(ours)))
     return found
@@ -85,21 +81,15 @@ def _faster(rows: list[dict[str, Any]], peers: tuple[str, ...] | None, blocks: t
 def cpu(folder: Path) -> list[Target]:
     """The targets of a CPU."""
     found = []
-    for rows in _rows(folder, "cpu", ("training",)):
-        ratios = [
-            (row["against_floor"], f"{row['dtype']}, {_heads(row)}, {row['direction']}")
-            for row in rows
-            if row.get("implementation") == OURS and "against_floor" in row
-        ]
+    for rows in _rows(folder, "cpu", "training"):
+        mine = [row for row in rows if row.get("implementation") == OURS and "against_floor" in row]
+        ratios = [(row["against_floor"], f"{row['dtype']}, {_heads(row)}, {row['direction']}") for row in mine]
         found += _target("training attention, two causal SDPA calls", 1.25, "x", ratios, at_least=False)
-    for rows in _rows(folder, "cpu", ("operators",)):
-        times = [
-            (case[OURS]["p50_us"] / case["sdpa_no_mask"]["p50_us"], _step_name(case[OURS]))
-            for case in step_cases(rows)
-            if "sdpa_no_mask" in case
-        ]
+    for rows in _rows(folder, "cpu", "operators"):
+        beside = [case for case in step_cases(rows) if "sdpa_no_mask" in case]
+        times = [(case[OURS]["p50_us"] / case["sdpa_no_mask"]["p50_us"], _step_name(case[OURS])) for case in beside]
         found += _target("step attention, SDPA without mask", 1.3, "x", times, at_least=False)
-    exact = [row for rows in _rows(folder, "cpu", ("strategies",)) for row in rows if row.get("exact")]
+    exact = [row for rows in _rows(folder, "cpu", "strategies") for row in rows if row.get("exact")]
     if exact:
         best = max(exact, key=lambda row: row["speedup"])
         found += _target("the shipped model, autoregression", 2.5, "x", [(best["speedup"], best["label"])])
@@ -109,7 +99,7 @@ def cpu(folder: Path) -> list[Target]:
 def cuda(folder: Path) -> list[Target]:
     """The targets of a CUDA GPU."""
     found = []
-    for rows in _rows(folder, "cuda", ("step",)):
+    for rows in _rows(folder, "cuda", "step"):
         copy = next((row["gbytes_per_s"] for row in rows if row["operator"] == "copy"), None)
         ours = [case[OURS] for case in step_cases(rows)]
         if copy:
@@ -123,31 +113,25 @@ def cuda(folder: Path) -> list[Target]:
         wide = [row for row in ours if row["block_size"] >= 8 and row["context_len"] >= 8192]
         rates = [(row["tflops"], _step_name(row)) for row in wide]
         found += _target("step attention, B >= 8, 8192 tokens and more", 550, "TFLOP/s", rates)
-        found += _target("step attention, B = 16, FlexAttention", 3.0, "x", _faster(rows, ("flex_attention",), (16,)))
-        found += _target("step attention, the best peer", 1.5, "x", _faster(rows, None, (4, 8, 16)))
-    for rows in _rows(folder, "cuda", ("operators",)):
-        times: dict[str, dict[tuple[Any, ...], float]] = {}
+        found += _target("step attention, B = 16, FlexAttention", 3.0, "x", _faster(rows, (16,), "flex_attention"))
+        found += _target("step attention, the best peer", 1.5, "x", _faster(rows, (4, 8, 16)))
+    for rows in _rows(folder, "cuda", "operators"):
+        times: dict[tuple[Any, ...], dict[str, float]] = {}
         for row in rows:
             if row["operator"] == "append_kv" and "p50_us" in row:
                 key = row["model"], row["new_tokens"], row["batch"]
-                times.setdefault(row["implementation"], {})[key] = row["p50_us"]
-        copies = times.get("copy", {})
+                times.setdefault(key, {})[row["implementation"]] = row["p50_us"]
         shares = [
-            (100 * copies[key] / us, f"{key[0]}, {key[1]} tokens, batch {key[2]}")
-            for key, us in times.get(OURS, {}).items()
-            if key in copies
+            (100 * us["copy"] / us[OURS], f"{model}, {tokens} tokens, batch {batch}")
+            for (model, tokens, batch), us in times.items()
+            if {OURS, "copy"} <= set(us)
         ]
         found += _target("append, copy_ of as many bytes", 80, "%", shares)
-    for rows in _rows(folder, "cuda", ("training",)):
+    for rows in _rows(folder, "cuda", "training"):
+        mine = [row for row in rows if row.get("implementation") == OURS and "tflops" in row]
+        mine = [row for row in mine if (row["seq_len"], row["head_dim"]) == (8192, 128)]
         for direction, aim in (("forward", 600), ("backward", 450)):
-            reached = [
-                (row["tflops"], _heads(row))
-                for row in rows
-                if row.get("implementation") == OURS
-                and row["direction"] == direction
-                and (row["seq_len"], row["head_dim"]) == (8192, 128)
-                and "tflops" in row
-            ]
+            reached = [(row["tflops"], _heads(row)) for row in mine if row["direction"] == direction]
             found += _target(f"training attention {direction}, S = 8192, d = 128", aim, "TFLOP/s", reached)
     return found
 
