@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from .core import measure, rates, record, timing
-from .core.operands import Operands, listing
+from .core.operands import listing
 from .registry import OPERATORS, PARTS
 from .reports import pictures, targets
 
@@ -46,6 +46,7 @@ TITLES = {
 WITHOUT_COMPILERS = 0.7  # of a part's time, until FlexAttention, which compiles for every case, has its turn
 GRACE = 25.0  # seconds past its time until a part is stopped
 TRIES = 3
+Launcher = Callable[[list[str], float], int | None]  # a command and its seconds; its exit code, None if stopped
 DEVICE_LOST = 3  # exit code of a part whose process cannot go on
 
 
@@ -59,25 +60,18 @@ class Suite:
     parity: tuple[str, ...]
     timer: measure.Timer | None = None
 
-    def cases(self, cls: type[Operands]) -> Sequence[Any]:
-        found: Sequence[Any] = getattr(cls, self.workloads)
-        return found
-
 
 FULL = Suite("cuda", torch.bfloat16, "cuda", ("tests",))
 DRY = Suite(
-    "cpu",
-    torch.float32,
-    "tiny",
-    ("tests/ops/test_append_kv.py",),
+    "cpu", torch.float32, "tiny", ("tests/ops/test_append_kv.py",),
     lambda calls: timing.time_cpu(timing.rotated(calls), 0),
-)
+)  # fmt: skip
 
 
 def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
     """The rows of a part until `deadline`, what compiles for every case after all the others; False if ours failed."""
     now, passed = time.perf_counter(), True
-    table = [(cls, case) for cls in map(OPERATORS.__getitem__, PARTS[name]) for case in suite.cases(cls)]
+    table = [(cls, case) for cls in map(OPERATORS.__getitem__, PARTS[name]) for case in getattr(cls, suite.workloads)]
     compilers = {key for cls, _ in table for key, one in cls.implementations.items() if one.compiles}
     turns = [(TITLES[name], False, now + (WITHOUT_COMPILERS if compilers else 1.0) * (deadline - now))]
     turns += [(f"{TITLES[name]}, FlexAttention", True, deadline)] if compilers else []
@@ -143,9 +137,7 @@ def run_process(command: Sequence[str], seconds: float) -> int | None:
         raise
 
 
-def start_part(
-    suite: Suite, name: str, folder: Path, seconds: float, end: float, launch: Callable[..., int | None]
-) -> int:
+def start_part(suite: Suite, name: str, folder: Path, seconds: float, end: float, launch: Launcher) -> int:
     """A part in processes of its own, started again where one dies; 0, or 1 if anything failed."""
     until = time.perf_counter() + seconds
     code: int | None = 0
@@ -164,7 +156,7 @@ def start_part(
     return 0 if code == 0 or code is None else 1
 
 
-def run_parity(suite: Suite, folder: Path, seconds: float, launch: Callable[..., int | None]) -> int:
+def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> int:
     """The tests marked cuda, within `seconds`; their outcome as a part of the results file. 0 if none failed."""
     if importlib.util.find_spec("pytest") is None:
         print("parity: not run, no pytest; every row still checks its own result", file=sys.stderr)
@@ -186,40 +178,30 @@ def run_parity(suite: Suite, folder: Path, seconds: float, launch: Callable[...,
 
 def parity_row(report: Path) -> dict[str, Any]:
     """What a JUnit report says, in numbers, and the names of tests that failed."""
-    names: list[str] = []
-    count = {"tests": 0, "failed": 0, "skipped": 0}
     root = ElementTree.parse(report).getroot() if report.is_file() else ElementTree.Element("none")
-    for test in root.iter("testcase"):
-        count["tests"] += 1
-        if test.find("failure") is not None or test.find("error") is not None:
-            count["failed"] += 1
-            names.append(f"{test.get('classname')}::{test.get('name')}")
-        elif test.find("skipped") is not None:
-            count["skipped"] += 1
+    tests = list(root.iter("testcase"))
+    failed = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
+    skipped = [test for test in tests if test.find("skipped") is not None]
+    names = [f"{test.get('classname')}::{test.get('name')}" for test in failed]
+    count = {"tests": len(tests), "failed": len(failed), "skipped": len(skipped)}
     return {"operator": "parity", **count, "failures": names[:50]}
 
 
-def run_all(
-    suite: Suite, folder: Path, budget: float, launch: Callable[..., int | None], *, separate: bool, parity: bool = True
-) -> int:
+def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, parity: bool = True) -> int:
     """Parity and every part within `budget` seconds; 0 if nothing failed."""
     end = time.perf_counter() + budget
     codes = {}
     if parity:
         codes["parity"] = run_parity(suite, folder, min(PARITY_SECONDS, 0.4 * budget), launch)
-    waiting = dict(SHARES)
-    while waiting:
-        name, share = next(iter(waiting.items()))
-        seconds = (end - time.perf_counter() - GRACE) * share / sum(waiting.values())
-        del waiting[name]
+    shares = sum(SHARES.values())
+    for name, share in SHARES.items():
+        seconds = (end - time.perf_counter() - GRACE) * share / shares
+        shares -= share
         if seconds < 5.0:
             print(f"{name}: not started, {measure.OUT_OF_TIME}", file=sys.stderr, flush=True)
             continue
         print(f"== {name}: {seconds:.0f} s", flush=True)
-        if separate:
-            codes[name] = start_part(suite, name, folder, seconds, end, launch)
-        else:
-            codes[name] = run_part(suite, name, folder, seconds)
+        codes[name] = start_part(suite, name, folder, seconds, end, launch)
     print(f"{budget - (end - time.perf_counter()):.0f} s; exit codes: {codes}", flush=True)
     return int(any(codes.values()))
 
@@ -240,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part:
         return run_part(suite, options.part, options.out, options.budget, resume=options.resume)
-    code = run_all(suite, options.out, options.budget, run_process, separate=True, parity=not options.no_parity)
+    code = run_all(suite, options.out, options.budget, run_process, parity=not options.no_parity)
     for line in targets.lines(options.out, suite.device):
         print(line, flush=True)
     pictures.draw_all(options.out, options.out)

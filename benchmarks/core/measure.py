@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,13 +105,6 @@ def plan(sets: Sequence[Operands], name: str) -> tuple[list[Call], float]:
     return [one.run for one in prepared], error
 
 
-def timed(cls: type[Operands], device: str, calls: Sequence[Call]) -> dict[str, float]:
-    """Time the calls of one implementation, in turn."""
-    if device != "cuda":
-        return timing.time_cpu(timing.rotated(calls))
-    return timing.time_cuda(calls) if cls.graph else timing.time_stream(timing.rotated(calls))
-
-
 def measure(
     cls: type[Operands],
     case: Any,
@@ -154,9 +147,8 @@ def measure(
         report(line)
 
     for name, line in heads.items():
-        late = time.perf_counter() > deadline
         try:
-            if late:
+            if time.perf_counter() > deadline:
                 raise TimeoutError(OUT_OF_TIME)
             rows.begin(line)
             with torch.inference_mode(cls.inference):
@@ -166,7 +158,8 @@ def measure(
                 if take_turns:
                     waiting[name] = calls
                 else:
-                    enter(name, timer(calls) if timer else timed(cls, device, calls))
+                    on_stream = timing.time_cuda if cls.graph else timing.time_stream
+                    enter(name, (timer or on_stream)(calls))
         except Exception as failure:  # compilers, backends and memory fail in their own ways
             line["not_available"] = reason(failure)
             enter(name, {})
@@ -179,17 +172,11 @@ def measure(
     with torch.inference_mode(cls.inference):
         turns = {name: timing.rotated(calls) for name, calls in waiting.items()}
         measured = timing.time_in_turn(turns, budget_s * len(turns))
+    unit = measured.get(cls.yardstick or "")
     for name, found in measured.items():
-        enter(name, found | _against(found, measured, cls.yardstick))
+        times = {"against_floor": round(found["p50_us"] / unit["p50_us"], 3)} if unit else {}
+        enter(name, found | times)
     return passed
-
-
-def _against(
-    found: dict[str, float], measured: Mapping[str, dict[str, float]], yardstick: str | None
-) -> dict[str, Any]:
-    """The time in times of the yardstick's, where that was measured beside it."""
-    unit = measured.get(yardstick or "")
-    return {"against_floor": round(found["p50_us"] / unit["p50_us"], 3)} if unit else {}
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -119,11 +119,9 @@ class Operands:
     @classmethod
     def offered(cls, case: Any, device: str) -> list[str]:
         """The implementations that `case` can be measured with on `device`."""
-        return [
-            name
-            for name, one in cls.implementations.items()
-            if not one.absent(device) and (not one.compiles or cls.compiled is None or case in cls.compiled)
-        ]
+        compiles = cls.compiled is None or case in cls.compiled
+        known = cls.implementations.items()
+        return [name for name, one in known if not one.absent(device) and (compiles or not one.compiles)]
 
     @classmethod
     def before(cls, case: Any) -> Sequence[Any]:

@@ -46,26 +46,15 @@ def measure(device: str, dtypes: tuple[torch.dtype, ...], *, small: bool = False
     def timed(call: Callable[[], Any]) -> dict[str, float]:
         return timing.time_cuda([call]) if device == "cuda" else timing.time_cpu(call, 0.0 if small else 1.0)
 
-    measured = timed(partial(target.copy_, source))
-    moved = 2 * source.nbytes
-    rows = [
-        {"operator": "copy", "bytes": moved, **measured, "gbytes_per_s": round(moved / measured["p50_us"] / 1e3, 2)}
-    ]
+    measured, moved = timed(partial(target.copy_, source)), 2 * source.nbytes
+    rate = round(moved / measured["p50_us"] / 1e3, 2)
+    rows = [{"operator": "copy", "bytes": moved, **measured, "gbytes_per_s": rate}]
     del source, target
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        measured = timed(partial(torch.matmul, a, b))
-        name, flops = str(dtype).removeprefix("torch."), 2.0 * size**3
-        rows.append(
-            {
-                "operator": "matmul",
-                "dtype": name,
-                "size": size,
-                "flops": flops,
-                **measured,
-                "tflops": round(flops / measured["p50_us"] / 1e6, 3),
-            }
-        )
+        measured, flops = timed(partial(torch.matmul, a, b)), 2.0 * size**3
+        row = {"operator": "matmul", "dtype": str(dtype).removeprefix("torch."), "size": size, "flops": flops}
+        rows.append({**row, **measured, "tflops": round(flops / measured["p50_us"] / 1e6, 3)})
     return [row | {"device": device} for row in rows]
 
 

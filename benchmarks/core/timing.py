@@ -31,14 +31,7 @@ def rotated(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 def time_cpu(call: Callable[[], Any], budget_s: float = 0.5) -> dict[str, float]:
     """Time `call` on the host for about `budget_s` seconds, at least five times, after two warm-up calls."""
-    call()
-    call()
-    seconds: list[float] = []
-    while len(seconds) < 5 or sum(seconds) < budget_s:
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return summary(seconds)
+    return time_in_turn({"": call}, budget_s)[""]
 
 
 def time_cuda(calls: Sequence[Callable[[], Any]], budget_s: float = 0.15) -> dict[str, float]:
@@ -87,11 +80,12 @@ def time_in_turn(
     return {name: summary(values[2:]) for name, values in seconds.items()}
 
 
-def time_stream(call: Callable[[], Any], budget_s: float = 0.2) -> dict[str, float]:
-    """Time a call on the current CUDA stream, without a graph: for calls of a millisecond and more.
+def time_stream(calls: Sequence[Callable[[], Any]], budget_s: float = 0.2) -> dict[str, float]:
+    """Time calls on the current CUDA stream, taking them in turn, without a graph: those of a millisecond and more.
 
-    The calls are queued one after another with an event in between, so that the host stays ahead of the device.
+    They are queued one after another with an event in between, so that the host stays ahead of the device.
     """
+    call = rotated(calls)
     call()
     torch.cuda.synchronize()
     started = time.perf_counter()

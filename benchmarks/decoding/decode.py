@@ -82,10 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--block-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's own choice")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     limits = rates.measure("cpu", (torch.float32,))
     known = rates.of(limits)
     rows = []

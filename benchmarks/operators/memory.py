@@ -54,14 +54,9 @@ def rows(lengths: dict[str, tuple[int, ...]] | None = None) -> list[dict[str, An
     for name, seq_len in ((name, n) for name, each in (lengths or LENGTHS).items() for n in each):
         command = ["-m", "benchmarks.operators.memory", name, str(seq_len)]
         done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-        line = {
-            "operator": "attention_memory",
-            "implementation": name,
-            "dtype": "float32",
-            **{field: value for field, value in vars(_case(seq_len)).items() if field != "direction"},
-            "workloads": VERSION,
-            "command": " ".join(["python", *command]),
-        }
+        line = {"operator": "attention_memory", "implementation": name, "dtype": "float32", **vars(_case(seq_len))}
+        line |= {"workloads": VERSION, "command": " ".join(["python", *command])}
+        del line["direction"]  # both
         if done.returncode == 0:
             growth = json.loads(done.stdout)
             line |= {"peak_bytes": growth, "bytes_per_token": round(growth / seq_len)}

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+PROGRAM = "python -m benchmarks.operators.overhead"
 CHIP = 90
 CALLS = 20  # a round
 OPERATORS = ("step_attention", "rotary_append", "append_kv", "verify", "row_invariant_linear", "gated_lora")
@@ -138,10 +139,9 @@ def measure(checkouts: list[Path], only: list[str], rounds: int) -> list[dict[st
             for index, checkout in enumerate(checkouts):
                 mine = [each[index] for each in taken]
                 row = {"operator": name, "checkout": str(checkout), "p50_us": round(statistics.median(mine), 2)}
-                row["least_us"] = round(min(mine), 2)
-                if index:  # in pairs, as the load of the machine changes
-                    row["of_first"] = round(statistics.median(each[index] / each[0] for each in taken), 3)
-                rows.append(row)
+                pairs = [each[index] / each[0] for each in taken]  # as the load of the machine changes
+                of_first = {"of_first": round(statistics.median(pairs), 3)} if index else {}
+                rows.append({**row, "least_us": round(min(mine), 2), **of_first})
     finally:
         for worker in workers:
             worker.communicate()
@@ -158,9 +158,7 @@ def ask(worker: subprocess.Popen[str], name: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.operators.overhead", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of the package")
     parser.add_argument("--rounds", type=int, default=200, help=f"of {CALLS} calls each; default 200")
     parser.add_argument("--only", nargs="+", choices=OPERATORS, default=list(OPERATORS), metavar="NAME")

@@ -8,6 +8,7 @@ Rows are matched by what was measured: every field that is a name, a size or a s
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,11 @@ class Change:
 def _by_identity(content: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     # The same yardstick, say copy bandwidth, is measured in every part.
-    measured = [(kind, row) for kind, part in sorted(content["parts"].items()) for row in part["rows"]]
-    for kind, row in measured:
+    for kind, row in ((kind, row) for kind, part in sorted(content["parts"].items()) for row in part["rows"]):
         identity = tuple((name, row[name]) for name in IDENTITY if isinstance(row.get(name), (str, int, float)))
-        identity += (("in", kind),)
         # Two rows that nothing tells apart keep their order.
-        count = 0
-        while (*identity, count) in rows:
-            count += 1
-        rows[(*identity, count)] = row
+        order = next(n for n in itertools.count() if (*identity, ("in", kind), n) not in rows)
+        rows[(*identity, ("in", kind), order)] = row
     return rows
 
 
@@ -99,13 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"benchmarks.reports.compare: error: {error}", file=sys.stderr)
         return 2
-    machines = []
-    for name, content in (("old", old), ("new", new)):
-        for kind, part in sorted(content["parts"].items()):
-            machine = part["machine"]
-            print(f"{name}: {kind}, {part['date']}, {machine.get('gpu') or machine['cpu']}, {clock(part)}")
-        machines.append([part["machine"] for _, part in sorted(content["parts"].items())])
-    if any(machine != machines[0][0] for each in machines for machine in each):
+    parts = [(name, *part) for name, each in (("old", old), ("new", new)) for part in sorted(each["parts"].items())]
+    for name, kind, part in parts:
+        print(f"{name}: {kind}, {part['date']}, {part['machine'].get('gpu') or part['machine']['cpu']}, {clock(part)}")
+    if any(part["machine"] != parts[0][2]["machine"] for _, _, part in parts):
         print("the machines differ: factors compare them too")
     found, gone, come = changes(old, new)
     for change in sorted(found, key=lambda change: -change.factor):

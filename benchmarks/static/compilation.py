@@ -48,7 +48,6 @@ class CompileReport:
         loop: instructions by class of the loop that does the multiplying (`assembly.hot_loop`); empty unless the
             binary was read.
         copies_ahead: `assembly.copies_ahead` of that loop; None on AMD, and unless the binary was read.
-        options: the launch's constexpr arguments, warps and stages.
     """
 
     kernel: str
@@ -62,7 +61,6 @@ class CompileReport:
     tensor_core: tuple[str, ...]
     loop: dict[str, int] = field(repr=False, compare=False)
     copies_ahead: int | None = field(compare=False)
-    options: dict[str, Any] = field(repr=False)
 
 
 class _Target:
@@ -132,8 +130,7 @@ def compile_report(launch: Launch, chip: int | str, *, read_binary: bool = False
     found = _read_cubin(compiled, chip, read_binary) if isinstance(chip, int) else _read_amdgcn(compiled)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     warps = resident_warps(chip, found["registers"], shared, compiled.metadata.num_warps, columns)
-    named = {"kernel": compiled.metadata.name, "chip": chip, "options": launch.options}
-    return CompileReport(**named, shared_bytes=shared, warps=warps, **found)
+    return CompileReport(compiled.metadata.name, chip, shared_bytes=shared, warps=warps, **found)
 
 
 def _read_cubin(compiled: Any, chip: int, read_binary: bool) -> dict[str, Any]:

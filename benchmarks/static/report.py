@@ -38,14 +38,14 @@ WRITE_EVERY_S = 20.0
 # Of a launch's options, those that a table chooses.
 CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg", "SCORES_AHEAD")
 # Of an entry, what is compared with a fresh compilation.
-MEASURED = tuple(one.name for one in fields(CompileReport) if one.name not in ("kernel", "chip", "options"))
+MEASURED = tuple(one.name for one in fields(CompileReport))[2:]  # but for kernel and chip
 
 
 def compiled_row(case: Case, config: Config | None = None) -> dict[str, Any]:
     """The entry of a case, compiled now, with the table's configuration or another."""
     planned = launch(case, config)
     report = compile_report(planned, case.target, read_binary=True)
-    chosen = {name: report.options[name] for name in CHOSEN if name in report.options}
+    chosen = {name: planned.options[name] for name in CHOSEN if name in planned.options}
     measured = {name: getattr(report, name) for name in MEASURED} | {"tensor_core": list(report.tensor_core)}
     return {**asdict(case), "config": chosen, **measured, "fingerprint": fingerprint(planned)}
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +46,18 @@ def step(rows: record.Rows, names: tuple[str, ...], timer: measure.Timer | None 
     return measure.measure(StepAttention, case, rows, RATES, torch.float32, device="cpu", names=names, timer=timer)
 
 
-def launched(commands: list[list[str]], code: int | None = 0) -> Callable[[list[str], float], int | None]:
-    """What stands for starting a process: it is told, and nothing runs."""
-
-    def launch(command: list[str], seconds: float) -> int | None:
-        commands.append([*command, f"{seconds:.0f}"])
-        return code
-
-    return launch
-
-
 def test_the_dry_run_goes_through_every_part(
     dry: gpu.Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[list[str]] = []
-    assert gpu.run_all(dry, tmp_path, 300.0, launched(commands), separate=False) == 0
+
+    def launch(command: list[str], seconds: float) -> int:
+        """Parts run in this process, and parity does not run."""
+        commands.append(command)
+        part = command[command.index("--part") + 1] if "--part" in command else None
+        return gpu.run_part(dry, part, tmp_path, seconds) if part else 0
+
+    assert gpu.run_all(dry, tmp_path, 300.0, launch) == 0
     assert commands[0][1:5] == ["-m", "pytest", "-m", "cuda"]
     assert set(record.load(next(tmp_path.glob("cpu-*.json")))["parts"]) == {"parity", *PARTS}
     timed = [line for kind in PARTS for line in part_of(tmp_path, kind) if "p50_us" in line]
@@ -95,7 +91,7 @@ def test_each_part_has_its_share_of_the_time_and_dies_alone(
         now[0] += 100.0 if name == "parity" else 20.0
         return {"parity": None, "step": -11, "operators": 1, "decoder_step": None}.get(name, 0)
 
-    assert gpu.run_all(gpu.DRY, tmp_path, 500.0, launch, separate=True) == 1
+    assert gpu.run_all(gpu.DRY, tmp_path, 500.0, launch) == 1
     assert [name for name, _, _ in calls] == [
         "parity", "step", "step", "step", "operators", "decoder_step", "token_slots", "training"
     ]  # fmt: skip
