@@ -12,17 +12,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tidar_kernels import Pattern
 from tidar_kernels.testing import relative_error
 
 OURS = "tidar_kernels"
 VERSION = 1  # of the workloads: raised when one changes its meaning; every row carries it
 PEER_SLACK = 8.0  # of the error budget: a peer may be less precise than ours must be, not compute another mask
+
+
+def live_pairs(pattern: Pattern) -> int:
+    """Pairs of a row and a key in flight that it sees."""
+    return int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
 
 
 class WrongResultError(RuntimeError):
@@ -77,10 +84,9 @@ class Implementation:
     @property
     def version(self) -> str | None:
         """The installed version; None if there is none."""
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return None
 
 
 class Operands:

@@ -10,6 +10,8 @@ from tidar_kernels import KVCache
 from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
 from tidar_kernels.patterns import Pattern
 
+from ..core.operands import live_pairs
+
 SHIPPED = "shipped"
 
 
@@ -75,8 +77,7 @@ def floor_of(
     attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    intervals = int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
-    pairs = batch * (pattern.q_len * context + intervals)
+    pairs = batch * (pattern.q_len * context + live_pairs(pattern))
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * (context + pattern.q_len) * batch
     flops = 2.0 * layers * pattern.q_len * batch + 2.0 * head * logits_rows
     flops += 4.0 * pairs * config.head_dim * config.num_heads * config.num_layers

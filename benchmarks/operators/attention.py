@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tidar_kernels as tk
 
-from ..core.operands import OURS, Implementation, Operands, Prepared
+from ..core.operands import OURS, Implementation, Operands, Prepared, live_pairs
 from . import flex
 from .step_peers import CUDA, STEP
 
@@ -233,10 +233,9 @@ class Attention(Operands):
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         """Live pairs computed once; a yardstick has fewer pairs, and as many K/V heads as query heads."""
-        case, s, pattern, backward = self.case, self.case.seq_len, self.pattern, self.case.direction == "backward"
+        case, s, backward = self.case, self.case.seq_len, self.case.direction == "backward"
         causal = self.implementations[name].ceiling
-        intervals = (pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum()
-        pairs = s * (s + 1) if causal else int(intervals)
+        pairs = s * (s + 1) if causal else live_pairs(self.pattern)
         # q, k, v and out, and their gradients.
         heads = 2 * (case.num_heads + (case.num_heads if causal else case.num_kv_heads)) * (1 + backward)
         return {

@@ -12,7 +12,7 @@ from torch import Tensor
 import tidar_kernels as tk
 from tidar_kernels import Pattern, patterns
 
-from ..core.operands import OURS, Operands, Prepared
+from ..core.operands import OURS, Operands, Prepared, live_pairs
 from .models import attention_of
 from .step_peers import STEP
 
@@ -112,9 +112,7 @@ class StepAttention(Operands):
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         case, rows = self.case, self.pattern.q_len
-        intervals = (self.pattern.lead[:, 1] - self.pattern.lead[:, 0]).sum()
-        intervals += (self.pattern.own[:, 1] - self.pattern.own[:, 0]).sum()
-        pairs = rows * case.context_len + int(intervals)
+        pairs = rows * case.context_len + live_pairs(self.pattern)
         elements = 2 * case.num_kv_heads * (case.context_len + rows) + 2 * case.num_heads * rows
         return {
             "rows": rows,
