@@ -34,14 +34,13 @@ from .reports import pictures, targets
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0  # seconds in all; the rest of nine minutes is for starting and ending
 PARITY_SECONDS = 190.0  # at most
-# Of the time after parity. What a part leaves goes to those after it.
-SHARES = {"step": 0.36, "operators": 0.1, "decoder_step": 0.18, "token_slots": 0.1, "training": 0.26}
-TITLES = {
-    "step": "step attention",
-    "operators": "operators",
-    "decoder_step": "decoder steps",
-    "token_slots": "token slots",
-    "training": "training attention",
+# Parts: their titles, and their shares of the time after parity. What a part leaves goes to those after it.
+SHARES = {
+    "step": ("step attention", 0.36),
+    "operators": ("operators", 0.1),
+    "decoder_step": ("decoder steps", 0.18),
+    "token_slots": ("token slots", 0.1),
+    "training": ("training attention", 0.26),
 }
 WITHOUT_COMPILERS = 0.7  # of a part's time, until FlexAttention, which compiles for every case, has its turn
 GRACE = 25.0  # seconds past its time until a part is stopped
@@ -73,8 +72,9 @@ def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, dea
     now, passed = time.perf_counter(), True
     table = [(cls, case) for cls in map(OPERATORS.__getitem__, PARTS[name]) for case in getattr(cls, suite.workloads)]
     compilers = {key for cls, _ in table for key, one in cls.implementations.items() if one.compiles}
-    turns = [(TITLES[name], False, now + (WITHOUT_COMPILERS if compilers else 1.0) * (deadline - now))]
-    turns += [(f"{TITLES[name]}, FlexAttention", True, deadline)] if compilers else []
+    title, _ = SHARES[name]
+    turns = [(title, False, now + (WITHOUT_COMPILERS if compilers else 1.0) * (deadline - now))]
+    turns += [(f"{title}, FlexAttention", True, deadline)] if compilers else []
     for what, compiling, until in turns:
         mine = [
             (cls, case, names)
@@ -193,8 +193,8 @@ def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, pari
     codes = {}
     if parity:
         codes["parity"] = run_parity(suite, folder, min(PARITY_SECONDS, 0.4 * budget), launch)
-    shares = sum(SHARES.values())
-    for name, share in SHARES.items():
+    shares = sum(share for _, share in SHARES.values())
+    for name, (_, share) in SHARES.items():
         seconds = (end - time.perf_counter() - GRACE) * share / shares
         shares -= share
         if seconds < 5.0:

@@ -278,7 +278,7 @@ def test_gpu_cases() -> None:
     steps = StepAttention.cuda
     assert len(set(steps)) == len(steps) == 44
     assert set(StepAttention.compiled) <= {*steps, *StepAttention.cpu, *StepAttention.tiny}
-    assert set(gpu.SHARES) == set(gpu.TITLES) == set(PARTS)
+    assert set(gpu.SHARES) == set(PARTS)
     assert sorted(name for names in PARTS.values() for name in names) == sorted(OPERATORS)
 
 
