@@ -83,10 +83,6 @@ def softmax_update(acc, m, l, scores, v, unit2, inner_scale, visible):
     Three choices make a tile that a row does not see an exact no-op, and a tile that it sees wholly the same bits with
     and without a mask: the mask goes onto the raw scores, so that scaling and subtracting are one explicit fma either
     way; a row that has seen nothing pivots at 0; and a tile without a visible key leaves the maximum, so alpha is 1.
-
-    Under a mask a row gives weight 0 to keys that it does not see. `v` must then be finite. Committed values are; for
-    a key in flight whose value is not, callers put 0 and add its defect to its scores (`defects`), so that exactly the
-    rows that see it are NaN.
     """
     scores = cap_scores(scores, inner_scale, v.dtype == tl.float32)
     if visible is not None:

@@ -38,16 +38,6 @@ def load_tile(ptrs, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def defects(tile):
-    """Of each row of a tile 0, or NaN if it holds NaN or an infinity: float32 `[rows]`.
-
-    0 * NaN is NaN, so a product would carry such a row to all that give it weight 0. Under a mask it counts as 0
-    instead, and its defect is added to the scores of those that see it.
-    """
-    return tl.sum(tile - tile, 1).to(tl.float32)
-
-
-@triton.jit
 def load_interval(intervals, row, in_bounds):
     """`(lo, hi)` of each row, from int32 `[q_len, 2]`: row sees the keys of `[lo, hi)`.
 

@@ -31,7 +31,7 @@ from .._triton.softmax import (
     softmax_start,
     softmax_update,
 )
-from .._triton.tiles import defects, load_interval, load_tile, row_pointers, tile_bounds
+from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Rows, Scores
 
 
@@ -63,16 +63,13 @@ def attention_forward_kernel(
             HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
         )  # fmt: skip
         before = full - first
-        for i in tl.range(0, before + last - full_end, num_stages=1):
+        for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            v_ptrs = row_pointers(v, v_offset, n, BLOCK_D)
-            defect = defects(load_tile(v_ptrs, n < kv_len, HEAD_DIM, UPCAST))
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs, (n < kv_len) & (defect == 0.0), HEAD_DIM, UPCAST)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
-            scores = raw_scores(q_tile, k_tile) + defect[None, :]
-            acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + row, lse2 * 0.6931471805599453, mask=in_bounds)

@@ -45,12 +45,13 @@ from .._triton.softmax import (
     softmax_start,
     softmax_update,
 )
-from .._triton.tiles import defects, load_interval, load_tile, row_pointers
+from .._triton.tiles import load_interval, load_tile, row_pointers
 from ..operands import Cached, Keys, Rows, Scores
 
 # The merge kernel loads partial results of 8 splits at a time, of so many rows that a thread has 16 values.
 COMBINED_SPLITS, COMBINED_VALUES = 8, 256
 LOG2_E = math.log2(math.e)
+SOUND_KEYS = 16  # keys in flight that a program checks: a step of B = 8 has 72 a head
 
 
 @triton.jit
@@ -103,6 +104,31 @@ def _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N: tl.c
         word = tl.load(tree_mask + row.to(tl.int64) * words + index, mask=in_bounds & (index < words), other=0)
         visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == index)[None, :])
     return visible
+
+
+@triton.jit(do_not_specialize=["kv_len", "num_kv_heads"])
+def sound_keys_kernel(
+    k, v, k_out, v_out, kv_len, num_kv_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Copies of BLOCK_T keys in flight of one kv head: where a value is not finite, v becomes 0 and k NaN.
+
+    A row gives weight 0 to keys that it does not see, and 0 * NaN is NaN: the product of a tile would carry one row's
+    NaN to all rows of the tile. With such a value in its key instead, exactly the rows that see it become NaN, for a
+    mask takes scores out by selection. In a launch of its own: within the attention kernel it cost the registers that
+    overlap a tile's softmax with the next tile's MMAs.
+    """
+    b, head = (tl.program_id(0) // num_kv_heads).to(tl.int64), (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_bounds = (row < kv_len)[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    k_tile = tl.load(row_pointers(k, b * k.stride[0] + head * k.stride[1], row, BLOCK_D), mask=in_bounds)
+    v_ptrs = row_pointers(v, b * v.stride[0] + head * v.stride[1], row, BLOCK_D)
+    v_tile = tl.load(v_ptrs, mask=in_bounds, other=0.0)
+    wide = v_tile.to(tl.float32)
+    broken = tl.max((wide - wide != 0.0).to(tl.int32), 1)[:, None] > 0
+    k_out_ptrs = row_pointers(k_out, b * k_out.stride[0] + head * k_out.stride[1], row, BLOCK_D)
+    tl.store(k_out_ptrs, tl.where(broken, float("nan"), k_tile).to(k_tile.dtype), mask=in_bounds)
+    v_out_ptrs = row_pointers(v_out, b * v_out.stride[0] + head * v_out.stride[1], row, BLOCK_D)
+    tl.store(v_out_ptrs, tl.where(broken, 0.0, v_tile).to(v_tile.dtype), mask=in_bounds)
 
 
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
@@ -189,14 +215,11 @@ def step_attention_kernel(
         )
         k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
         v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
-        defect = defects(v_tile)
-        v_tile = tl.where((defect == 0.0)[:, None], v_tile, 0.0)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
         if reach is not None:
             visible = visible & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
-        scores = raw_scores(q_tile, k_tile) + defect[None, :]
-        acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
+        acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     # 3. the rows' own blocks and tree mask: tiles are aligned to in-flight indices, whatever rows share the program
     if split == 0:
@@ -207,16 +230,12 @@ def step_attention_kernel(
             own_start, own_end = _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
-            v_ptrs = row_pointers(v, v_offset, n, BLOCK_D)
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs, n < own_end, HEAD_DIM, UPCAST)
-            defect = defects(v_tile)
-            v_tile = tl.where((defect == 0.0)[:, None], v_tile, 0.0)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
                 visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
-            scores = raw_scores(q_tile, k_tile) + defect[None, :]
-            acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, visible)
+            acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
@@ -301,6 +320,12 @@ def _attend_options(
 
 
 @functools.lru_cache(maxsize=1024)
+def _sound_options(head_dim: int) -> dict[str, Any]:
+    """Options of the kernel that checks values in flight."""
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_T": SOUND_KEYS, "num_warps": 4}
+
+
+@functools.lru_cache(maxsize=1024)
 def _combine_options(interpreted: bool, head_dim: int, split: int) -> dict[str, Any]:
     """Options of the second kernel."""
     # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
@@ -338,6 +363,17 @@ def plan_step_attention(
         part_lse = q.new_empty((launched, batch, num_heads, q_len), dtype=torch.float32)
     else:
         part, part_lse = out.unsqueeze(0), lse
+    launches = []
+    if kv_len > 1:  # a lone key is seen by whoever attends to it
+        k_out, v_out = k.new_empty((2, *k.shape)).unbind(0)
+        sound_keys = Launch(
+            sound_keys_kernel,
+            (batch * num_kv_heads, cdiv(kv_len, SOUND_KEYS)),
+            (*map(strided, (k, v, k_out, v_out)), kv_len, num_kv_heads),
+            _sound_options(head_dim),
+        )
+        launches.append(sound_keys)
+        k, v = k_out, v_out
     # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
     one_load, upcast = not isinstance(chip, str), INTERPRET and q.dtype == torch.bfloat16
     attend = Launch(
@@ -350,8 +386,9 @@ def plan_step_attention(
         ),
         _attend_options(config, head_dim, split, num_splits > 1, upcast, one_load),
     )
+    launches.append(attend)
     if num_splits == 1:
-        return [attend], out, lse
+        return launches, out, lse
     combine_options = _combine_options(chip is None, head_dim, split)
     combine = Launch(
         combine_splits_kernel,
@@ -359,7 +396,7 @@ def plan_step_attention(
         (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
         combine_options,
     )
-    return [attend, combine], out, lse
+    return [*launches, combine], out, lse
 
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
