@@ -14,7 +14,8 @@ import pytest
 from tests.paths import REPOSITORY
 
 ROOT = REPOSITORY
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.is_file()]
 
 
 @pytest.fixture(scope="module")
