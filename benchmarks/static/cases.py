@@ -39,7 +39,7 @@ SOFTCAP = 50.0
 # A kernel whose tiles are in the tables, and its table.
 TABLE_OF = {"step_attention": "step", "attention_forward": "forward", "attention_dq": "dq", "attention_dkdv": "dkdv"}
 # The small kernels around them have one shape for all chips.
-_ROWS_KERNELS = ("combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
+_ROWS_KERNELS = ("sound_keys", "combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
 _LISTS = ("row_tile_bounds", "list_row_runs")
 _VERIFY = ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras", "sample")
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
@@ -240,7 +240,7 @@ def _linear(case: Case, device: torch.device) -> list[Launch]:
 
 
 _PLANS: dict[str, Callable[[Case, torch.device], list[Launch]]] = {
-    **dict.fromkeys(("step_attention", "combine_splits"), _step),
+    **dict.fromkeys(("sound_keys", "step_attention", "combine_splits"), _step),
     **dict.fromkeys(("attention_forward", "attention_rows", "attention_dq", "attention_dkdv", *_LISTS), _attention),
     **dict.fromkeys(("verify_rows", "count_accepted"), _verify),
     **dict.fromkeys(("linear", "gated_rows", "gated_sum"), _linear),

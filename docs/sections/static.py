@@ -20,6 +20,7 @@ LARGE = {
     "linear": "wide",
 }
 SMALL = {
+    "sound_keys": "",
     "combine_splits": "",
     "append_kv": "",
     "compact_kv": "",

@@ -33,6 +33,7 @@ SHIPPED = [case for chip in CHIPS for case in cases(chip)]
 # Every kernel once, where most decode and train; and one of each other family of chips.
 SAMPLES = (
     Case("step_attention", "90", "bfloat16", 128),
+    Case("sound_keys", "90", "bfloat16", 128),
     Case("combine_splits", "90", "bfloat16", 128),
     Case("attention_forward", "90", "bfloat16", 64),
     Case("attention_dq", "80", "bfloat16", 64),

@@ -20,9 +20,10 @@ import tidar_kernels as tk
 from tests.toys import CONFIG, PROMPTS, sharp_model
 from tidar_kernels import Pattern, eager, ops, patterns, strategies, testing
 from tidar_kernels.decoding.exact import exact_rows
-from tidar_kernels.models.evaluate import evaluate_likelihood
+from tidar_kernels.integrations.causal import causal as causal_rows
 from tidar_kernels.models.tokenizer import MASK_ID
-from tidar_kernels.models.train import training_loss
+from tidar_kernels.models.training.evaluate import evaluate_likelihood
+from tidar_kernels.models.training.trainer import training_loss
 from tidar_kernels.nn.rotary import RotaryEmbedding
 from tidar_kernels.ops._cpu import TensorMemo
 from tidar_kernels.ops.attention import cpu as attention_cpu
@@ -138,7 +139,7 @@ def patched() -> Tensor:
     from tidar_kernels.integrations import patch
 
     rotary = patch._rotary(6, old.rope_theta, torch.device("cpu"))
-    return rotary(patch._causal(7).positions, torch.float32)[0]
+    return rotary(causal_rows(7).positions, torch.float32)[0]
 
 
 def collated() -> list[Any]:

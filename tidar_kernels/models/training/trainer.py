@@ -102,7 +102,9 @@ def training_loss(
 
 def _label_counts(tokens: Tensor) -> Tensor:
     """Clean rows and mask rows with a label in windows `[batch, S]`: the last token of a document predicts nothing."""
-    return torch.tensor([tokens.numel() - len(document_lengths(tokens)), tokens.numel()], dtype=torch.float32)
+    return torch.tensor(
+        [tokens.numel() - len(document_lengths(tokens)), tokens.numel()], dtype=torch.float32, device="cpu"
+    )
 
 
 def weights_sha256(model: Transformer) -> str:

@@ -295,7 +295,9 @@ def _rows_seeing(broken: Tensor, rows: Rows) -> Tensor:
 
 def _keys_seen(broken: Tensor, rows: Rows, kv_len: int, num_kv_heads: int) -> Tensor:
     """Keys that a broken row sees, bool `[batch, kv_heads, kv_len]`; broken is bool `[batch, heads, q_len]`."""
-    change = torch.zeros(*broken.shape[:2], kv_len + 1, dtype=torch.int32)  # of the number of rows that see a key
+    change = torch.zeros(
+        *broken.shape[:2], kv_len + 1, dtype=torch.int32, device="cpu"
+    )  # of the number of rows that see a key
     for lo, hi in (rows.lead.unbind(1), rows.own.unbind(1)):
         counts = (broken & (lo < hi)).to(torch.int32)
         change.index_add_(2, lo.long(), counts).index_add_(2, hi.long(), counts, alpha=-1)
