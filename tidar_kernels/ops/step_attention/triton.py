@@ -123,12 +123,12 @@ def sound_keys_kernel(
     k_tile = tl.load(row_pointers(k, b * k.stride[0] + head * k.stride[1], row, BLOCK_D), mask=in_bounds)
     v_ptrs = row_pointers(v, b * v.stride[0] + head * v.stride[1], row, BLOCK_D)
     v_tile = tl.load(v_ptrs, mask=in_bounds, other=0.0)
-    wide = v_tile.to(tl.float32)
+    wide = v_tile.to(tl.float32)  # of half types and back: the same value
     broken = tl.max((wide - wide != 0.0).to(tl.int32), 1)[:, None] > 0
     k_out_ptrs = row_pointers(k_out, b * k_out.stride[0] + head * k_out.stride[1], row, BLOCK_D)
-    tl.store(k_out_ptrs, tl.where(broken, float("nan"), k_tile).to(k_tile.dtype), mask=in_bounds)
+    tl.store(k_out_ptrs, tl.where(broken, float("nan"), k_tile.to(tl.float32)).to(k_tile.dtype), mask=in_bounds)
     v_out_ptrs = row_pointers(v_out, b * v_out.stride[0] + head * v_out.stride[1], row, BLOCK_D)
-    tl.store(v_out_ptrs, tl.where(broken, 0.0, v_tile).to(v_tile.dtype), mask=in_bounds)
+    tl.store(v_out_ptrs, tl.where(broken, 0.0, wide).to(v_tile.dtype), mask=in_bounds)
 
 
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
