@@ -6,10 +6,9 @@ nothing. The operators `torch.ops.tidar_kernels.*` are registered with the first
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from . import _moved
 
 if TYPE_CHECKING:
     from . import eager, patterns
@@ -79,15 +78,26 @@ _MODULES = {
 _ROOMS = {"eager": ".eager", "patterns": ".patterns", "strategies": ".decoding.strategies"}
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-_moved.install()
+
+class _OldNames:
+    """The last finder: it is asked for modules that Python does not find, and knows those that have moved."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> Any:
+        if not fullname.startswith(f"{__name__}."):
+            return None
+        return import_module("._moved", __name__).spec_of(fullname)
+
+
+sys.meta_path.append(_OldNames)  # it has the method, not the base class, which is slow to import
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return import_module(_ROOMS[name], __name__)
-    if name in _moved.MOVED:
-        return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
+        if name in import_module("._moved", __name__).MOVED:
+            return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     return value

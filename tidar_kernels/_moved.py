@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOVED", "install", "renamed_keyword"]
+__all__ = ["MOVED", "renamed_keyword", "spec_of"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -46,14 +45,11 @@ MOVED = {
 }
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Finds the old names; loading one imports the new module and stands it in the old one's place."""
+class _Moved:
+    """Loader of an old name: it imports the new module, which takes the old one's place."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == __package__ and name in MOVED else None
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Python's own module, which `exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         sys.modules[module.__name__] = import_module(_new_name(module.__name__))
@@ -72,10 +68,11 @@ def _new_name(old: str) -> str:
     return new
 
 
-def install() -> None:
-    """Put the finder of old names after Python's own."""
-    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+def spec_of(fullname: str) -> ModuleSpec | None:
+    """How to import an old name of a module; None for a name that never was. The package's last finder asks it."""
+    package, _, name = fullname.partition(".")
+    loader: Any = _Moved()
+    return ModuleSpec(fullname, loader) if package == __package__ and name in MOVED else None
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Triton reads the same variable when a kernel is decorated, that is when these modules are imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
+IS_AMD = torch.version.hip is not None
 
 
 class Strided(NamedTuple):
@@ -42,7 +43,7 @@ class Launch(NamedTuple):
             return
         first = self.args[0]
         tensor = first.ptr if isinstance(first, Strided) else first
-        options = _options(self.options, torch.version.hip is not None)
+        options = _options(self.options, IS_AMD) if IS_AMD else self.options
         # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):

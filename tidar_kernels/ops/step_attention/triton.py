@@ -363,24 +363,20 @@ def plan_step_attention(
         part_lse = q.new_empty((launched, batch, num_heads, q_len), dtype=torch.float32)
     else:
         part, part_lse = out.unsqueeze(0), lse
-    launches = []
+    launches, in_flight = [], (strided(k), strided(v))
     if kv_len > 1:  # a lone key is seen by whoever attends to it
-        k_out, v_out = k.new_empty((2, *k.shape)).unbind(0)
-        sound_keys = Launch(
-            sound_keys_kernel,
-            (batch * num_kv_heads, cdiv(kv_len, SOUND_KEYS)),
-            (*map(strided, (k, v, k_out, v_out)), kv_len, num_kv_heads),
-            _sound_options(head_dim),
-        )
-        launches.append(sound_keys)
-        k, v = k_out, v_out
+        sound = (strided(k.new_empty(k.shape)), strided(v.new_empty(v.shape)))
+        grid = (batch * num_kv_heads, cdiv(kv_len, SOUND_KEYS))
+        args = (*in_flight, *sound, kv_len, num_kv_heads)
+        launches.append(Launch(sound_keys_kernel, grid, args, _sound_options(head_dim)))
+        in_flight = sound
     # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
     one_load, upcast = not isinstance(chip, str), INTERPRET and q.dtype == torch.bfloat16
     attend = Launch(
         step_attention_kernel,
         (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
         (
-            *map(strided, (q, k, v, k_cache, v_cache)),
+            *(strided(q), *in_flight, strided(k_cache), strided(v_cache)),
             *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
