@@ -114,7 +114,7 @@ def strategies_table() -> str:
             f"{first['new_tokens'] // first['prompts']} new bytes each, one at a time; prefill not counted. Expected: "
             f"for TiDAR from the profile below, measured on training text; for ISD and FLARE rows "
             f"`(2 + p + .. + p^(N-2)) / (2 - p^(N-1))` at the acceptance p of the run. {where(result)}.",
-            f"The profile that *auto* chose by: of the drafts 1, 2, .. positions behind the first whose predecessors "
+            f"The profile that *auto* chose by: of the drafts 1, 2, .. positions after the first whose predecessors "
             f"stayed, {shares} stay; a step takes, in ms, {steps} rows.",
         ]
     return "\n\n".join(found) or NO_CPU

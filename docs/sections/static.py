@@ -88,7 +88,7 @@ def static_table() -> str:
             f"{DTYPE}, head dim {HEAD_DIM}; a projection to 12288 results stands for all. Instructions are of one "
             "turn of the innermost loop that multiplies; one wgmma or tcgen05 instruction does the work of dozens of "
             "mma. Copies ahead: groups of copies to shared memory, one a tile of K or V, still under way where the "
-            "loop waits for those it needs; with 0 their latency is hidden behind nothing. Resident warps: as many "
+            "loop waits for those it needs; with 0 nothing overlaps their latency. Resident warps: as many "
             "as registers, shared and tensor memory let a multiprocessor (AMD: compute unit) hold. "
             f"Triton {report['triton']}.",
             "The others, as registers and resident warps:",
