@@ -12,6 +12,7 @@ of older checkouts too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -150,8 +151,11 @@ def measure(checkouts: list[Path], only: list[str], rounds: int) -> list[dict[st
 
 def ask(worker: subprocess.Popen[str], name: str) -> float:
     """Microseconds of a call, the mean of a round."""
-    print(name, file=worker.stdin, flush=True)
-    answer = worker.stdout.readline() if worker.stdout else ""
+    answer = ""
+    if worker.stdin and worker.stdout:
+        with contextlib.suppress(BrokenPipeError):  # it ended before it was asked
+            print(name, file=worker.stdin, flush=True)
+            answer = worker.stdout.readline()
     if not answer:
         raise RuntimeError(f"{worker.args}: expected a checkout that can be measured, got none")  # type: ignore[str-bytes-safe]
     return float(answer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tidar_kernels" / "__init__.py").write_text("")
     with pytest.raises(RuntimeError, match="expected a checkout that can be measured"):
         overhead.main(["--against", str(tmp_path), "--rounds", "1"])
+
+
+def test_a_worker_that_ended_before_it_was_asked_is_refused() -> None:
+    worker = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker.wait()
+    with pytest.raises(RuntimeError, match="expected a checkout that can be measured"):
+        overhead.ask(worker, "append_kv")
+    worker.communicate()
 
 
 def test_a_call_that_never_launches_is_refused(
