@@ -13,6 +13,11 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
 IS_AMD = torch.version.hip is not None
 
+if INTERPRET:  # every module with kernels imports this one: whoever has a kernel has the mended interpreter
+    from .interpreter import mend
+
+    mend()
+
 
 class Strided(NamedTuple):
     """A tensor operand of a kernel: `x.ptr`, and `x.stride[i]` in elements. Stride 1 is specialised by Triton."""

@@ -99,7 +99,7 @@ def softmax_update(acc, m, l, scores, v, unit2, inner_scale, visible):
 @triton.jit
 def attend_whole_tiles(
     acc, m, l, q, k, k_offset, v, v_offset, start, stop, unit2, inner_scale,
-    HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, SCORES_AHEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start, stop), whole tiles that every row sees: the loop that takes the time.
 
@@ -115,19 +115,19 @@ def attend_whole_tiles(
     k_stride, v_stride = tl.cast(k.stride[2], tl.int64), tl.cast(v.stride[2], tl.int64)
     if SCORES_AHEAD:
         if start < stop:
-            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM, UPCAST))
+            scores = raw_scores(q, load_tile(k_ptrs + start * k_stride, None, HEAD_DIM))
             for n0 in tl.range(start + BLOCK_N, stop, BLOCK_N):
-                k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
-                v_tile = load_tile(v_ptrs + (n0 - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
+                k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM)
+                v_tile = load_tile(v_ptrs + (n0 - BLOCK_N) * v_stride, None, HEAD_DIM)
                 ahead = raw_scores(q, k_tile)
                 acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, None)
                 scores = ahead
-            v_tile = load_tile(v_ptrs + (stop - BLOCK_N) * v_stride, None, HEAD_DIM, UPCAST)
+            v_tile = load_tile(v_ptrs + (stop - BLOCK_N) * v_stride, None, HEAD_DIM)
             acc, m, l = softmax_update(acc, m, l, scores, v_tile, unit2, inner_scale, None)
     else:
         for n0 in tl.range(start, stop, BLOCK_N):
-            k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs + n0 * v_stride, None, HEAD_DIM, UPCAST)
+            k_tile = load_tile(k_ptrs + n0 * k_stride, None, HEAD_DIM)
+            v_tile = load_tile(v_ptrs + n0 * v_stride, None, HEAD_DIM)
             acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile), v_tile, unit2, inner_scale, None)
     return acc, m, l
 

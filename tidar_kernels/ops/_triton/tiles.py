@@ -21,7 +21,7 @@ def row_pointers(x, offset, rows, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptrs, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
+def load_tile(ptrs, in_bounds, HEAD_DIM: tl.constexpr):
     """The tile at `ptrs [rows, BLOCK_D]`; 0 in rows not `in_bounds` (None: all are) and in columns past HEAD_DIM."""
     BLOCK_D: tl.constexpr = ptrs.shape[1]
     in_head = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
@@ -32,8 +32,6 @@ def load_tile(ptrs, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
             tile = tl.load(ptrs, mask=in_head, other=0.0)
     else:
         tile = tl.load(ptrs, mask=in_bounds[:, None] & in_head, other=0.0)
-    if UPCAST:  # Triton's interpreter multiplies bfloat16 operands wrongly; float32 holds them exactly
-        tile = tile.to(tl.float32)
     return tile
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.softmax import cap_gradient, cap_scores, score_units
 from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Results, Rows, Scores
@@ -39,7 +39,7 @@ from ..operands import Keys, Results, Rows, Scores
 @triton.jit
 def attention_rows_kernel(
     grad_out, out, lse, grad_lse, neg_lse, neg_delta, q_len, num_heads, unit,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """`neg_lse = -lse / unit` and `neg_delta = -delta`, float32 `[batch, heads, q_len]`, of BLOCK_M rows of one head.
 
@@ -50,9 +50,9 @@ def attention_rows_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_bounds = row < q_len
     do_ptrs = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
-    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM, UPCAST).to(tl.float32)
+    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM).to(tl.float32)
     out_ptrs = row_pointers(out, b * out.stride[0] + head * out.stride[1], row, BLOCK_D)
-    out_tile = load_tile(out_ptrs, in_bounds, HEAD_DIM, UPCAST).to(tl.float32)
+    out_tile = load_tile(out_ptrs, in_bounds, HEAD_DIM).to(tl.float32)
     row_offset = tl.program_id(1).to(tl.int64) * q_len + row
     row_lse = tl.load(lse + row_offset, mask=in_bounds, other=float("-inf"))
     empty = row_lse == float("-inf")
@@ -83,7 +83,7 @@ def _dq_tile(dq, q_tile, do_tile, k_tile, v_tile, neg_lse2, neg_delta, unit2, in
 @triton.jit
 def attention_dq_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, dq, q_len, kv_len, num_heads, group, unit, inner_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ `[batch, heads, q_len, d]` of one row tile of one head."""
     b = (tl.program_id(1) // num_heads).to(tl.int64)
@@ -91,9 +91,9 @@ def attention_dq_kernel(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_bounds = row < q_len
     q_ptrs = row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D)
-    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
     do_ptrs = row_pointers(grad_out, b * grad_out.stride[0] + head * grad_out.stride[1], row, BLOCK_D)
-    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    do_tile = load_tile(do_ptrs, in_bounds, HEAD_DIM)
     row_offset = tl.program_id(1).to(tl.int64) * q_len + row
     unit2 = unit * 1.4426950408889634
     row_lse2 = tl.load(neg_lse + row_offset, mask=in_bounds, other=float("-inf")) * unit2
@@ -109,15 +109,15 @@ def attention_dq_kernel(
         lo, hi = load_interval(lead if intervals == 0 else own, row, in_bounds)
         first, full, full_end, last = tile_bounds(lo, hi, in_bounds, kv_len, BLOCK_N)
         for tile in tl.range(full, full_end):
-            k_tile = load_tile(k_ptrs + tile * k_step, None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs + tile * v_step, None, HEAD_DIM, UPCAST)
+            k_tile = load_tile(k_ptrs + tile * k_step, None, HEAD_DIM)
+            v_tile = load_tile(v_ptrs + tile * v_step, None, HEAD_DIM)
             acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, None)
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            k_tile = load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(v_ptrs + tile * v_step, n < kv_len, HEAD_DIM, UPCAST)
+            k_tile = load_tile(k_ptrs + tile * k_step, n < kv_len, HEAD_DIM)
+            v_tile = load_tile(v_ptrs + tile * v_step, n < kv_len, HEAD_DIM)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
             acc = _dq_tile(acc, q_tile, do_tile, k_tile, v_tile, row_lse2, row_delta, unit2, inner_scale, visible)
 
@@ -235,7 +235,7 @@ def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, unit
 def attention_dkdv_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, runs, counts, dk, dv,
     q_len, kv_len, num_row_tiles, num_kv_heads, group, unit, inner_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV `[batch, kv_heads, kv_len, d]` of one key tile of one kv head, summed over the `group` heads of it."""
     b = (tl.program_id(1) // num_kv_heads).to(tl.int64)
@@ -243,9 +243,9 @@ def attention_dkdv_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     key_in_bounds = n < kv_len
     k_ptrs = row_pointers(k, b * k.stride[0] + kv_head * k.stride[1], n, BLOCK_D)
-    k_tile = load_tile(k_ptrs, key_in_bounds, HEAD_DIM, UPCAST)
+    k_tile = load_tile(k_ptrs, key_in_bounds, HEAD_DIM)
     v_ptrs = row_pointers(v, b * v.stride[0] + kv_head * v.stride[1], n, BLOCK_D)
-    v_tile = load_tile(v_ptrs, key_in_bounds, HEAD_DIM, UPCAST)
+    v_tile = load_tile(v_ptrs, key_in_bounds, HEAD_DIM)
     num_full = tl.load(counts + 2 * tl.program_id(0))
     num_partial = tl.load(counts + 2 * tl.program_id(0) + 1)
     full_runs = runs + tl.program_id(0).to(tl.int64) * 2 * num_row_tiles
@@ -268,8 +268,8 @@ def attention_dkdv_kernel(
         for i in range(0, num_full):
             for tile in tl.range(tl.load(full_runs + 2 * i), tl.load(full_runs + 2 * i + 1)):
                 row = tile * BLOCK_M + in_tile
-                q_tile = load_tile(q_ptr + tile * q_step + q_offset, None, HEAD_DIM, UPCAST)
-                do_tile = load_tile(do_ptr + tile * do_step + do_offset, None, HEAD_DIM, UPCAST)
+                q_tile = load_tile(q_ptr + tile * q_step + q_offset, None, HEAD_DIM)
+                do_tile = load_tile(do_ptr + tile * do_step + do_offset, None, HEAD_DIM)
                 row_lse = tl.load(neg_lse + row_offset + row)
                 row_delta = tl.load(neg_delta + row_offset + row)
                 dk_acc, dv_acc = _dkdv_tile(
@@ -279,8 +279,8 @@ def attention_dkdv_kernel(
             for tile in tl.range(tl.load(partial_runs - 2 * i), tl.load(partial_runs - 2 * i + 1)):
                 row = tile * BLOCK_M + in_tile
                 in_bounds = row < q_len
-                q_tile = load_tile(q_ptr + tile * q_step + q_offset, in_bounds, HEAD_DIM, UPCAST)
-                do_tile = load_tile(do_ptr + tile * do_step + do_offset, in_bounds, HEAD_DIM, UPCAST)
+                q_tile = load_tile(q_ptr + tile * q_step + q_offset, in_bounds, HEAD_DIM)
+                do_tile = load_tile(do_ptr + tile * do_step + do_offset, in_bounds, HEAD_DIM)
                 row_lse = tl.load(neg_lse + row_offset + row, mask=in_bounds, other=float("-inf"))
                 row_delta = tl.load(neg_delta + row_offset + row, mask=in_bounds, other=0.0)
                 lo, hi = load_interval(lead, row, in_bounds)
@@ -319,7 +319,6 @@ def plan_attention_backward(
     shapes = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_dim(head_dim),
-        "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
     }
     operands = (*map(strided, (q, k, v, grad_out)), lead, own, neg_lse, neg_delta)
     unit, inner = score_units(scores.scale, scores.softcap)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.softmax import (
     attend_whole_tiles,
     raw_scores,
@@ -38,7 +38,7 @@ from ..operands import Keys, Rows, Scores
 @triton.jit
 def attention_forward_kernel(
     q, k, v, lead, own, sinks, out, lse, q_len, kv_len, num_heads, group, unit2, inner_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one head. `inner_scale` is None without a cap (`score_units`), `sinks` without sinks."""
@@ -47,7 +47,7 @@ def attention_forward_kernel(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_bounds = row < q_len
     q_ptrs = row_pointers(q, b * q.stride[0] + head * q.stride[1], row, BLOCK_D)
-    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
     key = tl.arange(0, BLOCK_N)
     k_offset = b * k.stride[0] + head // group * k.stride[1]
     v_offset = b * v.stride[0] + head // group * v.stride[1]
@@ -60,14 +60,14 @@ def attention_forward_kernel(
         first, full, full_end, last = tile_bounds(lo, hi, in_bounds, kv_len, BLOCK_N)
         acc, m, l = attend_whole_tiles(
             acc, m, l, q_tile, k, k_offset, v, v_offset, full * BLOCK_N, full_end * BLOCK_N, unit2, inner_scale,
-            HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
+            HEAD_DIM, BLOCK_N, SCORES_AHEAD,
         )  # fmt: skip
         before = full - first
         for i in tl.range(0, before + last - full_end):
             tile = tl.where(i < before, first + i, full_end + i - before)
             n = tile * BLOCK_N + key
-            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < kv_len, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < kv_len, HEAD_DIM)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < kv_len, HEAD_DIM)
             visible = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
@@ -102,7 +102,6 @@ def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) ->
         {
             "HEAD_DIM": head_dim,
             "BLOCK_D": block_dim(head_dim),
-            "UPCAST": INTERPRET and q.dtype == torch.bfloat16,
             **options(config),
         },
     )

@@ -23,14 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import Chip, chip_of
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.linear_tables import LinearConfig, linear_config
 from .operands import Adapter, Gated, Projection
 
 
 @triton.jit
-def product(x, w, gate, row, column, rows, columns, depth, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
-            UPCAST: tl.constexpr):  # fmt: skip
+def product(x, w, gate, row, column, rows, columns, depth, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """float32 `[len(row), len(column)]`: the sum of `x[row, k] * w[column, k]` over ascending k in `[0, depth)`.
 
     With a gate, `[depth]`, the sum is over k whose gate is not 0, and no other k is read. EVEN: BLOCK_K divides depth.
@@ -53,8 +52,6 @@ def product(x, w, gate, row, column, rows, columns, depth, EVEN: tl.constexpr, B
             in_depth = start + k < depth
             x_tile = tl.load(x_ptrs, mask=x_in_bounds & in_depth[None, :], other=0.0)
             w_tile = tl.load(w_ptrs, mask=w_in_bounds & in_depth[:, None], other=0.0)
-        if UPCAST:  # Triton's interpreter multiplies bfloat16 operands wrongly; float32 holds them exactly
-            x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
         x_ptrs += BLOCK_K * x.stride[1]
         w_ptrs += BLOCK_K * w.stride[1]
@@ -77,19 +74,19 @@ def _pointers(out, row, column):
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x, weight, bias, gate, h, lora_b, out, rows, in_features, out_features, rank, scale,
-    EVEN: tl.constexpr, EVEN_R: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`x W^T + bias`, and with h (else None) `+ s * h B^T` on the rows whose gate is not 0."""
     row, column = _tile(out_features, BLOCK_M, BLOCK_N)
-    acc = product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K, UPCAST)
+    acc = product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K)
     if bias is not None:
         bias_ptrs = bias.ptr + column.to(tl.int64) * bias.stride[0]
         acc += tl.load(bias_ptrs, mask=column < out_features, other=0.0).to(tl.float32)[None, :]
     if h is not None:
         gated = tl.load(gate + row, mask=row < rows, other=0.0) != 0.0
         if tl.max(gated.to(tl.int32), 0) != 0:
-            term = product(h, lora_b, None, row, column, rows, out_features, rank, EVEN_R, BLOCK_R, UPCAST)
+            term = product(h, lora_b, None, row, column, rows, out_features, rank, EVEN_R, BLOCK_R)
             acc = tl.where(gated[:, None], acc + scale * term, acc)
     mask = (row < rows)[:, None] & (column < out_features)[None, :]
     tl.store(_pointers(out, row, column), acc.to(out.ptr.dtype.element_ty), mask=mask)
@@ -98,7 +95,7 @@ def linear_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gated_rows_kernel(
     x, weight, gate, out, rows, in_features, out_features, scale,
-    ADD: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    ADD: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows with m != 0: `s * m * (x W^T)`, the others 0. With ADD, `out += s * (x W^T)` on rows with m != 0 only."""
@@ -107,7 +104,7 @@ def gated_rows_kernel(
     gated = m != 0.0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if tl.max(gated.to(tl.int32), 0) != 0:
-        acc = scale * product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K, UPCAST)
+        acc = scale * product(x, weight, None, row, column, rows, out_features, in_features, EVEN, BLOCK_K)
     mask = (row < rows)[:, None] & (column < out_features)[None, :]
     out_ptrs = _pointers(out, row, column)
     if ADD:
@@ -121,18 +118,14 @@ def gated_rows_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def gated_sum_kernel(
     a, b, gate, out, rows, a_columns, b_columns, scale,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`s * a b^T`, summed over the rows whose gate is not 0, of transposed operands: a `[a_columns, rows]`, b
     `[b_columns, rows]`, the result `[a_columns, b_columns]`."""
     i, j = _tile(b_columns, BLOCK_M, BLOCK_N)
-    acc = scale * product(a, b, gate, i, j, a_columns, b_columns, rows, False, BLOCK_K, UPCAST)
+    acc = scale * product(a, b, gate, i, j, a_columns, b_columns, rows, False, BLOCK_K)
     mask = (i < a_columns)[:, None] & (j < b_columns)[None, :]
     tl.store(_pointers(out, i, j), acc.to(out.ptr.dtype.element_ty), mask=mask)
-
-
-def _upcast(x: Tensor) -> bool:
-    return INTERPRET and x.dtype == torch.bfloat16
 
 
 def _block(config: LinearConfig, depth: int) -> int:
@@ -163,7 +156,6 @@ def plan_linear(
         {
             "EVEN": in_features % config.BLOCK_K == 0,
             "EVEN_R": rank % block_r == 0,
-            "UPCAST": _upcast(x),
             **vars(config),
             "BLOCK_R": block_r,
         },
@@ -187,7 +179,6 @@ def plan_gated_rows(
         {
             "ADD": add_to is not None,
             "EVEN": in_features % block_k == 0,
-            "UPCAST": _upcast(x),
             **vars(config),
             "BLOCK_K": block_k,
         },
@@ -203,7 +194,7 @@ def plan_gated_sum(a: Tensor, b: Tensor, gate: Tensor, scale: float, chip: Chip 
         gated_sum_kernel,
         (cdiv(out.shape[0], config.BLOCK_M), cdiv(out.shape[1], config.BLOCK_N)),
         (strided(a.t()), strided(b.t()), gate, strided(out), a.shape[0], *out.shape, scale),
-        {"UPCAST": _upcast(a), **vars(config)},
+        {**vars(config)},
     )
     return launch, out
 

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
-from .._triton.launch import INTERPRET, Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.softmax import (
     attend_whole_tiles,
     raw_scores,
@@ -70,15 +70,13 @@ def _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi):
 
 
 @triton.jit
-def _spliced_tile(
-    cache_ptrs, new_ptrs, cached, in_bounds, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr
-):
+def _spliced_tile(cache_ptrs, new_ptrs, cached, in_bounds, HEAD_DIM: tl.constexpr, ONE_LOAD: tl.constexpr):
     """The tile whose keys lie at `cache_ptrs` where `cached`, else at `new_ptrs`; 0 where not `in_bounds`."""
     if ONE_LOAD:
-        tile = load_tile(tl.where(cached[:, None], cache_ptrs, new_ptrs), in_bounds, HEAD_DIM, UPCAST)
+        tile = load_tile(tl.where(cached[:, None], cache_ptrs, new_ptrs), in_bounds, HEAD_DIM)
     else:
-        tile = load_tile(cache_ptrs, in_bounds & cached, HEAD_DIM, UPCAST)
-        tile = tl.where(cached[:, None], tile, load_tile(new_ptrs, in_bounds & ~cached, HEAD_DIM, UPCAST))
+        tile = load_tile(cache_ptrs, in_bounds & cached, HEAD_DIM)
+        tile = tl.where(cached[:, None], tile, load_tile(new_ptrs, in_bounds & ~cached, HEAD_DIM))
     return tile
 
 
@@ -140,7 +138,7 @@ def step_attention_kernel(
     q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, tree_mask, out, lse,
     q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr, ONE_LOAD: tl.constexpr,
+    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
     SCORES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one kv head, one split of the line.
@@ -174,7 +172,7 @@ def step_attention_kernel(
     b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
-    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM, UPCAST)
+    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
     k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
     v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
     k_cache_offset = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
@@ -191,14 +189,14 @@ def step_attention_kernel(
         whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(in_bounds, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
         for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM)
+            v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM)
             visible = n[None, :] >= first_slot[:, None]
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
         start = tl.maximum(start, whole_start)
     acc, m, l = attend_whole_tiles(
         acc, m, l, q_tile, k_cache, k_cache_offset, v_cache, v_cache_offset, start, whole_end, unit2, inner_scale,
-        HEAD_DIM, UPCAST, BLOCK_N, SCORES_AHEAD,
+        HEAD_DIM, BLOCK_N, SCORES_AHEAD,
     )  # fmt: skip
 
     # 2. the tiles where the context ends and the drafts begin
@@ -213,8 +211,8 @@ def step_attention_kernel(
             row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
             row_pointers(v, v_offset, new, BLOCK_D),
         )
-        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
-        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, UPCAST, ONE_LOAD)
+        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
+        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
         if reach is not None:
@@ -230,8 +228,8 @@ def step_attention_kernel(
             own_start, own_end = _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N)
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
-            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM, UPCAST)
+            k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
                 visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
@@ -311,12 +309,10 @@ def combine_splits_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _attend_options(
-    config: TileConfig, head_dim: int, split: int, partial: bool, upcast: bool, one_load: bool
-) -> dict[str, Any]:
+def _attend_options(config: TileConfig, head_dim: int, split: int, partial: bool, one_load: bool) -> dict[str, Any]:
     """Options of the first kernel; kept, since every layer of every step asks for the same ones."""
     shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
-    return {**shapes, **options(config), "PARTIAL": partial, "UPCAST": upcast, "ONE_LOAD": one_load}
+    return {**shapes, **options(config), "PARTIAL": partial, "ONE_LOAD": one_load}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -371,7 +367,7 @@ def plan_step_attention(
         launches.append(Launch(sound_keys_kernel, grid, args, _sound_options(head_dim)))
         in_flight = sound
     # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
-    one_load, upcast = not isinstance(chip, str), INTERPRET and q.dtype == torch.bfloat16
+    one_load = not isinstance(chip, str)
     attend = Launch(
         step_attention_kernel,
         (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
@@ -380,7 +376,7 @@ def plan_step_attention(
             *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
-        _attend_options(config, head_dim, split, num_splits > 1, upcast, one_load),
+        _attend_options(config, head_dim, split, num_splits > 1, one_load),
     )
     launches.append(attend)
     if num_splits == 1:
