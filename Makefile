@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit soak bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit soak sanitize bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -66,6 +66,9 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 # About 15 minutes; SEED=N for another one.
 soak: $(STAMP)  ## random requests on shared sessions against autoregressive decoding: STEPS=300000 steps, none wrong
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m tests.decoding.soak --steps $(or $(STEPS),300000) --seed $(or $(SEED),0)
+
+sanitize: $(STAMP)  ## every launch of the operators' tests, interpreted: bounds, races, memory that nothing wrote
+	TRITON_INTERPRET=1 $(PYTEST) -p tidar_kernels.testing.pytest_sanitizer tests/ops tests/testing
 
 # A red check has no figures and a red exit code, but the rest is published.
 bench: $(STAMP)  ## benchmarks on this machine's CPU; figures into benchmarks/results and the pages, or under OUT

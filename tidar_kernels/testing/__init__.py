@@ -38,6 +38,7 @@ from .harness import (
 )
 from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
 from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
+from .sanitizer import Fault, SanitizerError, mark_unwritten, sanitize
 from .step_attention import (
     BITS_CASES,
     BITS_CASES_LARGE,
@@ -76,12 +77,14 @@ __all__ = [
     "AppendCase",
     "AttentionCase",
     "CompactCase",
+    "Fault",
     "Guarded",
     "LinearCase",
     "Measure",
     "ParityError",
     "ParityResult",
     "RotaryCase",
+    "SanitizerError",
     "StepCase",
     "Suite",
     "VerifyCase",
@@ -101,11 +104,13 @@ __all__ = [
     "check_verify",
     "guarded",
     "irregular_pattern",
+    "mark_unwritten",
     "pairwise",
     "path_of",
     "poisoned_allocations",
     "random_tree",
     "relative_error",
     "run_parity",
+    "sanitize",
     "step_operands",
 ]

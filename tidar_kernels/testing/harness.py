@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from .sanitizer import mark_unwritten
+
 __all__ = [
     "LAYOUTS",
     "Case",
@@ -290,6 +292,7 @@ def poisoned_allocations() -> Iterator[None]:
             buffer = _canaries(_extent(shape, strides) + 2 * GUARD, plain)
             tensor = buffer.as_strided(shape, strides, GUARD)
             made.append(Guarded(tensor, buffer, buffer.clone()))
+            mark_unwritten(tensor)
             return tensor
 
         return allocate_guarded
