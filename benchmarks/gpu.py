@@ -44,6 +44,7 @@ SHARES = {
 }
 WITHOUT_COMPILERS = 0.7  # of a part's time, until FlexAttention, which compiles for every case, has its turn
 GRACE = 25.0  # seconds past its time until a part is stopped
+PATIENCE = 15.0  # seconds from asking it to end, as Ctrl-C does, to the kill
 TRIES = 3
 Launcher = Callable[[list[str], float], int | None]  # a command and its seconds; its exit code, None if stopped
 DEVICE_LOST = 3  # exit code of a part whose process cannot go on
@@ -67,6 +68,10 @@ DRY = Suite(
 )  # fmt: skip
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, deadline: float) -> bool:
     """The rows of a part until `deadline`, what compiles for every case after all the others; False if ours failed."""
     now, passed = time.perf_counter(), True
@@ -84,12 +89,12 @@ def measured(suite: Suite, name: str, rows: record.Rows, known: rates.Rates, dea
         for index, (cls, case, names) in enumerate(mine):
             if time.perf_counter() > until:
                 left = len(mine) - index
-                print(f"{what}: {measure.OUT_OF_TIME}, {left} case(s) not measured", file=sys.stderr, flush=True)
+                say(f"{what}: {measure.OUT_OF_TIME}, {left} case(s) not measured")
                 rows.put({"operator": "cut", "what": what, "left": left, "command": f"cut {what}"})
                 break
             passed &= measure.measure(
-                cls, case, rows, known, suite.dtype, device=suite.device, names=names, timer=suite.timer,
-                deadline=until, report=lambda line: print(measure.describe(line), flush=True),
+                cls, case, rows, known, suite.dtype,
+                device=suite.device, names=names, timer=suite.timer, deadline=until,
             )  # fmt: skip
     return passed
 
@@ -104,36 +109,25 @@ def run_part(suite: Suite, name: str, folder: Path, seconds: float, *, resume: b
             rows.put(*(line for operator in PARTS[name] for line in listing(OPERATORS[operator], suite.device)))
     try:
         return 0 if measured(suite, name, rows, rates.of(rows.rows), deadline) else 1
-    except measure.DeviceLostError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        return DEVICE_LOST
     except Exception as error:  # what no row stands for; rows so far are on file, and the other parts are measured
-        print(f"{name}: {measure.reason(error)}", file=sys.stderr, flush=True)
-        return 1
-
-
-def stop(process: subprocess.Popen[bytes], patience: float = 15.0) -> None:
-    """Ask a process to end, as Ctrl-C does, then make it and what it started."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(patience)
-    except subprocess.TimeoutExpired:
-        print(f"process {process.pid} does not end, it is killed", file=sys.stderr, flush=True)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        say(f"{name}: {measure.reason(error)}")
+        return DEVICE_LOST if isinstance(error, measure.DeviceLostError) else 1
 
 
 def run_process(command: Sequence[str], seconds: float) -> int | None:
-    """The exit code of a command; None if it had to be stopped after `seconds`."""
+    """The exit code of a command; None if it had to be stopped after `seconds`, with all that it started."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        stop(process)
-        return None
-    except BaseException:
-        stop(process)
+    except BaseException as error:  # its time is up, or ours
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
         raise
 
 
@@ -149,17 +143,17 @@ def start_part(suite: Suite, name: str, folder: Path, seconds: float, end: float
         command += ["--budget", f"{left:.0f}"] + ["--resume"] * (attempt > 0) + ["--dry-run"] * (suite.device == "cpu")
         code = launch(command, min(left + GRACE, end - time.perf_counter()))
         if code is None:
-            print(f"{name}: stopped, its time is used up; rows measured so far are on file", file=sys.stderr)
+            say(f"{name}: stopped, its time is used up; rows measured so far are on file")
         if code in (None, 0, 1):
             break
-        print(f"{name}: ended with {code}, measured as far as it came", file=sys.stderr, flush=True)
+        say(f"{name}: ended with {code}, measured as far as it came")
     return 0 if code == 0 or code is None else 1
 
 
 def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> int:
     """The tests marked cuda, within `seconds`; their outcome as a part of the results file. 0 if none failed."""
     if importlib.util.find_spec("pytest") is None:
-        print("parity: not run, no pytest; every row still checks its own result", file=sys.stderr)
+        say("parity: not run, no pytest; every row still checks its own result")
         record.add(folder, "parity", suite.device, [{"operator": "parity", "not_available": "no pytest"}])
         return 1
     report = folder / "parity.xml"
@@ -179,9 +173,8 @@ def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> 
 def parity_row(report: Path) -> dict[str, Any]:
     """What a JUnit report says, in numbers, and the names of tests that failed."""
     root = ElementTree.parse(report).getroot() if report.is_file() else ElementTree.Element("none")
-    tests = list(root.iter("testcase"))
+    tests, skipped = root.findall(".//testcase"), root.findall(".//testcase/skipped")
     failed = [test for test in tests if test.find("failure") is not None or test.find("error") is not None]
-    skipped = [test for test in tests if test.find("skipped") is not None]
     names = [f"{test.get('classname')}::{test.get('name')}" for test in failed]
     count = {"tests": len(tests), "failed": len(failed), "skipped": len(skipped)}
     return {"operator": "parity", **count, "failures": names[:50]}
@@ -198,7 +191,7 @@ def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, pari
         seconds = (end - time.perf_counter() - GRACE) * share / shares
         shares -= share
         if seconds < 5.0:
-            print(f"{name}: not started, {measure.OUT_OF_TIME}", file=sys.stderr, flush=True)
+            say(f"{name}: not started, {measure.OUT_OF_TIME}")
             continue
         print(f"== {name}: {seconds:.0f} s", flush=True)
         codes[name] = start_part(suite, name, folder, seconds, end, launch)
@@ -217,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     suite = DRY if options.dry_run else FULL
     if suite.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.gpu: expected a CUDA GPU, got none", file=sys.stderr)
+        say("benchmarks.gpu: expected a CUDA GPU, got none")
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part:

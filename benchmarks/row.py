@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from .core import measure, rates, record
 from .registry import OPERATORS
 
 
-def one(
-    operator: str, implementation: str, device: str, dtype: torch.dtype, fields: Sequence[str]
-) -> list[dict[str, Any]]:
+def one(operator: str, implementation: str, device: str, dtype: torch.dtype, fields: list[str]) -> dict[str, Any]:
     """The row of a command line.
 
     Raises:
         ValueError: an argument does not fit.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("DEVICE: expected a CUDA GPU, got none")
     if operator not in OPERATORS:
         raise ValueError(f"OPERATOR: expected one of {', '.join(OPERATORS)}, got {operator}")
     cls = OPERATORS[operator]
@@ -38,10 +37,10 @@ def one(
     held, known = record.Rows(None, "", device), rates.of(rates.measure(device, (dtype,)))
     for before in cls.before(case):
         measure.measure(cls, before, held, known, dtype, device=device)
-    names = [name for name in (implementation, cls.yardstick) if name]
-    measure.measure(cls, case, held, known, dtype, device=device, names=names)
+    measure.measure(cls, case, held, known, dtype, device=device, names=[implementation, cls.yardstick or ""])
     wanted = measure.head(operator, implementation, device, dtype, vars(case))["command"]
-    return [line for line in held.rows if line["command"] == wanted]
+    # An implementation that the operator does not offer for this case has no row.
+    return held.get(wanted) or {"not_available": f"{implementation} is not measured for {case}"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,17 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("fields", nargs="*", metavar="FIELD=VALUE")
     given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.row: error: expected a CUDA GPU, got none", file=sys.stderr)
-        return 2
     try:
-        rows = one(given.operator, given.implementation, given.device, getattr(torch, given.dtype), given.fields)
+        line = one(given.operator, given.implementation, given.device, getattr(torch, given.dtype), given.fields)
     except ValueError as error:
         print(f"benchmarks.row: error: {error}", file=sys.stderr)
         return 2
-    for line in rows:
-        print(json.dumps(line))
-    return 0 if rows and not any("not_available" in line for line in rows) else 1
+    print(json.dumps(line))
+    return 1 if "not_available" in line else 0
 
 
 if __name__ == "__main__":

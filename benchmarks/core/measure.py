@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -15,11 +16,7 @@ from .operands import VERSION, Operands
 
 OUT_OF_TIME = "the time for benchmarks is used up"
 CPU_CACHE = 4 * 2**20  # bytes of cache whose contents are rotated away on a CPU: L2 of two cores
-# Of a workload, for the terminal.
-SHOWN = (
-    "model", "batch", "block_size", "new_tokens", "nodes", "context_len", "tokens", "temperature", "num_rows",
-    "vocab_size", "direction", "seq_len", "num_heads", "num_kv_heads", "head_dim",
-)  # fmt: skip
+ROW = "python -m benchmarks.row"
 Call = Callable[[], Any]
 Timer = Callable[[Sequence[Call]], dict[str, float]]  # of calls that do the same on different memory
 
@@ -41,17 +38,10 @@ def failed(line: dict[str, Any]) -> bool:
 
 def head(operator: str, implementation: str, device: str, dtype: torch.dtype, fields: dict[str, Any]) -> dict[str, Any]:
     """What a row begins with: what is measured, without results, and the command line that measures it again."""
-    name = str(dtype).removeprefix("torch.")
-    settings = " ".join(f"{field}={value}" for field, value in fields.items())
-    return {
-        "operator": operator,
-        "implementation": implementation,
-        "device": device,
-        "dtype": name,
-        **fields,
-        "workloads": VERSION,
-        "command": f"python -m benchmarks.row {operator} {implementation} {device} {name} {settings}",
-    }
+    what = {"operator": operator, "implementation": implementation, "device": device}
+    what["dtype"] = str(dtype).removeprefix("torch.")
+    settings = [f"{field}={value}" for field, value in fields.items()]
+    return {**what, **fields, "workloads": VERSION, "command": " ".join([ROW, *what.values(), *settings])}
 
 
 def parse(cls: type[Any], words: Sequence[str]) -> Any:
@@ -73,15 +63,6 @@ def parse(cls: type[Any], words: Sequence[str]) -> Any:
         raise ValueError(f"FIELD=VALUE: {error}") from None
 
 
-def check_device(device: str) -> None:
-    """Raise DeviceLostError if an earlier failure left the CUDA context unusable."""
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLostError(reason(error)) from None
-
-
 def operands(cls: type[Operands], case: Any, device: str, dtype: torch.dtype) -> list[Operands]:
     """As many sets of random operands as it takes for each to be cold when its turn comes."""
     first = cls(case, device, dtype)
@@ -90,19 +71,19 @@ def operands(cls: type[Operands], case: Any, device: str, dtype: torch.dtype) ->
     return [first] + [cls(case, device, dtype) for _ in range(count - 1)]
 
 
-def plan(sets: Sequence[Operands], name: str) -> tuple[list[Call], float]:
-    """Prepare an implementation on every set of operands and check the first; `(calls, relative error)`.
+def plan(sets: Sequence[Operands], name: str) -> tuple[list[Call], dict[str, Any]]:
+    """Prepare an implementation on every set of operands and check the first: its calls, and what its row says of them.
 
     Raises:
         WrongResultError: it computes something else. Anything else: it cannot run here.
     """
-    prepared = [one.prepare(name) for one in sets]
-    error = 0.0
+    prepared, error = [one.prepare(name) for one in sets], 0.0
     if sets[0].implementations[name].ceiling:
         prepared[0].run()
     else:
         error = sets[0].check(name, prepared[0])
-    return [one.run for one in prepared], error
+    known = {**sets[0].floor(name), "relative_error": float(f"{error:.3g}"), "copies": len(sets)}
+    return [one.run for one in prepared], known
 
 
 def measure(
@@ -117,9 +98,8 @@ def measure(
     timer: Timer | None = None,
     budget_s: float = 0.6,
     deadline: float = math.inf,
-    report: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> bool:
-    """Check and time implementations of one workload into `rows`; False if one of ours failed.
+    """Check and time implementations of one workload into `rows`, and tell of each; False if one of ours failed.
 
     On a CPU they take turns, about `budget_s` seconds each, so that load on the machine meets all alike; on CUDA, and
     with a `timer`, each is measured before the next is planned. Rows that are there already are left alone; absent
@@ -131,12 +111,11 @@ def measure(
     """
     wanted = [name for name in cls.offered(case, device) if names is None or name in names]
     heads = {name: head(cls.operator, name, device, dtype, vars(case)) for name in wanted}
-    heads = {name: line for name, line in heads.items() if not rows.has(line["command"])}
-    take_turns, sets, waiting = device == "cpu" and timer is None, list[Operands](), dict[str, list[Call]]()
-    passed = True
+    heads = {name: line for name, line in heads.items() if rows.get(line["command"]) is None}
+    timer = timer or (None if device == "cpu" else timing.time_cuda if cls.graph else timing.time_stream)
+    sets, waiting, passed = list[Operands](), dict[str, list[Call]](), True
 
-    def enter(name: str, found: dict[str, Any]) -> None:
-        line = heads[name] | found
+    def enter(line: dict[str, Any]) -> None:
         if "p50_us" in line:
             # TFLOP/s and GB/s follow from the time and the floor.
             line["tflops"] = float(f"{line['flops'] / line['p50_us'] / 1e6:.4g}")
@@ -144,7 +123,7 @@ def measure(
             line |= record.clocks(device) | known.against(line)
             line |= sets[0].further(line, rows.rows)
         rows.put(line)
-        report(line)
+        print(describe(line), file=sys.stderr, flush=True)
 
     for name, line in heads.items():
         try:
@@ -153,19 +132,18 @@ def measure(
             rows.begin(line)
             with torch.inference_mode(cls.inference):
                 sets = sets or operands(cls, case, device, dtype)
-                calls, error = plan(sets, name)
-                line |= {**sets[0].floor(name), "relative_error": float(f"{error:.3g}"), "copies": len(sets)}
-                if take_turns:
+                calls, found = plan(sets, name)
+                line |= found
+                if timer is None:
                     waiting[name] = calls
                 else:
-                    on_stream = timing.time_cuda if cls.graph else timing.time_stream
-                    enter(name, (timer or on_stream)(calls))
+                    enter(line | timer(calls))
         except Exception as failure:  # compilers, backends and memory fail in their own ways
             line["not_available"] = reason(failure)
-            enter(name, {})
+            enter(line)
             if failed(line):
                 passed &= name not in cls.own
-                check_device(device)
+                _check_device(device)
         calls = []  # what it held is free for the next
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -173,16 +151,24 @@ def measure(
         turns = {name: timing.rotated(calls) for name, calls in waiting.items()}
         measured = timing.time_in_turn(turns, budget_s * len(turns))
     unit = measured.get(cls.yardstick or "")
-    for name, found in measured.items():
-        times = {"against_floor": round(found["p50_us"] / unit["p50_us"], 3)} if unit else {}
-        enter(name, found | times)
+    for name, times in measured.items():
+        against = {"against_floor": round(times["p50_us"] / unit["p50_us"], 3)} if unit else {}
+        enter(heads[name] | times | against)
     return passed
+
+
+def _check_device(device: str) -> None:
+    """Raise DeviceLostError if a failure left the CUDA context unusable."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError(reason(error)) from None
 
 
 def describe(line: dict[str, Any]) -> str:
     """A row as a line for the terminal."""
-    what = " ".join(f"{name}={line[name]}" for name in SHOWN if name in line)
-    text = f"{line['operator']:15} {line['implementation']:18} {line['dtype']} {what}"
+    text = line["command"].removeprefix(f"{ROW} ")
     if "not_available" in line:
         return f"{text}: not available: {line['not_available']}"
     text += f": {line['p50_us']:.1f} us {line['tflops']:.3g} TFLOP/s {line['gbytes_per_s']:.4g} GB/s"

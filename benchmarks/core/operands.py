@@ -1,7 +1,7 @@
 """What every benchmark is made of: a workload, operands made from it, implementations as functions of the operands.
 
-    workload         a frozen dataclass of names and sizes: the fields of a row, and the words of its command line
-    Operands         random tensors for one workload; checks a result against the oracle; counts bytes and FLOPs
+    workload         names and sizes, a frozen dataclass: the fields of a row, and the words of its command line
+    Operands         random tensors for one workload; what the oracle makes of them; counts of bytes and FLOPs
     Implementation   plans once, as a user would, and returns the call to time
 
 `measure.measure` runs them; `benchmarks.registry` lists every subclass of `Operands`.
@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +19,8 @@ from torch import Tensor
 
 from tidar_kernels import Pattern
 from tidar_kernels.testing import relative_error
+
+from .record import version_of
 
 OURS = "tidar_kernels"
 VERSION = 1  # of the workloads: raised when one changes its meaning; every row carries it
@@ -32,19 +32,29 @@ def live_pairs(pattern: Pattern) -> int:
     return int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
 
 
+def workload(name: str, **fields: type | int) -> type[Any]:
+    """A class of workloads, `name` in messages: a type is that of a field, an int the default of one."""
+    required = [(key, given) for key, given in fields.items() if isinstance(given, type)]
+    chosen = [(key, int, field(default=given)) for key, given in fields.items() if not isinstance(given, type)]
+    return make_dataclass(name, [*required, *chosen], frozen=True)
+
+
 class WrongResultError(RuntimeError):
     """An implementation computes something else; no speed is reported for it."""
-
-
-def as_it_is(result: Any) -> Any:
-    return result
 
 
 class Prepared(NamedTuple):
     """A planned call: `run()` is timed, and `result(run())` is what it computed, in the operator's own layout."""
 
     run: Callable[[], Any]
-    result: Callable[[Any], Any] = as_it_is
+    result: Callable[[Any], Any] = lambda found: found
+
+
+class Expected(NamedTuple):
+    """A result of the oracle: in float64, and in the operands' own dtype; None asks for the very bits of `exact`."""
+
+    exact: Tensor
+    plain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,6 @@ class Implementation:
         except (ImportError, ValueError):  # a parent package is missing or broken
             found = None
         return None if found else f"no module {self.module}"
-
-    @property
-    def version(self) -> str | None:
-        """The installed version; None if there is none."""
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(self.package)
-        return None
 
 
 class Operands:
@@ -143,13 +146,33 @@ class Operands:
         planned = self.implementations[name].prepare(self)
         return planned if isinstance(planned, Prepared) else Prepared(planned)
 
+    def expected(self, name: str) -> Sequence[Expected]:
+        """What `results` must be; asked for before the call, which may write into what the oracle reads."""
+        raise NotImplementedError
+
+    def results(self, prepared: Prepared) -> Sequence[Tensor]:
+        """What a call computes, as far as it is compared."""
+        found = prepared.result(prepared.run())
+        return (found,) if isinstance(found, Tensor) else found
+
     def check(self, name: str, prepared: Prepared) -> float:
-        """Relative error of an implementation's result; 0 where equality is asked for.
+        """Relative error of an implementation's result; 0 where its bits are compared.
 
         Raises:
-            WrongResultError: it computes something else.
+            WrongResultError: it exceeds the budget, which is twice eager PyTorch's own error and 1e-5; or bits differ.
         """
-        raise NotImplementedError
+        expected, errors = self.expected(name), [0.0]
+        for value, (exact, plain) in zip(self.results(prepared), expected, strict=True):
+            if plain is None:
+                if not torch.equal(value, exact):
+                    raise self.wrong(name, "the bits of the twin, got others")
+                continue
+            slack = 1.0 if name in self.precise else PEER_SLACK
+            error, budget = relative_error(value, exact), slack * (2 * relative_error(plain, exact) + 1e-5)
+            if value.shape != exact.shape or not error <= budget:
+                raise self.wrong(name, f"a relative error <= {budget:.3g}, got {error:.3g}")
+            errors.append(error)
+        return max(errors)
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         """`rows`, `bytes` and `flops`: every operand and result once, and every product that nobody can avoid."""
@@ -161,18 +184,6 @@ class Operands:
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
-
-    def within(self, name: str, value: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> float:
-        """Relative error of `value`.
-
-        Raises:
-            WrongResultError: it exceeds the budget, which is twice eager PyTorch's own error and 1e-5.
-        """
-        slack = 1.0 if name in self.precise else PEER_SLACK
-        error, budget = relative_error(value, exact), slack * (2 * relative_error(plain, exact) + 1e-5)
-        if value.shape != exact.shape or not error <= budget:
-            raise self.wrong(name, f"a relative error <= {budget:.3g}{what}, got {error:.3g}")
-        return error
 
     def wrong(self, name: str, expected: str) -> WrongResultError:
         return WrongResultError(f"{name} of {self.case}: expected {expected}")
@@ -187,7 +198,7 @@ def listing(cls: type[Operands], device: str) -> list[dict[str, Any]]:
             "implementation": name,
             "label": peer.label,
             "device": device,
-            "version": None if peer.absent(device) else peer.version,
+            "version": None if peer.absent(device) else version_of(peer.package),
             "absent": peer.absent(device),
             "install": peer.install,
         }

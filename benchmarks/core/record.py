@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,25 @@ SCHEMA = 2
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit")
 
 
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None if there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def environment(device: str) -> dict[str, Any]:
     """The machine and the versions that figures depend on."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tidar_kernels": tidar_kernels.__version__,
+        "triton": version_of("triton") or "absent",
     }
-    try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ImportError:
-        versions["triton"] = "absent"
-    machine: dict[str, Any] = {"device": device, "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    names = _cpuinfo("model name")
+    cpu = f"{names[0]} x {len(names)}" if names else platform.processor()
+    machine: dict[str, Any] = {"device": device, "cpu": cpu, "threads": torch.get_num_threads()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         machine |= {
@@ -54,16 +60,10 @@ def environment(device: str) -> dict[str, Any]:
     return {"versions": versions, "machine": machine}
 
 
-def _cpu_name() -> str:
-    lines = _cpuinfo("model name")
-    return f"{lines[0]} x {len(lines)}" if lines else platform.processor()
-
-
 def _cpuinfo(key: str) -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    """What Linux says of each core."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
     return [line.split(":", 1)[1].strip() for line in lines if line.startswith(key)]
 
 
@@ -106,12 +106,11 @@ def path_in(folder: Path, device: str) -> Path:
     return folder / f"{device}-{name}-{today()}.json"
 
 
-def add(folder: Path, kind: str, device: str, rows: list[dict[str, Any]]) -> Path:
-    """Write one part into the file of this machine and day, whole or not at all; returns the file."""
+def add(folder: Path, kind: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Write one part into the file of this machine and day, whole or not at all."""
     path = path_in(folder, device)
     held = load(path)["parts"] if path.is_file() else {}
     save(path, held | {kind: content(kind, device, rows)})
-    return path
 
 
 def save(path: Path, parts: dict[str, dict[str, Any]]) -> None:
@@ -174,13 +173,17 @@ class Rows:
     def __init__(self, folder: Path | None, kind: str, device: str, *, resume: bool = False) -> None:
         """`folder` None: kept in memory alone."""
         self.folder, self.kind, self.device = folder, kind, device
-        self.rows: list[dict[str, Any]] = []
+        self._by_command: dict[Any, dict[str, Any]] = {}
         if resume and folder is not None and path_in(folder, device).is_file():
-            self.rows = load(path_in(folder, device))["parts"].get(kind, {"rows": []})["rows"]
+            self._enter(*load(path_in(folder, device))["parts"].get(kind, {"rows": []})["rows"])
 
-    def has(self, command: str) -> bool:
-        """Whether the row of this command is there, with figures or without."""
-        return any(row.get("command") == command for row in self.rows)
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self._by_command.values())
+
+    def get(self, command: str) -> dict[str, Any] | None:
+        """The row of this command, with figures or without."""
+        return self._by_command.get(command)
 
     def begin(self, row: dict[str, Any]) -> None:
         """Enter a row that is about to be measured."""
@@ -188,11 +191,9 @@ class Rows:
 
     def put(self, *rows: dict[str, Any]) -> None:
         """Enter rows, in place of those with the same command."""
-        for row in rows:
-            at = next((i for i, held in enumerate(self.rows) if held.get("command", 0) == row.get("command")), None)
-            if at is None:
-                self.rows.append(row)
-            else:
-                self.rows[at] = row
+        self._enter(*rows)
         if self.folder is not None:
             add(self.folder, self.kind, self.device, self.rows)
+
+    def _enter(self, *rows: dict[str, Any]) -> None:
+        self._by_command |= {row.get("command", object()): row for row in rows}  # without one, each is its own

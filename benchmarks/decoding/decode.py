@@ -8,7 +8,6 @@ Every TiDAR output is compared with the autoregressive one, token for token, bef
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,12 @@ from tidar_kernels.models import shipped
 from ..core import rates, record
 from ..core.operands import VERSION
 from .models import floor_of
-from .turns import PROMPT_BYTES, prompts, take_turns
+from .turns import PROMPT_BYTES, described, prompts, take_turns
 
 PROGRAM = "python -m benchmarks.decoding.decode"
 
 
-def run(
-    new_tokens: int,
-    block_sizes: list[int],
-    batch_size: int = 1,
-    repeats: int = 2,
-    limits: rates.Rates | None = None,
-) -> list[dict[str, Any]]:
+def run(new_tokens: int, block_sizes: list[int], batch_size: int, limits: rates.Rates) -> list[dict[str, Any]]:
     """One row a block length, the autoregressive baseline (block_size 0) first; prompts are decoded `batch_size` at a
     time."""
     model, _ = shipped.load_shipped()
@@ -41,7 +34,7 @@ def run(
     count = -(-len(known) // batch_size) * batch_size
     everything = [known[i % len(known)] for i in range(count)]
     groups = [everything[start : start + batch_size] for start in range(0, count, batch_size)]
-    turns = take_turns(decoders, groups, new_tokens, repeats)
+    turns = take_turns(decoders, groups, new_tokens, repeats=2 if batch_size == 1 else 1)
     rows = []
     for block, turn in turns.items():
         tokens = new_tokens * count
@@ -52,8 +45,6 @@ def run(
             logits_rows=batch_size * (2 * max(block, 1) - 1),
         )  # fmt: skip
         step_us = sum(turn.seconds) / turn.forwards * 1e6
-        limit = limits.floor_us(least["bytes"], least["flops"], "float32") if limits else 0.0
-        speedups = [a / b for a, b in zip(turns[0].seconds, turn.seconds, strict=True)]
         row = {
             "operator": "decode",
             "mode": "tidar" if block else "autoregressive",
@@ -65,14 +56,13 @@ def run(
             **turn.figures(tokens, turns[0]),
             "tokens_per_forward": round(tokens / sum(map(len, turn.accepted)), 4),
             "step_ms": round(step_us / 1e3, 4),
-            "speedup_median": round(statistics.median(speedups), 4),
             "bytes": least["bytes"],
             "flops": least["flops"],
             "workloads": VERSION,
             "command": f"{PROGRAM} --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size} --block-sizes"
             + (f" {block}" if block else ""),
         }
-        rows.append(row | ({"floor_us": round(limit, 3), "of_floor": round(limit / step_us, 4)} if limit else {}))
+        rows.append(row | limits.against({**least, "p50_us": step_us, "dtype": "float32"}))
     return rows
 
 
@@ -83,18 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     options = parser.parse_args(arguments)
-    limits = rates.measure("cpu", (torch.float32,))
-    known = rates.of(limits)
-    rows = []
+    limits, rows = rates.measure("cpu", (torch.float32,)), []
     for batch_size in options.batch_sizes:
-        rows += run(options.new_tokens, options.block_sizes, batch_size, 2 if batch_size == 1 else 1, known)
+        rows += run(options.new_tokens, options.block_sizes, batch_size, rates.of(limits))
     for line in rows:
-        print(
-            f"batch {line['batch']:<3} {line['mode']:15} B={line['block_size']:<3}"
-            f" {line['tokens_per_forward']:6.2f} tokens/forward {line['tokens_per_second']:8.1f} tokens/s"
-            f"  {line['speedup']:5.2f} x  identical: {line['identical']}",
-            flush=True,
-        )
+        print(f"batch {line['batch']:<3} B={line['block_size']:<3} {described(line)}", flush=True)
     record.add(options.out, "decode", "cpu", [*limits, *rows])
     return 0 if all(line["identical"] for line in rows) else 1
 

@@ -7,26 +7,19 @@ measured bandwidth, or the multiplications at the measured rate, whichever takes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from tidar_kernels.decoding import strategies
 from tidar_kernels.decoding.session import Session, StepConfig
 
-from ..core.operands import OURS, Implementation, Operands, Prepared
+from ..core.operands import OURS, Implementation, Operands, Prepared, workload
 from .models import LARGE, SHAPES, fill, floor_of, model_of
 
-
-@dataclass(frozen=True)
-class WholeStep:
-    """A step of a model after `context_len` committed tokens; a block size of 0 is autoregressive."""
-
-    model: str
-    block_size: int
-    context_len: int
+WholeStep = workload("WholeStep", model=str, block_size=int, context_len=int)
 
 
-def _ladder(model: str, *contexts: int) -> list[WholeStep]:
+def _ladder(model: str, *contexts: int) -> list[Any]:
     return [WholeStep(model, block, context) for context in contexts for block in (0, 4, 8, 16)]
 
 
@@ -35,6 +28,8 @@ def _replayed(o: DecoderStep) -> Prepared:
 
 
 class DecoderStep(Operands):
+    """A step of a model after `context_len` committed tokens; a block size of 0 is autoregressive."""
+
     operator = "decoder_step"
     workload = WholeStep
     implementations: ClassVar = {name: Implementation(name, _replayed) for name in ("tidar", "autoregressive")}
@@ -43,14 +38,13 @@ class DecoderStep(Operands):
     tiny = tuple(_ladder("tiny", 24))
     sets = 1  # weights are larger than any cache
     graph = False  # the step has its own
-    case: WholeStep
 
     @classmethod
-    def offered(cls, case: WholeStep, device: str) -> list[str]:
+    def offered(cls, case: Any, device: str) -> list[str]:
         return ["tidar" if case.block_size else "autoregressive"]
 
     @classmethod
-    def before(cls, case: WholeStep) -> Sequence[WholeStep]:
+    def before(cls, case: Any) -> Sequence[Any]:
         return [replace(case, block_size=0)] if case.block_size else []
 
     def make(self) -> None:

@@ -7,29 +7,20 @@ prefix, and the lm_head on the last row alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tidar_kernels import KVCache, patterns
 
-from ..core.operands import OURS, Implementation, Operands, Prepared
+from ..core.operands import OURS, Implementation, Operands, Prepared, workload
 from .models import LARGE, SHIPPED, fill, floor_of, model_of
 
+Pass = workload("Pass", model=str, tokens=int, context_len=int)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass of `tokens` rows after `context_len` committed tokens."""
-
-    model: str
-    tokens: int
-    context_len: int
-
-
-def _ladder(model: str, contexts: tuple[int, ...], tokens: tuple[int, ...] = TOKENS) -> list[Pass]:
+def _ladder(model: str, contexts: tuple[int, ...], tokens: tuple[int, ...] = TOKENS) -> list[Any]:
     return [Pass(model, count, context) for context in contexts for count in tokens]
 
 
@@ -38,6 +29,8 @@ def _pass(o: TokenSlots) -> Prepared:
 
 
 class TokenSlots(Operands):
+    """A forward pass of `tokens` rows after `context_len` committed tokens."""
+
     operator = "token_slots"
     workload = Pass
     implementations: ClassVar = {OURS: Implementation("tidar_kernels", _pass)}
@@ -45,7 +38,6 @@ class TokenSlots(Operands):
     cuda = tuple(case for model in LARGE for case in _ladder(model, (512, 4096, 32768)))
     tiny = tuple(_ladder("tiny", (24,), (1, 8)))
     sets = 1  # weights are larger than any cache
-    case: Pass
 
     def make(self) -> None:
         case = self.case

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tidar_kernels.models import shipped
 from tidar_kernels.models.training import data
 
 from ..core import record
-from .turns import PROMPT_BYTES, excerpt, prompts, take_turns
+from .turns import PROMPT_BYTES, described, excerpt, prompts, take_turns
 
 PROGRAM = "python -m benchmarks.decoding.strategies"
 
@@ -83,7 +82,6 @@ def run(
     batch: list[list[int]],
     new_tokens: int,
     repeats: int = 2,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """One row a candidate, the first the baseline; candidates take turns on every prompt, and the faster run counts.
 
@@ -95,7 +93,7 @@ def run(
         else Decoder(adapted if c.adapted else model, strategy=c.strategy)
         for c in chosen
     }
-    turns = take_turns(decoders, [[prompt] for prompt in batch], new_tokens, repeats, progress)
+    turns = take_turns(decoders, [[prompt] for prompt in batch], new_tokens, repeats)
     tokens, rows = new_tokens * len(batch), []
     for c in chosen:
         turn = turns[c.label]
@@ -149,17 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = candidates(measured)
     if options.only:
         chosen = [chosen[0], *(c for c in chosen[1:] if c.label == options.only)]
-    rows = run(
-        model, adapted, chosen, prompts()[: options.prompts], options.new_tokens,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
+    rows = run(model, adapted, chosen, prompts()[: options.prompts], options.new_tokens)
     for line in rows:
-        print(
-            f"{line['label']:38} {line['rows']:4} rows {line['tokens_per_forward']:6.2f} tokens/forward "
-            f"{line['tokens_per_second']:7.1f} tokens/s {line['speedup']:5.2f} x  exact: {line['exact']!s:5}"
-            f"  as autoregressive: {line['identical']}",
-            flush=True,
-        )
+        print(f"{line['label']:38} {line['rows']:4} rows {described(line)}, must be: {line['exact']}", flush=True)
         line["command"] = f"{PROGRAM} --out DIR --new-tokens {options.new_tokens} --prompts {options.prompts} --only "
         line["command"] += shlex.quote(line["label"])
     acceptance = [round(share, 4) for share in measured.acceptance]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -50,19 +51,21 @@ class Turn:
         }
 
 
+def described(line: dict[str, Any]) -> str:
+    """The figures of a row for the terminal."""
+    speed = f"{line['tokens_per_forward']:6.2f} tokens/forward {line['tokens_per_second']:7.1f} tokens/s"
+    return f"{speed} {line['speedup']:5.2f} x  as autoregressive: {line['identical']}"
+
+
 def take_turns(
-    decoders: Mapping[Key, Decoder],
-    groups: Sequence[list[list[int]]],
-    new_tokens: int,
-    repeats: int,
-    progress: Callable[[str], None] = lambda line: None,
+    decoders: Mapping[Key, Decoder], groups: Sequence[list[list[int]]], new_tokens: int, repeats: int
 ) -> dict[Key, Turn]:
     """Decode every group of prompts with each decoder, `repeats` times, after a short run of each to warm up."""
     turns = {key: Turn() for key in decoders}
     for decoder in decoders.values():
         decoder.generate(groups[0], 16)
     for index, group in enumerate(groups):
-        progress(f"prompt {index + 1} of {len(groups)}")
+        print(f"prompts {index + 1} of {len(groups)}", file=sys.stderr, flush=True)
         best = dict.fromkeys(decoders, float("inf"))
         reference: list[list[int]] = []
         for repeat in range(repeats):

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tidar_kernels as tk
 
-from ..core.operands import OURS, Implementation, Operands, Prepared, live_pairs
+from ..core.operands import OURS, Expected, Implementation, Operands, Prepared, live_pairs
 from . import flex
 from .step_peers import CUDA, STEP
 
@@ -173,7 +173,6 @@ class Attention(Operands):
     sets = 1  # larger than any cache
     inference, graph = False, False
     yardstick = "causal_sdpa"
-    case: Training
 
     def make(self) -> None:
         case, s = self.case, self.case.seq_len
@@ -198,8 +197,8 @@ class Attention(Operands):
         return self.q, self.k, self.v
 
     @cached_property
-    def expected(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What the eager twin gives for the checked rows: in float64, and in the operands' own dtype."""
+    def _twin(self) -> list[Expected]:
+        """What the eager twin gives for the checked rows."""
 
         def twin(dtype: torch.dtype) -> tuple[Tensor, ...]:
             leaves = self.q[:, :, self.rows], self.k, self.v
@@ -209,17 +208,21 @@ class Attention(Operands):
                 return (out.detach(),)
             return torch.autograd.grad(out, (q, k, v), self.grad_out[:, :, self.rows].to(dtype))
 
-        return twin(torch.float64), twin(self.dtype)
+        return [Expected(*both) for both in zip(twin(torch.float64), twin(self.dtype), strict=True)]
+
+    def expected(self, name: str) -> list[Expected]:
+        return self._twin
 
     def prepare(self, name: str) -> Prepared:
         return self.prepared(self.implementations[name].prepare(self))
 
     def prepared(self, calls: Calls) -> Prepared:
-        """What is timed has dense gradients; the result comes of another call, whose gradients are of few rows."""
-        return Prepared(calls.timed(self.case.direction), lambda _: self.results(calls))
+        """What is timed has dense gradients; the results come of another call, whose gradients are of few rows."""
+        return Prepared(calls.timed(self.case.direction), lambda _: calls)
 
-    def results(self, calls: Calls) -> tuple[Tensor, ...]:
-        """The checked rows of `calls`, or the gradients that come of them."""
+    def results(self, prepared: Prepared) -> tuple[Tensor, ...]:
+        """The checked rows, or the gradients that come of them."""
+        calls: Calls = prepared.result(None)
         (out,) = calls.forward(self.case.direction)
         if self.case.direction == "forward":
             return (out[:, :, self.rows],)
@@ -227,9 +230,6 @@ class Attention(Operands):
         if bool(dq.index_fill(2, self.rows, 0.0).any()):
             raise self.wrong("backward", "gradients in the rows that have one, got others")
         return dq[:, :, self.rows], dk, dv
-
-    def check(self, name: str, prepared: Prepared) -> float:
-        return max(self.within(name, *three) for three in zip(prepared.result(None), *self.expected, strict=True))
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         """Live pairs computed once; a yardstick has fewer pairs, and as many K/V heads as query heads."""

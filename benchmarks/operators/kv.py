@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +12,19 @@ import tidar_kernels as tk
 from tidar_kernels.nn.rotary import RotaryEmbedding, apply_rotary
 from tidar_kernels.ops import rotary_append
 
-from ..core.operands import OURS, Implementation, Operands, Prepared
+from ..core.operands import OURS, Expected, Implementation, Operands, Prepared, workload
 from .models import attention_of, cache_of
 
 QWEN2, QWEN3 = cache_of("Qwen2.5-1.5B"), cache_of("Qwen3-8B")
+CACHE: dict[str, Any] = {"model": str, "num_kv_heads": int, "head_dim": int}
+CONTEXT: dict[str, Any] = {"context_len": int, "batch": 1}
+Append = workload("Append", **CACHE, new_tokens=int, **CONTEXT)
+Compact = workload("Compact", **CACHE, nodes=int, **CONTEXT)
+Rotation = workload("Rotation", model=str, num_heads=int, num_kv_heads=int, head_dim=int, block_size=int, **CONTEXT)
 
 
 class Caches(Operands):
-    """Ragged sequences, as in a batch of requests, of which `twin` changes a copy of the caches."""
+    """Caches of ragged sequences, as in a batch of requests, whose bits after a call are compared."""
 
     def make_caches(self, new: int) -> None:
         """Room for `new` tokens after each context."""
@@ -34,25 +38,19 @@ class Caches(Operands):
         """The eager operator."""
         raise NotImplementedError
 
-    def check(self, name: str, prepared: Prepared) -> float:
-        expected = self.k_cache.clone(), self.v_cache.clone()
-        self.twin(*expected)
+    def expected(self, name: str) -> list[Expected]:
+        caches = self.k_cache.clone(), self.v_cache.clone()
+        self.twin(*caches)
+        return [Expected(cache) for cache in caches]
+
+    def results(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
         prepared.run()
-        if not (torch.equal(self.k_cache, expected[0]) and torch.equal(self.v_cache, expected[1])):
-            raise self.wrong(name, "the bits of the twin, got others")
-        return 0.0
+        return self.k_cache, self.v_cache
 
-
-@dataclass(frozen=True)
-class Append:
-    """`new_tokens` of one layer after `context_len` committed ones."""
-
-    model: str
-    num_kv_heads: int
-    head_dim: int
-    new_tokens: int
-    context_len: int
-    batch: int = 1
+    def moved(self, tokens: int) -> dict[str, float]:
+        """The floor of `tokens` tokens a sequence, whose K and V are read and written."""
+        values = tokens * self.case.batch * self.case.num_kv_heads * self.case.head_dim
+        return {"rows": tokens, "bytes": 4.0 * values * self.dtype.itemsize, "flops": 0.0}
 
 
 def _append_copy(o: AppendKV) -> Callable[[], Any]:
@@ -75,6 +73,8 @@ def _append_indexed(o: AppendKV) -> Callable[[], Any]:
 
 
 class AppendKV(Caches):
+    """`new_tokens` of one layer after `context_len` committed ones."""
+
     operator = "append_kv"
     workload = Append
     implementations: ClassVar = {
@@ -89,7 +89,6 @@ class AppendKV(Caches):
         Append(*QWEN2, 16, 4096, 64),
     )
     tiny = (Append("tiny", 2, 16, 4, 40, 2),)
-    case: Append
 
     def make(self) -> None:
         case = self.case
@@ -100,19 +99,7 @@ class AppendKV(Caches):
         tk.eager.append_kv(k_cache, v_cache, self.k, self.v, self.lengths)
 
     def floor(self, name: str = OURS) -> dict[str, float]:
-        return {"rows": self.case.new_tokens, "bytes": 4.0 * self.k.nbytes, "flops": 0.0}  # K and V, read and written
-
-
-@dataclass(frozen=True)
-class Compact:
-    """Every other of `nodes` nodes of one layer, after `context_len` committed tokens."""
-
-    model: str
-    num_kv_heads: int
-    head_dim: int
-    nodes: int
-    context_len: int
-    batch: int = 1
+        return self.moved(self.case.new_tokens)
 
 
 def _compact_indexed(o: CompactKV) -> Callable[[], Any]:
@@ -130,7 +117,7 @@ def _compact_indexed(o: CompactKV) -> Callable[[], Any]:
 
 
 class CompactKV(Caches):
-    """The accepted path of a token tree is moved together."""
+    """The accepted path of a token tree, every other of `nodes` nodes after the context, is moved together."""
 
     operator = "compact_kv"
     workload = Compact
@@ -141,7 +128,6 @@ class CompactKV(Caches):
     cpu = (Compact(*QWEN3, 16, 1000, 4),)
     cuda = tuple(Compact(*QWEN3, 16, 4096, batch) for batch in (1, 64))
     tiny = (Compact("tiny", 2, 16, 6, 40, 2),)
-    case: Compact
 
     def make(self) -> None:
         self.make_caches(self.case.nodes)
@@ -151,31 +137,12 @@ class CompactKV(Caches):
         tk.eager.compact_kv(k_cache, v_cache, self.lengths, self.path)
 
     def floor(self, name: str = OURS) -> dict[str, float]:
-        """All slots of the path change place: K and V, read and written."""
-        values = self.path.numel() * self.case.num_kv_heads * self.case.head_dim
-        return {"rows": self.path.shape[1], "bytes": 4.0 * values * self.dtype.itemsize, "flops": 0.0}
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The rows of a step of `block_size` drafts after `context_len` committed tokens."""
-
-    model: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    context_len: int
-    batch: int = 1
+        return self.moved(self.path.shape[1])  # all slots of the path change place
 
 
 def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The rotation in PyTorch."""
     return apply_rotary(x.transpose(1, 2), rotary).transpose(1, 2)
-
-
-def _rotary_ours(o: RotaryAppend) -> Callable[[], Any]:
-    return lambda: rotary_append(o.q, o.k, o.v, o.rotary, o.k_cache, o.v_cache, o.lengths, o.keep)
 
 
 def _rotary_unfused(o: RotaryAppend) -> Callable[[], Any]:
@@ -188,24 +155,22 @@ def _rotary_unfused(o: RotaryAppend) -> Callable[[], Any]:
 
 
 class RotaryAppend(Operands):
-    """All rows of a step are rotated, its drafts appended."""
+    """All rows of a step of `block_size` drafts after the context are rotated, its drafts appended."""
 
     operator = "rotary_append"
     workload = Rotation
     implementations: ClassVar = {
-        OURS: Implementation(OURS, _rotary_ours),
+        OURS: Implementation(
+            OURS, lambda o: lambda: rotary_append(o.q, o.k, o.v, o.rotary, o.k_cache, o.v_cache, o.lengths, o.keep)
+        ),
         "unfused": Implementation("rotation in PyTorch, then append_kv", _rotary_unfused),
     }
     cpu = tuple(Rotation(*attention_of("Qwen2.5-1.5B"), block, 1000) for block in (4, 8, 16))
     cuda = (
-        *(
-            Rotation(*attention_of("Qwen3-8B"), block, 4096, batch)
-            for block, batch in ((4, 1), (8, 1), (16, 1), (16, 32))
-        ),
+        *(Rotation(*attention_of("Qwen3-8B"), *sizes) for sizes in ((4, 4096), (8, 4096), (16, 4096), (16, 4096, 32))),
         Rotation(*attention_of("Qwen3-32B"), 16, 4096, 32),
     )
     tiny = (Rotation("tiny", 4, 2, 16, 4, 40),)
-    case: Rotation
 
     def make(self) -> None:
         case, pattern = self.case, tk.patterns.tidar_step(self.case.block_size)
@@ -218,12 +183,13 @@ class RotaryAppend(Operands):
         positions = (pattern.positions + case.context_len).expand(case.batch, -1).to(self.device)
         self.rotary = RotaryEmbedding(case.head_dim).to(self.device)(positions, self.dtype)
 
+    def expected(self, name: str) -> list[Expected]:
+        cos, sin = (x.double() for x in self.rotary)
+        return [Expected(_rotated(x.double(), (cos, sin)), _rotated(x, self.rotary)) for x in (self.q, self.k)]
+
     def check(self, name: str, prepared: Prepared) -> float:
-        q, k = prepared.run()
-        cos, sin = self.rotary
-        plain = [_rotated(x, self.rotary) for x in (self.q, self.k)]
-        exact = [_rotated(x.double(), (cos.double(), sin.double())) for x in (self.q, self.k)]
-        error = max(self.within(name, *three) for three in zip((q, k), exact, plain, strict=True))
+        """The rotation, and that the cache has its very bits."""
+        error, (_, k) = super().check(name, prepared), prepared.run()
         kept = (self.k_cache[:, :, -self.keep :], k), (self.v_cache[:, :, -self.keep :], self.v)
         if not all(torch.equal(cache, new[:, :, : self.keep]) for cache, new in kept):
             raise self.wrong(name, "the appended bits of k and v, got others")

@@ -7,14 +7,15 @@ prints the bytes by which one pass of an implementation of `attention` lifts the
 
 from __future__ import annotations
 
-import json
-import subprocess
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.measure import reason
 from ..core.operands import VERSION
 from .attention import Attention, Calls, Training
 
@@ -52,27 +53,19 @@ def rows(lengths: dict[str, tuple[int, ...]] | None = None) -> list[dict[str, An
     """Peak memory of forward and backward over sequence lengths, each in a fresh process."""
     found = []
     for name, seq_len in ((name, n) for name, each in (lengths or LENGTHS).items() for n in each):
-        command = ["-m", "benchmarks.operators.memory", name, str(seq_len)]
-        done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
         line = {"operator": "attention_memory", "implementation": name, "dtype": "float32", **vars(_case(seq_len))}
-        line |= {"workloads": VERSION, "command": " ".join(["python", *command])}
+        line |= {"workloads": VERSION, "command": f"python -m benchmarks.operators.memory {name} {seq_len}"}
         del line["direction"]  # both
-        if done.returncode == 0:
-            growth = json.loads(done.stdout)
+        try:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                growth = pool.submit(peak_growth, name, seq_len).result()
             line |= {"peak_bytes": growth, "bytes_per_token": round(growth / seq_len)}
-        else:
-            line["not_available"] = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+        except Exception as error:  # as memory and implementations fail
+            line["not_available"] = reason(error)
+        print(line, file=sys.stderr, flush=True)
         found.append(line)
     return found
 
 
-def describe(line: dict[str, Any]) -> str:
-    """A row of figures for the terminal."""
-    text = f"{line['implementation']:16} S={line['seq_len']:<6} {line['dtype']:9} forward + backward"
-    if "not_available" in line:
-        return f"{text} not available: {line['not_available']}"
-    return f"{text} {line['peak_bytes'] / 2**20:8.1f} MiB {line['bytes_per_token']:8} bytes a token"
-
-
 if __name__ == "__main__":
-    print(json.dumps(peak_growth(sys.argv[1], int(sys.argv[2]))))
+    print(peak_growth(sys.argv[1], int(sys.argv[2])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,20 +10,14 @@ import torch.nn.functional as F
 from tidar_kernels import ops
 from tidar_kernels.ops.linear import reference
 
-from ..core.operands import OURS, Implementation, Operands, Prepared
+from ..core.operands import OURS, Expected, Implementation, Operands, workload
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A projection, plain or with an adapter of `rank` on the mask rows."""
-
-    num_rows: int
-    in_features: int
-    out_features: int
-    rank: int
+Shape = workload("Shape", num_rows=int, in_features=int, out_features=int, rank=int)
 
 
 class Projection(Operands):
+    """A projection, plain or with an adapter of `rank` on the mask rows."""
+
     operator = "projection"
     workload = Shape
     implementations: ClassVar = {
@@ -38,7 +31,6 @@ class Projection(Operands):
     cpu = tuple(Shape(rows, 1536, 1536, 64) for rows in (1, 20, 72))
     cuda = tuple(Shape(rows, 4096, 4096, 64) for rows in (1, 20, 72, 272))
     tiny = (Shape(20, 32, 48, 4),)
-    case: Shape
 
     def make(self) -> None:
         case = self.case
@@ -48,12 +40,11 @@ class Projection(Operands):
         self.lora_b = self.random(case.out_features, case.rank) * case.rank**-0.5
         self.gate = torch.arange(case.num_rows, device=self.device) >= case.num_rows // 8
 
-    def check(self, name: str, prepared: Prepared) -> float:
+    def expected(self, name: str) -> list[Expected]:
         parts = self.x, self.weight, self.lora_a, self.lora_b
         gate = self.gate if name == "gated_lora" else torch.zeros_like(self.gate)
-        wide = [x.double() for x in parts]
-        exact = reference.gated_lora(wide[0], wide[1], wide[2], wide[3], gate)
-        return self.within(name, prepared.run(), exact, reference.gated_lora(*parts, gate))
+        x, weight, lora_a, lora_b = (part.double() for part in parts)
+        return [Expected(reference.gated_lora(x, weight, lora_a, lora_b, gate), reference.gated_lora(*parts, gate))]
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         """Of the projection alone; the adapter's part is small beside it."""

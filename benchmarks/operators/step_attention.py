@@ -12,7 +12,7 @@ from torch import Tensor
 import tidar_kernels as tk
 from tidar_kernels import Pattern, patterns
 
-from ..core.operands import OURS, Operands, Prepared, live_pairs
+from ..core.operands import OURS, Expected, Operands, Prepared, live_pairs
 from .models import attention_of
 from .step_peers import STEP
 
@@ -74,7 +74,6 @@ class StepAttention(Operands):
         *(step("Qwen2.5-1.5B", block, 4096) for block in (4, 8)),  # on the CPU
         tiny[0],
     )
-    case: Step
 
     def make(self) -> None:
         case, self.pattern = self.case, self.case.pattern
@@ -99,16 +98,18 @@ class StepAttention(Operands):
         return out.reshape(self.case.batch, -1, self.case.num_heads, self.case.head_dim).transpose(1, 2)
 
     @cached_property
-    def expected(self) -> tuple[Tensor, Tensor]:
-        """The first sequence by the eager twin: in float64, and in the operands' own dtype."""
+    def _twin(self) -> Expected:
         first = [x[:1] for x in (self.q, self.k, self.v, self.k_cache, self.v_cache)]
         twin: Callable[..., Tensor] = tk.eager.step_attention
         exact = twin(*(x.double() for x in first), self.lengths[:1], self.pattern)
-        return exact, twin(*first, self.lengths[:1], self.pattern)
+        return Expected(exact, twin(*first, self.lengths[:1], self.pattern))
 
-    def check(self, name: str, prepared: Prepared) -> float:
-        found = prepared.result(prepared.run())[:1]
-        return self.within(name, found, *self.expected)
+    def expected(self, name: str) -> list[Expected]:
+        return [self._twin]
+
+    def results(self, prepared: Prepared) -> list[Tensor]:
+        """Of the first sequence."""
+        return [prepared.result(prepared.run())[:1]]
 
     def floor(self, name: str = OURS) -> dict[str, float]:
         case, rows = self.case, self.pattern.q_len

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core import record
 from ..core.operands import OURS
@@ -31,15 +30,14 @@ IDENTITY = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Change:
-    """One row in both files; `factor` is above 1 where the new one is slower (or larger)."""
+class Change(NamedTuple):
+    """One row in both files; `factor`, which they sort by, is above 1 where the new one is slower (or larger)."""
 
-    what: str
+    factor: float
     metric: str
     old: float
     new: float
-    factor: float
+    what: str
     ours: bool
 
 
@@ -54,33 +52,32 @@ def _by_identity(content: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any
     return rows
 
 
+def _label(identity: tuple[Any, ...]) -> str:
+    shown = (pair for pair in identity[:-1] if pair[0] not in ("in", "workloads"))
+    return " ".join(f"{name}={value}" if name != "operator" else str(value) for name, value in shown)
+
+
 def changes(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[Change], list[str], list[str]]:
     """`(rows in both, rows only in old, rows only in new)`; rows without a figure in one file are left out of both."""
-    before, after = _by_identity(old), _by_identity(new)
-
-    def label(identity: tuple[Any, ...]) -> str:
-        shown = (pair for pair in identity[:-1] if pair[0] not in ("in", "workloads"))
-        return " ".join(f"{name}={value}" if name != "operator" else str(value) for name, value in shown)
-
-    found = []
+    before, after, found = _by_identity(old), _by_identity(new), []
     for identity, row in before.items():
         for metric, less_is_better in METRICS:
             was, now = row.get(metric), after.get(identity, {}).get(metric)
             if isinstance(was, (int, float)) and isinstance(now, (int, float)) and was and now:
                 factor = now / was if less_is_better else was / now
                 ours = row.get("implementation", OURS) in MEASURED and row["operator"] not in YARDSTICKS
-                found.append(Change(label(identity), metric, was, now, factor, ours))
+                found.append(Change(factor, metric, was, now, _label(identity), ours))
                 break
-    gone = [label(identity) for identity in before if identity not in after]
-    come = [label(identity) for identity in after if identity not in before]
+    gone, come = ([_label(i) for i in some if i not in others] for some, others in ((before, after), (after, before)))
     return found, gone, come
 
 
-def clock(part: dict[str, Any]) -> str:
-    """The clock that a part was measured at, as far as it is known."""
+def _source(part: dict[str, Any]) -> str:
+    """When a part was measured, on what, and at which clock as far as it is known."""
     clocks = part.get("clocks", {})
     megahertz = clocks.get("clocks_sm", clocks.get("cpu_mhz"))
-    return f"{megahertz:g} MHz" if megahertz else "clock unknown"
+    clock = f"{megahertz:g} MHz" if megahertz else "clock unknown"
+    return f"{part['date']}, {part['machine'].get('gpu') or part['machine']['cpu']}, {clock}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,29 +85,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument(
-        "--fail-over", type=float, metavar="X", help="exit with 1 if a row of ours takes more than X times as long"
+        "--fail-over", type=float, metavar="X", help="exit with 1 if a row of ours takes X times as long"
     )
     options = parser.parse_args(arguments)
     try:
         old, new = record.load(options.old), record.load(options.new)
+        found, gone, come = changes(old, new)
+        if not found:
+            raise ValueError("expected rows that both files have, got none")
     except ValueError as error:
         print(f"benchmarks.reports.compare: error: {error}", file=sys.stderr)
         return 2
     parts = [(name, *part) for name, each in (("old", old), ("new", new)) for part in sorted(each["parts"].items())]
     for name, kind, part in parts:
-        print(f"{name}: {kind}, {part['date']}, {part['machine'].get('gpu') or part['machine']['cpu']}, {clock(part)}")
+        print(f"{name}: {kind}, {_source(part)}")
     if any(part["machine"] != parts[0][2]["machine"] for _, _, part in parts):
         print("the machines differ: factors compare them too")
-    found, gone, come = changes(old, new)
-    for change in sorted(found, key=lambda change: -change.factor):
+    for change in sorted(found, reverse=True):
         print(f"{change.factor:6.2f} x  {change.metric} {change.old:,.2f} -> {change.new:,.2f}  {change.what}")
-    for sign, names in (("only in old", gone), ("only in new", come)):
-        for name in names:
-            print(f"{sign}: {name}")
-    if not found:
-        print("benchmarks.reports.compare: error: expected rows that both files have, got none", file=sys.stderr)
-        return 2
-    worst = max((change for change in found if change.ours), key=lambda change: change.factor, default=None)
+    for name in gone:
+        print(f"only in old: {name}")
+    for name in come:
+        print(f"only in new: {name}")
+    worst = max((change for change in found if change.ours), default=None)
     if options.fail_over is not None and worst is not None and worst.factor > options.fail_over:
         print(f"regression: {worst.factor:.2f} x, over {options.fail_over:g}: {worst.what}", file=sys.stderr)
         return 1

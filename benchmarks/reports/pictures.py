@@ -1,7 +1,7 @@
 """Pictures of results: bars of training and strategies, speed against the prefix, the roofline, free token slots.
 
-A picture is a function that draws a part of a results file, and one that says the same as text: a title, and a line for
-whatever has figures. Without lines there is nothing to draw. The text is stored in the PNG.
+A picture is data, panels of bars or of points, that a function takes from a part of a results file. All are drawn
+alike, and the same data as text is stored in the PNG. Without panels there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core import record
 from ..core.operands import OURS
-from ..operators.attention import Attention
+from ..operators.attention import DIRECTIONS, Attention
 from ..operators.step_peers import STEP
+from .targets import AGAINST_CAUSAL
 
 Part = dict[str, Any]
-Text = tuple[str, list[str]]  # title, lines
 LABELS = {name: one.label for name, one in {**Attention.implementations, **STEP}.items()}
 BLUE, RED = "#2f6690", "#d1603d"
-COLOURS = {OURS: BLUE, "flex_attention": RED, "sdpa_dense_mask": "#8a8d91"}  # of training
-AIMS = {"forward": 1.25, "backward": 1.25}  # of the floor
-# Of step attention: implementation -> colour and marker.
+LADDER = ("#9fc3dd", "#5f93b8", BLUE, "#17364f")
+# Implementations: colour and marker.
 STYLES = {
     OURS: (BLUE, "o"),
     "flex_attention": (RED, "s"),
@@ -37,193 +37,133 @@ STYLES = {
     "flash_attention_2": ("#c9a227", "x"),
     "flash_attention_3": ("#7a5c00", "+"),
 }
-LADDER = ("#9fc3dd", "#5f93b8", BLUE, "#17364f")
+OF_TRAINING = (OURS, "flex_attention", "sdpa_dense_mask")
+EXACT, OTHER = "output of autoregression", "its own output"  # of strategies
+COLOURS = {**{name: colour for name, (colour, _) in STYLES.items()}, EXACT: BLUE, OTHER: RED}
+SETTINGS: dict[Any, Any] = {  # of matplotlib, for all pictures
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.labelsize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False, "legend.fontsize": 8, "font.size": 8,
+    "grid.linewidth": 0.3, "grid.color": "0.85", "lines.linewidth": 1.0, "lines.markersize": 5,
+}  # fmt: skip
 
 
-def figure(width: float, height: float, panels: int, **options: Any) -> tuple[Any, Any]:
-    """An empty figure, inches, and its panels side by side.
+class Series(NamedTuple):
+    """Points `(x, y)`, how they are drawn, and their entry in the legend, if they have one."""
 
-    Raises:
-        ImportError: matplotlib is missing.
+    points: Sequence[tuple[float, float]]
+    style: dict[str, Any]
+    label: str = ""
+
+
+@dataclass
+class Panel:
+    """Bars, or points on logarithmic axes.
+
+    Args:
+        title, x, y: of the panel and its axes.
+        bars: a group's name -> a series' name -> length, None where there are no figures.
+        points: by the name that each series has in the text.
+        marks: vertical lines, and what is written on them.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib: needed to draw a PNG; install tidar-kernels[bench]") from error
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    return drawing, drawing.subplots(1, panels, squeeze=False, **options)[0]
 
+    title: str
+    x: str
+    y: str = ""
+    bars: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    points: dict[str, Series] = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)
 
-def finish(axes: Any, x: str = "", y: str = "", ticks: Iterable[int] = (), *, grid: bool = False) -> None:
-    """What all plots share: no upper and right edge; labels, and a tick for every size, where they are given."""
-    axes.spines[["top", "right"]].set_visible(False)
-    if x or y:
-        axes.set_xlabel(x, fontsize=9)
-        axes.set_ylabel(y, fontsize=9)
-    if grid:
-        axes.grid(True, lw=0.3, color="0.85")
-    if sizes := sorted(set(ticks)):
-        axes.set_xticks(sizes, [str(n) for n in sizes], fontsize=8)
-        axes.minorticks_off()
-
-
-def _where(part: Part) -> str:
-    return f"{part['machine'].get('gpu') or part['machine']['cpu']}, {part['date']}"
+    def lines(self) -> Iterator[str]:
+        """What it shows, as text."""
+        for group, bars in self.bars.items():
+            values = ", ".join(f"{name} {'none' if x is None else format(x, '.2f')}" for name, x in bars.items())
+            yield f"{self.title}, {group}: {values}"
+        for name, series in self.points.items():
+            yield f"{self.title}, {name}: " + ", ".join(f"{x:.4g} {y:.4g}" for x, y in series.points)
 
 
 def training_bars(part: Part, direction: str) -> dict[str, dict[str, float | None]]:
     """Time against the floor: operands -> implementation -> ratio, None where there are no figures."""
     bars: dict[str, dict[str, float | None]] = {}
     for row in part["rows"]:
-        if row["operator"] == "attention" and row["direction"] == direction and row["implementation"] in COLOURS:
+        if row["operator"] == "attention" and row["direction"] == direction and row["implementation"] in OF_TRAINING:
             group = f"{row['dtype']}, {row['num_heads']}/{row['num_kv_heads']} heads"
             bars.setdefault(group, {})[row["implementation"]] = row.get("against_floor")
     return {group: ratios for group, ratios in bars.items() if any(ratios.values())}
 
 
-def describe_training(part: Part) -> Text:
-    lines = []
-    for direction, aim in AIMS.items():
-        for group, bars in training_bars(part, direction).items():
-            values = ", ".join(f"{name} {'none' if x is None else format(x, '.2f')}" for name, x in bars.items())
-            lines.append(f"{direction} (aim {aim}), {group}: {values}")
-    return f"training attention, time against the floor, {_where(part)}", lines
-
-
-def draw_training(part: Part) -> Any:
+def training(part: Part) -> list[Panel]:
     """Bars of training attention on a CPU."""
-    drawing, panels = figure(10, 4, 2)
-    for axes, (direction, aim) in zip(panels, AIMS.items(), strict=True):
-        groups = training_bars(part, direction)
-        for index, (name, colour) in enumerate(COLOURS.items()):
-            heights = [bars.get(name) for bars in groups.values()]
-            at = [group + (index - 1) * 0.27 for group in range(len(groups))]
-            drawn = axes.bar(at, [height or 0.0 for height in heights], 0.25, color=colour, label=LABELS[name])
-            axes.bar_label(drawn, ["n/a" if x is None else f"{x:.2f}" for x in heights], fontsize=7, padding=1)
-        axes.axhline(1.0, color="0.2", lw=0.8)
-        axes.axhline(aim, color=BLUE, lw=0.8, ls="--", label=f"aim: {aim} x")
-        axes.set_xticks(range(len(groups)), [group.replace(", ", "\n") for group in groups], fontsize=8)
-        axes.set_title(direction, fontsize=10)
-        finish(axes)
-        axes.legend(frameon=False, fontsize=7, loc="upper left")
-        axes.margins(y=0.4)
-    panels[0].set_ylabel("time / time of the floor")
-    return drawing
+    marks = {"": 1.0, f"aim: {AGAINST_CAUSAL} x": AGAINST_CAUSAL}
+    panels = [
+        Panel(direction, "time / time of the floor", bars=training_bars(part, direction), marks=marks)
+        for direction in DIRECTIONS
+    ]
+    return [panel for panel in panels if panel.bars]
 
 
-def _strategies(part: Part) -> list[dict[str, Any]]:
-    return [row for row in part["rows"] if row["operator"] == "strategy"]
-
-
-def describe_strategies(part: Part) -> Text:
-    title = f"tokens a forward pass, and speed against autoregression, {_where(part)}"
-    return title, [f"{r['label']}: {r['tokens_per_forward']:.2f}, {r['speedup']:.2f} x" for r in _strategies(part)]
-
-
-def draw_strategies(part: Part) -> Any:
+def strategies(part: Part) -> list[Panel]:
     """Bars of all strategies."""
-    rows = _strategies(part)[::-1]
-    drawing, panels = figure(10, 1 + 0.3 * len(rows), 2, sharey=True)
-    colours = [BLUE if row["exact"] else RED for row in rows]
-    shown = [("tokens_per_forward", "tokens a forward pass", "")]
-    shown += [("speedup", "tokens a second, times autoregression", " x")]
-    for axes, (field, title, unit) in zip(panels, shown, strict=True):
-        drawn = axes.barh([row["label"] for row in rows], [row[field] for row in rows], 0.7, color=colours)
-        axes.bar_label(drawn, [f"{row[field]:.2f}{unit}" for row in rows], fontsize=8, padding=2)
-        axes.set_title(title, fontsize=10)
-        axes.axvline(1.0, color="0.2", lw=0.8)
-        finish(axes)
-        axes.tick_params(labelsize=8)
-        axes.margins(x=0.15)
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=BLUE, label="output of autoregression"), Patch(color=RED, label="its own output")]
-    drawing.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    return drawing
+    rows = [row for row in part["rows"] if row["operator"] == "strategy"]
+    shown = (("tokens_per_forward", "tokens a forward pass"), ("speedup", "tokens a second, times autoregression"))
+    return [
+        Panel(title, "", bars={row["label"]: {EXACT if row["exact"] else OTHER: row[name]} for row in rows},
+              marks={"": 1.0})
+        for name, title in shown * bool(rows)
+    ]  # fmt: skip
 
 
-def step_rows(part: Part) -> list[dict[str, Any]]:
+def _step_rows(part: Part) -> list[dict[str, Any]]:
     """Rows of step attention with figures, one sequence."""
     rows = [row for row in part["rows"] if row["operator"] == "step_attention" and "tflops" in row]
     return [row for row in rows if row["batch"] == 1]
 
 
-def prefix_series(part: Part) -> dict[int, dict[str, list[tuple[int, float]]]]:
-    """Microseconds over the prefix of the model with most prefixes: block size -> implementation -> points."""
-    found: dict[int, dict[str, list[tuple[int, float]]]] = {}
-    for model, _ in Counter(row["model"] for row in step_rows(part)).most_common(1):
-        for row in sorted(step_rows(part), key=lambda row: row["context_len"]):
+def _series(name: str, points: list[tuple[float, float]], line: str) -> Series:
+    """The points of an implementation."""
+    colour, marker = STYLES[name]
+    wide = {"lw": 1.8, "zorder": 3} if name == OURS else {}
+    return Series(points, {"color": colour, "marker": marker, "ls": line, **wide}, LABELS[name])
+
+
+def prefix(part: Part) -> list[Panel]:
+    """Microseconds over the prefix of the model with most prefixes, a panel a block length."""
+    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    for model, _ in Counter(row["model"] for row in _step_rows(part)).most_common(1):
+        for row in sorted(_step_rows(part), key=lambda row: row["context_len"]):
             if row["model"] == model:
                 points = found.setdefault(row["block_size"], {}).setdefault(row["implementation"], [])
                 points.append((row["context_len"], row["p50_us"]))
-    return dict(sorted(found.items()))
+    return [
+        Panel(f"B = {block}" if block else "single token", "tokens of context", "microseconds",
+              points={name: _series(name, points, "-") for name, points in each.items()})
+        for block, each in sorted(found.items())
+    ]  # fmt: skip
 
 
-def describe_prefix(part: Part) -> Text:
-    return f"step attention, microseconds over the prefix, {_where(part)}", [
-        f"B={block} {name}: " + ", ".join(f"{n} {us:.1f}" for n, us in points)
-        for block, series in prefix_series(part).items()
-        for name, points in series.items()
-    ]
-
-
-def draw_prefix(part: Part) -> Any:
-    """Latency of step attention over the prefix, a panel a block length."""
-    series = prefix_series(part)
-    drawing, panels = figure(11, 3.4, len(series), sharey=True)
-    for axes, (block, each) in zip(panels, series.items(), strict=True):
-        for name, points in each.items():
-            colour, marker = STYLES[name]
-            style = {"color": colour, "marker": marker, "ms": 5, "lw": 1.8 if name == OURS else 1.0}
-            axes.loglog(*zip(*points, strict=True), label=LABELS[name], **style)
-        axes.set_title(f"B = {block}" if block else "single token", fontsize=10)
-        y = "" if axes is not panels[0] else "microseconds"
-        finish(axes, "tokens of context", y, (n for points in each.values() for n, _ in points), grid=True)
-    labels = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    below = {"frameon": False, "fontsize": 8, "loc": "outside lower center", "ncols": len(labels)}
-    drawing.legend(labels.values(), labels.keys(), **below)
-    return drawing
-
-
-def _roof(part: Part) -> tuple[float, float] | None:
-    """GB/s of a copy and TFLOP/s of a matrix product, where both were measured."""
-    copy = next((row["gbytes_per_s"] for row in part["rows"] if row["operator"] == "copy"), None)
-    matmul = next((row["tflops"] for row in part["rows"] if row["operator"] == "matmul"), None)
-    return (copy, matmul) if copy and matmul else None
-
-
-def describe_roofline(part: Part) -> Text:
-    roof, title = _roof(part), f"step attention under the roofline, {_where(part)}"
-    return title + (f"\ncopy {roof[0]:.1f} GB/s, matmul {roof[1]:.2f} TFLOP/s" if roof else ""), [
-        f"{row['model']} B={row['block_size']} P={row['context_len']} {row['implementation']}: "
-        f"{row['flops'] / row['bytes']:.1f} {row['tflops']:.3g} {row['gbytes_per_s']:.3g}"
-        for row in step_rows(part)
-    ]
-
-
-def draw_roofline(part: Part) -> Any:
+def roofline(part: Part) -> list[Panel]:
     """TFLOP/s over arithmetic intensity under the roof, and GB/s over bytes under the copy bandwidth."""
-    drawing, (left, right) = figure(11, 4, 2)
-    rows, roof = step_rows(part), _roof(part)
+    rows = _step_rows(part)
+    if not rows:
+        return []
     scale, unit = (1.0, "TFLOP/s") if part["machine"]["device"] == "cuda" else (1e3, "GFLOP/s")
+    left, right = Panel("under the roof", "FLOP a byte", unit), Panel("under copy", "MB of operands", "GB/s")
     for name in dict.fromkeys(row["implementation"] for row in rows):
         mine = [row for row in rows if row["implementation"] == name]
-        colour, marker = STYLES[name]
-        style = {"color": colour, "marker": marker, "s": 34 if name == OURS else 20, "label": LABELS[name]}
-        left.scatter([row["flops"] / row["bytes"] for row in mine], [row["tflops"] * scale for row in mine], **style)
-        right.scatter([row["bytes"] / 1e6 for row in mine], [row["gbytes_per_s"] for row in mine], **style)
-    if roof:
-        intensities = [row["flops"] / row["bytes"] for row in rows]
-        ends = min(intensities) / 1.5, max(intensities) * 1.5
-        at = [ends[0], min(max(roof[1] * 1e3 / roof[0], ends[0]), ends[1]), ends[1]]  # the ridge between them
-        left.plot(at, [scale * min(x * roof[0] / 1e3, roof[1]) for x in at], color="0.2", lw=1.0, label="roof")
-        right.axhline(roof[0], color="0.2", lw=1.0, label="copy")
-    for axes, label, measured in ((left, "FLOP a byte", unit), (right, "MB of operands", "GB/s")):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        finish(axes, label, measured, grid=True)
-    left.legend(frameon=False, fontsize=8)
-    return drawing
+        left.points[name] = _series(name, [(row["flops"] / row["bytes"], row["tflops"] * scale) for row in mine], "")
+        right.points[name] = _series(name, [(row["bytes"] / 1e6, row["gbytes_per_s"]) for row in mine], "")
+    copy = next((row["gbytes_per_s"] for row in part["rows"] if row["operator"] == "copy"), None)
+    matmul = next((row["tflops"] for row in part["rows"] if row["operator"] == "matmul"), None)
+    if copy and matmul:
+        black = {"color": "0.2"}
+        (first, last), (small, large) = (
+            (min(xs) / 1.5, max(xs) * 1.5)
+            for xs in ([row["flops"] / row["bytes"] for row in rows], [row["bytes"] / 1e6 for row in rows])
+        )
+        at = [first, min(max(matmul * 1e3 / copy, first), last), last]  # the ridge between the ends
+        left.points["roof"] = Series([(x, scale * min(x * copy / 1e3, matmul)) for x in at], black, "roof, copy")
+        right.points["copy"] = Series([(small, copy), (large, copy)], black, "roof, copy")
+    return [left, right]
 
 
 def slot_series(part: Part) -> dict[str, dict[int, list[tuple[int, float, float]]]]:
@@ -236,62 +176,74 @@ def slot_series(part: Part) -> dict[str, dict[int, list[tuple[int, float, float]
     return found
 
 
-def describe_slots(part: Part) -> Text:
-    return f"a forward pass, milliseconds over tokens in flight, {_where(part)}", [
-        f"{model} P={context}: " + ", ".join(f"{n} {ms:.3f}" for n, ms, _ in points)
-        for model, each in slot_series(part).items()
-        for context, points in each.items()
-    ]
-
-
-def draw_slots(part: Part) -> Any:
+def slots(part: Part) -> list[Panel]:
     """Latency of a forward pass over the tokens in flight, a line a prefix: flat is free."""
-    series = slot_series(part)
-    drawing, panels = figure(4 + 3.5 * len(series), 3.8, len(series))
-    for axes, (model, each) in zip(panels, series.items(), strict=True):
+    found, marks = [], {f"B = {block}": float(block * (block + 1)) for block in (4, 8, 16)}
+    for model, each in slot_series(part).items():
+        title = model if model != "shipped" else "the shipped model"
+        panel = Panel(title, "tokens in flight (dashed: rows of a TiDAR step)", "milliseconds", marks=marks)
         for colour, (context, points) in zip(itertools.cycle(LADDER), each.items(), strict=False):
-            tokens, times, floors = zip(*sorted(points), strict=True)
-            axes.loglog(tokens, times, "o-", color=colour, ms=4, lw=1.5, label=f"{context} tokens of context")
-            axes.loglog(tokens, floors, ":", color=colour, lw=1.0)
-        for block in (4, 8, 16):
-            rows, text = block * (block + 1), {"color": RED, "fontsize": 7, "va": "top"}
-            axes.axvline(rows, color=RED, lw=0.7, ls="--")
-            axes.text(rows, 1.0, f" B = {block}", **text, transform=axes.get_xaxis_transform())
-        axes.set_title(model if model != "shipped" else "the shipped model", fontsize=10)
-        x, y = "tokens in flight (dashed: rows of a TiDAR step)", "milliseconds (dotted: floor)"
-        finish(axes, x, y, (n for points in each.values() for n, _, _ in points), grid=True)
-        axes.legend(frameon=False, fontsize=8)
-    return drawing
+            times, floors = [(n, ms) for n, ms, _ in sorted(points)], [(n, floor) for n, _, floor in sorted(points)]
+            name = f"{context} tokens of context"
+            panel.points[name] = Series(times, {"color": colour, "marker": "o", "lw": 1.5}, name)
+            panel.points[f"{name}, floor"] = Series(floors, {"color": colour, "ls": ":"}, "dotted: floor")
+        found.append(panel)
+    return found
 
 
 class Picture(NamedTuple):
-    """The parts of results files that it can be drawn from, the drawing, and the same as text."""
+    """The parts of results files that it can be drawn from, what it shows, and its panels."""
 
     kinds: tuple[str, ...]
-    draw: Callable[[Part], Any]
-    describe: Callable[[Part], Text]
+    title: str
+    panels: Callable[[Part], list[Panel]]
 
 
 PICTURES = {
-    "training": Picture(("training",), draw_training, describe_training),
-    "strategies": Picture(("strategies",), draw_strategies, describe_strategies),
-    "step_prefix": Picture(("step", "operators"), draw_prefix, describe_prefix),
-    "step_roofline": Picture(("step", "operators"), draw_roofline, describe_roofline),
-    "token_slots": Picture(("token_slots",), draw_slots, describe_slots),
+    "training": Picture(("training",), "training attention, time against the floor", training),
+    "strategies": Picture(("strategies",), "tokens a forward pass, and speed against autoregression", strategies),
+    "step_prefix": Picture(("step", "operators"), "step attention, microseconds over the prefix", prefix),
+    "step_roofline": Picture(("step", "operators"), "step attention under the roofline", roofline),
+    "token_slots": Picture(("token_slots",), "a forward pass, milliseconds over tokens in flight", slots),
 }
 
 
 def part_for(folder: Path, name: str, device: str) -> Part | None:
     """What a picture is drawn from: of the machine whose results are the newest; None if there is nothing to draw."""
-    kinds, _, describe = PICTURES[name]
-    found = [part for kind in kinds for part in record.newest(folder, kind, device) if describe(part)[1]]
+    kinds, _, panels = PICTURES[name]
+    found = [part for kind in kinds for part in record.newest(folder, kind, device) if panels(part)]
     return max(found, key=lambda part: part["date"], default=None)
 
 
 def description(name: str, part: Part) -> str:
     """What a picture shows, as text."""
-    title, lines = PICTURES[name].describe(part)
-    return "\n".join([title, *lines])
+    title = f"{PICTURES[name].title}, {part['machine'].get('gpu') or part['machine']['cpu']}, {part['date']}"
+    return "\n".join([title, *(line for panel in PICTURES[name].panels(part) for line in panel.lines())])
+
+
+def _bars(axes: Any, panel: Panel) -> None:
+    """Groups of bars, the first on top; each as long as it says."""
+    most = max(map(len, panel.bars.values()))
+    for name in dict.fromkeys(name for bars in panel.bars.values() for name in bars):
+        mine = [(at, list(bars).index(name), bars[name]) for at, bars in enumerate(panel.bars.values()) if name in bars]
+        where = [at + 0.8 * (index - (most - 1) / 2) / most for at, index, _ in mine]
+        lengths = [length or 0.0 for _, _, length in mine]
+        drawn = axes.barh(where, lengths, 0.72 / most, color=COLOURS[name], label=LABELS.get(name, name))
+        axes.bar_label(drawn, ["n/a" if x is None else f"{x:.2f}" for _, _, x in mine], padding=2)
+    axes.set_yticks(range(len(panel.bars)), panel.bars)
+    axes.set_ylim(len(panel.bars) - 0.5, -0.5)
+    axes.margins(x=0.15)
+
+
+def _points(axes: Any, panel: Panel) -> None:
+    """Lines, with a tick for every size where there are sizes."""
+    for series in panel.points.values():
+        axes.loglog(*zip(*series.points, strict=True), label=series.label, **series.style)
+    axes.grid(True)
+    sizes = sorted({x for series in panel.points.values() for x, _ in series.points})
+    if all(isinstance(x, int) for x in sizes):
+        axes.set_xticks(sizes, [str(x) for x in sizes])
+        axes.minorticks_off()
 
 
 def save(name: str, part: Part, path: Path) -> None:
@@ -300,9 +252,27 @@ def save(name: str, part: Part, path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    drawing = PICTURES[name].draw(part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=120, metadata={"Description": description(name, part), "Software": None})
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib: needed to draw a PNG; install tidar-kernels[bench]") from error
+    panels = PICTURES[name].panels(part)
+    bars = sum(map(len, panels[0].bars.values()))
+    with rc_context(SETTINGS):
+        drawing = Figure(figsize=(4 + 3.5 * min(len(panels), 2), 1 + 0.3 * bars if bars else 4), layout="constrained")
+        same_y = len({panel.y for panel in panels}) == 1
+        entries: dict[str, Any] = {}
+        for axes, panel in zip(drawing.subplots(1, len(panels), sharey=same_y, squeeze=False)[0], panels, strict=True):
+            (_bars if panel.bars else _points)(axes, panel)
+            for text, at in panel.marks.items():
+                axes.axvline(at, color=RED, lw=0.7, ls="--")
+                axes.text(at, 1.0, f" {text}", color=RED, fontsize=7, va="top", transform=axes.get_xaxis_transform())
+            axes.set(title=panel.title, xlabel=panel.x, ylabel="" if same_y and entries else panel.y)
+            entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        drawing.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 5))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing.savefig(path, dpi=120, metadata={"Description": description(name, part), "Software": None})
 
 
 def draw_all(folder: Path, to: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import networkx
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -105,32 +107,17 @@ def _blocks(text: str, dialect: Dialect) -> list[_Block]:
 
 def _loops(blocks: Sequence[_Block]) -> list[frozenset[int]]:
     """Natural loops as sets of blocks: a branch back to a block that dominates it, and all between."""
-    before: list[set[int]] = [set() for _ in blocks]
-    for index, block in enumerate(blocks):
-        for successor in block.next:
-            if successor < len(blocks):
-                before[successor].add(index)
-    everything = set(range(len(blocks)))
-    dominators = [{0}, *(everything for _ in blocks[1:])]
-    changed = True
-    while changed:
-        changed = False
-        for index in range(1, len(blocks)):
-            above = [dominators[i] for i in before[index]]
-            found = {index} | (set.intersection(*above) if above else set())
-            changed |= found != dominators[index]
-            dominators[index] = found
-    bodies: dict[int, set[int]] = {}
-    for index, block in enumerate(blocks):
-        for head in block.next:
-            if head < len(blocks) and head in dominators[index]:
-                body, waiting = bodies.setdefault(head, {head}), [index]
-                while waiting:
-                    one = waiting.pop()
-                    if one not in body:
-                        body.add(one)
-                        waiting += before[one]
-    return [frozenset(body) for body in bodies.values()]
+    graph = networkx.DiGraph((index, to) for index, block in enumerate(blocks) for to in block.next)
+    graph.add_node(0)
+    graph = graph.subgraph({0} | networkx.descendants(graph, 0))
+    found = []
+    for head in graph:
+        others = graph.subgraph(set(graph) - {head})
+        past = {0} | networkx.descendants(others, 0) if head else set()  # what is reached without passing it
+        ends = set(graph.predecessors(head)) - past
+        if ends:
+            found.append(frozenset(ends.union({head}, *(networkx.ancestors(others, end) for end in ends - {head}))))
+    return found
 
 
 def hot_loop(text: str, dialect: Dialect) -> list[str]:

@@ -5,9 +5,10 @@ Operands have no memory: compiling asks for dtypes, strides, and which integers 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +97,19 @@ def cases(chip: configs.Chip) -> list[Case]:
     for dtype, role in itertools.product(("bfloat16", "float32"), ROLES):
         found.append(Case(kernel_of(role), str(chip), dtype, variant=role))
     return sorted(found)
+
+
+def some_of(known: Iterable[Any]) -> Callable[[str], list[str]]:
+    """An argument of a command line: some of the known names, separated by commas."""
+    names = list(map(str, known))
+
+    def read(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(names)}, got {','.join(unknown)}")
+        return text.split(",")
+
+    return read
 
 
 def kernel_of(role: str) -> str:

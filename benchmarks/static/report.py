@@ -24,7 +24,7 @@ import triton
 from tidar_kernels.ops._triton.configs import CHIPS
 
 from ..core.record import replace
-from .cases import KERNELS, Case, Config, cases, launch
+from .cases import KERNELS, Case, Config, cases, launch, some_of
 from .compilation import CompileReport, compile_all, compile_report
 from .fingerprints import fingerprint
 from .occupancy import LIMITS
@@ -172,23 +172,19 @@ def _attempt(case: Case) -> dict[str, Any] | str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static.report", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=REPORT, help="the report, whose fresh entries are kept")
-    parser.add_argument("--chips", help=f"some of {','.join(map(str, CHIPS))}, separated by commas")
-    parser.add_argument("--kernels", help=f"some of {','.join(KERNELS)}, separated by commas")
+    for name, known in (("--chips", CHIPS), ("--kernels", KERNELS)):
+        every = ",".join(map(str, known))
+        parser.add_argument(name, type=some_of(known), default=every, help=f"some of {every}, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--all", action="store_true", help="compile fresh entries too")
     parser.add_argument(
         "--accept-warps", action="store_true", help=f"take the report's resident warps as the least in {BUDGET.name}"
     )
     options = parser.parse_args(arguments)
-    chips = options.chips.split(",") if options.chips else [str(chip) for chip in CHIPS]
-    kernels = options.kernels.split(",") if options.kernels else list(KERNELS)
-    for name, given, known in (("--chips", chips, map(str, CHIPS)), ("--kernels", kernels, KERNELS)):
-        unknown = set(given) - set(known)
-        if unknown:
-            parser.error(f"{name}: expected known names, got {', '.join(sorted(unknown))}")
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
-    wanted = [case for chip in CHIPS if str(chip) in chips for case in cases(chip) if case.kernel in kernels]
+    shipped = [case for chip in CHIPS for case in cases(chip)]
+    wanted = [case for case in shipped if case.chip in options.chips and case.kernel in options.kernels]
     rows, failed = renew(options.out, wanted, options.jobs, options.all)
     if options.accept_warps:
         BUDGET.write_text(with_warps_of(rows, BUDGET.read_text()))

@@ -31,7 +31,7 @@ from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig, linear_
 from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 
 from ..core import measure, record, timing
-from .cases import HIDDEN, TABLE_OF, WIDE, Case, Config, configured, kernel_of, launch, launches, wanted
+from .cases import HIDDEN, TABLE_OF, WIDE, Case, Config, configured, kernel_of, launch, launches, some_of, wanted
 from .compilation import CompileReport, compile_all, compile_report
 from .occupancy import LIMITS
 
@@ -41,6 +41,7 @@ WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4)
 MARGIN = 0.02  # what an entry must gain over the table's to replace it
 TUNABLE = (*TABLE_OF, *ROLES)
+DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -220,24 +221,24 @@ def _describe(case: Case, trial: Trial) -> str:
     return f"{_shape(trial.config):20} {used} warps{us} {trial.failure}{table}"
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return list(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text}") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for tune-CHIP.json")
     parser.add_argument("--dry-run", action="store_true", help="show what compiles; needs no GPU")
     parser.add_argument("--chip", choices=[str(chip) for chip in CHIPS], help="of a dry run; default: the GPU's, or 90")
-    parser.add_argument("--kernels", default=",".join(TUNABLE), help="separated by commas; default: all")
-    parser.add_argument("--head-dims", default="64,128", help="separated by commas")
-    parser.add_argument("--dtypes", default="bfloat16", help="bfloat16, float32 or both")
+    parser.add_argument("--kernels", type=some_of(TUNABLE), default=TUNABLE, help="separated by commas; default: all")
+    parser.add_argument("--head-dims", type=_numbers, default=[64, 128], help="separated by commas")
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=DTYPES[:1], help="bfloat16, float32 or both")
     parser.add_argument("--extras", action="store_true", help="with a cap, sinks and a window")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
-    kernels, dtypes = options.kernels.split(","), options.dtypes.split(",")
-    for name, given, known in (("--kernels", kernels, TUNABLE), ("--dtypes", dtypes, ("bfloat16", "float32"))):
-        unknown = set(given) - set(known)
-        if unknown:
-            parser.error(f"{name}: expected some of {','.join(known)}, got {', '.join(sorted(unknown))}")
-    if not all(text.isdigit() for text in options.head_dims.split(",")):
-        parser.error(f"--head-dims: expected numbers separated by commas, got {options.head_dims}")
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not options.dry_run:
         print("tune: expected a GPU to time on, got none; --dry-run shows what compiles without one", file=sys.stderr)
@@ -245,8 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and (options.chip or options.out is None):
         parser.error("expected --out DIR without --chip, which is for --dry-run: what is timed is the GPU at hand")
     chip = options.chip or str(chip_of(torch.device("cuda", 0)) if has_gpu else 90)
-    head_dims = [int(text) for text in options.head_dims.split(",")]
-    asked = itertools.product(kernels, dtypes, head_dims)
+    asked = itertools.product(options.kernels, options.dtypes, options.head_dims)
     cases = dict.fromkeys(case_for(name, chip, dtype, head_dim, options.extras) for name, dtype, head_dim in asked)
     rows: list[dict[str, Any]] = []
     chosen = []

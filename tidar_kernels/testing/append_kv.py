@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .harness import Guarded, ParityResult, bits, check_equal, generator_of, guarded, naming, result_of
+from .caches import check_caches, random_bits, slots_of
+from .harness import Guarded, ParityResult, bits, guarded
 
 __all__ = ["APPEND_CASES", "APPEND_CASES_LARGE", "AppendCase", "check_append_kv"]
 
@@ -89,43 +90,21 @@ def check_append_kv(
 ) -> ParityResult:
     """`append_kv` writes exactly the slots `lengths[b] + j` inside `[0, max_len)`, bit for bit, and nothing else.
 
-    Values are random bit patterns, NaN payloads included. All of the memory is compared: written and unwritten slots,
-    what lies between strided slots, and guard bands. A case that does not fit runs below the operator's checks, which
-    would have raised.
-
-    Raises:
-        ParityError: any bit differs.
-        ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
+    Raises: as `caches.check_caches`.
     """
-    if backend is not None and not case.fits:
-        raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
-    draw, batch = generator_of(case), len(case.lengths)
-
-    def noise(rows: int) -> Tensor:
-        shape = (batch, case.num_kv_heads, rows, case.head_dim * case.dtype.itemsize)
-        return torch.randint(256, shape, generator=draw, dtype=torch.uint8, device="cpu").view(case.dtype).to(device)
-
-    caches = [guarded(noise(case.max_len), case.cache_layout) for _ in "kv"]
-    new = [guarded(noise(case.num_new), case.layout) for _ in "kv"]
+    k_cache, v_cache, k, v = random_bits(case, device, case.max_len, case.max_len, case.num_new, case.num_new)
+    caches = [guarded(cache, case.cache_layout) for cache in (k_cache, v_cache)]
+    new = [guarded(fresh, case.layout) for fresh in (k, v)]
     lengths = guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device))
     expected = [_appended(case, cache, fresh.tensor) for cache, fresh in zip(caches, new, strict=True)]
-    operands = [memory.tensor for memory in (*caches, *new, lengths)]
-    with naming("append_kv", case, device):
-        if case.fits:
-            ops.append_kv(*operands, backend=backend)
-        else:
-            torch.ops.tidar_kernels.append_kv(*operands)
-        for name, cache, memory in zip(("k_cache", "v_cache"), caches, expected, strict=True):
-            check_equal(bits(cache.buffer), memory, f"memory of {name}")
-        for name, untouched in zip(("k", "v", "lengths"), (*new, lengths), strict=True):
-            untouched.check(name)
-    return result_of("append_kv", case, device)
+    operands = {"k": new[0], "v": new[1], "lengths": lengths}
+    return check_caches("append_kv", case, device, backend, caches, expected, operands)
 
 
 def _appended(case: AppendCase, cache: Guarded, new: Tensor) -> Tensor:
     """The bits of a cache's whole buffer after the append, slot by slot from the operator's definition."""
     memory = bits(cache.buffer).clone()
-    slots = memory.as_strided(cache.tensor.shape, cache.tensor.stride(), cache.tensor.storage_offset())
+    slots = slots_of(cache, memory)
     for b, length in enumerate(case.lengths):
         for j in range(case.num_new):
             if 0 <= length + j < case.max_len:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .. import ops
-from .harness import ParityResult, bits, check_equal, generator_of, guarded, naming, result_of
+from .caches import check_caches, random_bits, slots_of
+from .harness import Guarded, ParityResult, bits, guarded
 
 __all__ = ["COMPACT_CASES", "COMPACT_CASES_LARGE", "CompactCase", "check_compact_kv"]
 
@@ -81,46 +83,22 @@ def check_compact_kv(
 ) -> ParityResult:
     """`compact_kv` moves exactly the slots of the path, bit for bit, and nothing else.
 
-    Values are random bit patterns, NaN payloads included. All of the memory is compared, slot by slot from the
-    operator's definition: slots of the path and others, what lies between strided slots, and guard bands.
-
-    Raises:
-        ParityError: any bit differs.
-        ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
+    Raises: as `caches.check_caches`.
     """
-    if backend is not None and not case.fits:
-        raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
-    draw, batch = generator_of(case), len(case.lengths)
-    shape = (batch, case.num_kv_heads, case.max_len, case.head_dim * case.dtype.itemsize)
-    caches = [
-        guarded(
-            torch.randint(256, shape, generator=draw, dtype=torch.uint8, device="cpu").view(case.dtype).to(device),
-            case.layout,
-        )
-        for _ in "kv"
-    ]
+    caches = [guarded(cache, case.layout) for cache in random_bits(case, device, case.max_len, case.max_len)]
     padded = [[*path, *[-1] * (case.width - len(path))] for path in case.paths]
     lengths = guarded(torch.tensor(case.lengths, dtype=case.index_dtype, device=device))
-    path = guarded(torch.tensor(padded, dtype=case.index_dtype, device=device).view(batch, case.width))
-    expected = []
-    for cache in caches:
-        before = bits(cache.before)
-        after = before.clone()
-        where = (cache.tensor.shape, cache.tensor.stride(), cache.tensor.storage_offset())
-        old, new = before.as_strided(*where), after.as_strided(*where)
-        for b, (length, nodes) in enumerate(zip(case.lengths, case.paths, strict=True)):
-            for i, node in enumerate(nodes):
-                if length + i >= 0 and length + node < case.max_len:
-                    new[b, :, length + i] = old[b, :, length + node]
-        expected.append(after)
-    operands = [memory.tensor for memory in (*caches, lengths, path)]
-    with naming("compact_kv", case, device):
-        if case.fits:
-            ops.compact_kv(*operands, backend=backend)
-        else:
-            torch.ops.tidar_kernels.compact_kv(*operands)
-        for name, cache, memory in zip(("k_cache", "v_cache"), caches, expected, strict=True):
-            check_equal(bits(cache.buffer), memory, f"memory of {name}")
-        lengths.check("lengths")
-        path.check("path")
-    return result_of("compact_kv", case, device)
+    path = guarded(torch.tensor(padded, dtype=case.index_dtype, device=device).view(len(case.lengths), case.width))
+    expected = [_compacted(case, cache) for cache in caches]
+    return check_caches("compact_kv", case, device, backend, caches, expected, {"lengths": lengths, "path": path})
+
+
+def _compacted(case: CompactCase, cache: Guarded) -> Tensor:
+    """The bits of a cache's whole buffer after the move, slot by slot from the operator's definition."""
+    memory = bits(cache.buffer).clone()
+    old, new = slots_of(cache, bits(cache.buffer)), slots_of(cache, memory)
+    for b, (length, nodes) in enumerate(zip(case.lengths, case.paths, strict=True)):
+        for i, node in enumerate(nodes):
+            if length + i >= 0 and length + node < case.max_len:
+                new[b, :, length + i] = old[b, :, length + node]
+    return memory
