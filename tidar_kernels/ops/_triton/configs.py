@@ -103,6 +103,7 @@ def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str 
     return attention_config("step", chip, dtype, head_dim, kind)
 
 
+@functools.cache
 def attention_config(
     kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN
 ) -> TileConfig:

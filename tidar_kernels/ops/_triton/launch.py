@@ -26,9 +26,12 @@ class Strided(NamedTuple):
     stride: Any
 
 
+_made: Any = tuple.__new__  # of a named tuple: half the time of its constructor, and a step makes a dozen of them
+
+
 def strided(tensor: Tensor) -> Strided:
     """`tensor` as a kernel operand; any strides, no copy."""
-    return Strided(tensor, tensor.stride())
+    return _made(Strided, (tensor, tensor.stride()))
 
 
 class Launch(NamedTuple):
@@ -44,7 +47,7 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Launch on the current stream of the operands' device; nothing to do for an empty grid."""
-        if not all(self.grid):
+        if 0 in self.grid:
             return
         first = self.args[0]
         tensor = first.ptr if isinstance(first, Strided) else first
@@ -52,9 +55,9 @@ class Launch(NamedTuple):
         # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                self.kernel[self.grid](*self.args, **options)
-        else:
-            self.kernel[self.grid](*self.args, **options)
+                self.kernel.run(*self.args, grid=self.grid, warmup=False, **options)
+        else:  # what `kernel[grid](..)` does, without the function that it makes for every launch
+            self.kernel.run(*self.args, grid=self.grid, warmup=False, **options)
 
     def compile(self) -> triton.compiler.CompiledKernel:
         """Compile exactly the specialisation that `run` would use, for Triton's active target, without launching."""
