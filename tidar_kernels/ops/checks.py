@@ -123,10 +123,12 @@ def caches(k_cache: Tensor, v_cache: Tensor, batch: int, num_kv_heads: int, head
 
 def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:
     """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too."""
-    tensor("lengths", value, 1)
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        tensor("lengths", value, 1)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"lengths: expected dtype int32 or int64, got {value.dtype}")
-    shape("lengths", value, (batch,))
+    if value.shape[0] != batch:
+        shape("lengths", value, (batch,))
     if value.device != device:
         raise ValueError(f"lengths: expected device {device} like the other operands, got {value.device}")
     if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -81,7 +81,7 @@ def no_second_derivative(name: str) -> Gradient:
     return no_gradient(f"{name}: expected at most first derivatives, got a request for a second one")
 
 
-def _picker(positions: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def _picker(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """`values -> tuple(values[i] for i in positions)`, as fast as Python has it."""
     if len(positions) > 1:
         return itemgetter(*positions)
@@ -160,14 +160,14 @@ class Operator:
         self._absent = tuple(absent)
         self._others = tuple(name for name in self.operands if name not in packed)
         self._pick_others = _picker([self.operands.index(name) for name in self._others])
-        self._in_order = _picker([(*packed, *self._others).index(name) for name in self.operands])
+        self._order = tuple((*packed, *self._others).index(name) for name in self.operands)
 
     def __call__(self, *bundles: tuple[Any, ...], **others: Any) -> Any:
         """Run the operator; its operands are checked by the public function."""
         values = [value for bundle in bundles for value in bundle]
         if others:
             values += [others[name] for name in self._others]
-        return self._overload(*self._in_order(values))
+        return self._overload(*[values[i] for i in self._order])  # Dynamo does not trace a picker
 
     def is_called_by(self, function: Any) -> bool:
         """Whether `function`, as a mode over calls of PyTorch sees it, is this operator."""
