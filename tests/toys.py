@@ -130,7 +130,7 @@ class Chain:
 def decode_chain(
     model: Chain, strategy: Strategy, params: list[SamplingParams], length: int, rule: str = "coupled"
 ) -> tuple[Tensor, int]:
-    """`(the first `length` tokens of every request behind token 0, forward passes)`; all requests run to the end."""
+    """`(the first `length` tokens of every request after token 0, forward passes)`; all requests run to the end."""
     size = len(params)
     cache = KVCache(num_layers=1, batch_size=size, num_kv_heads=1, head_dim=1, max_len=1)
     state = sampling_tensors(params, "cpu")
@@ -155,7 +155,7 @@ def decode_chain(
 
 
 def certain(vocab: int, offsets: int) -> tuple[Chain, list[int]]:
-    """A chain that knows its next token for sure, and guesses those behind it right; and its tokens behind token 0."""
+    """A chain that knows its next token for sure, and guesses those after it right; and its tokens after token 0."""
     table = torch.full((vocab, vocab), -40.0)
     for token in range(vocab):
         table[token, (token * 5 + 1) % vocab] = 0.0

@@ -97,7 +97,7 @@ def test_each_part_has_its_share_of_the_time_and_dies_alone(
     ]  # fmt: skip
     assert [resume for name, _, resume in calls if name == "step"] == [False, True, True]
     assert calls[0][1] == gpu.PARITY_SECONDS
-    assert calls[1][1] == pytest.approx((400.0 - gpu.GRACE) * 0.36 + gpu.GRACE)  # 400 are left behind parity
+    assert calls[1][1] == pytest.approx((400.0 - gpu.GRACE) * 0.36 + gpu.GRACE)  # 400 are left after parity
     assert calls[-1][1] == pytest.approx(500.0 - 100.0 - 6 * 20.0)  # what the others left
     (parity,) = part_of(tmp_path, "parity")
     assert (parity["stopped"], parity["tests"]) == (True, 0)

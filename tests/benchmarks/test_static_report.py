@@ -305,7 +305,7 @@ LISTING = """
 
 
 def test_the_hot_loop_of_sass() -> None:
-    """The loop with tensor cores, with its conditional exits and the wait inside it, and nothing behind it."""
+    """The loop with tensor cores, with its conditional exits and the wait inside it, and nothing after it."""
     found = by_class(hot_loop(LISTING, SASS), SASS)
     once = dict.fromkeys(("fma", "mufu", "shared", "global"), 1)
     assert {name: count for name, count in found.items() if count} == once | {"mma": 2, "other": 4}

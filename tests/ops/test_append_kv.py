@@ -39,7 +39,7 @@ def test_overflow_raises_before_anything_is_written(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rejected_slots_are_overwritten_by_the_next_append(device: str) -> None:
-    """Two steps of 8 drafts of which 3 are accepted: behind the accepted ones lie those of the second step."""
+    """Two steps of 8 drafts of which 3 are accepted: after the accepted ones lie those of the second step."""
     k_cache, v_cache = torch.zeros(2, 1, 2, 24, 16, device=device).unbind(0)
     first, second = torch.randn(2, 2, 1, 2, 8, 16, device=device).unbind(0)
     lengths = torch.tensor([5], dtype=torch.int32, device=device)

@@ -359,10 +359,10 @@ EVERY_KIND.append(patterns.packed(EVERY_KIND))
 
 
 def within(pattern: Pattern, window: int, context_len: int) -> torch.Tensor:
-    """The mask behind a window, from absolute positions: a query sees keys less than `window` positions behind it."""
+    """The mask of a window, from absolute positions: a query sees keys less than `window` positions before it."""
     keys = torch.cat([torch.arange(context_len), context_len + pattern.key_positions.long()])
-    behind = (context_len + pattern.positions.long())[:, None] - keys
-    return pattern.dense(context_len) & (behind < window)
+    distance = (context_len + pattern.positions.long())[:, None] - keys
+    return pattern.dense(context_len) & (distance < window)
 
 
 @pytest.mark.parametrize("pattern", EVERY_KIND, ids=lambda pattern: pattern.name[:40])

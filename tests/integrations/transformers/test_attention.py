@@ -285,7 +285,7 @@ def test_the_result_lies_as_that_of_sdpa_does() -> None:
 
 @pytest.mark.parametrize("widths", [(8, 4), (4, 8)], ids=str)
 def test_keys_and_values_of_several_widths(widths: tuple[int, int]) -> None:
-    """With a pattern: zeros are put behind the narrower ones, in a cache too; gradients are those of the parts."""
+    """With a pattern: zeros follow the narrower ones, in a cache too; gradients are those of the parts."""
     module = torch.nn.Module()
     module.layer_idx = 0
     pattern = patterns.tidar_prefill(3, 2)

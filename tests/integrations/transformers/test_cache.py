@@ -71,7 +71,7 @@ class TestLayer:
         k = torch.randn(2, 3, 1, 4)
         keys, _ = layer.update(k, k)
         check_equal(keys, torch.cat([before[:, :, :3], k], dim=2), "keys")
-        check_equal(layer.keys[:, :, 4:], before[:, :, 4:], "slots behind")
+        check_equal(layer.keys[:, :, 4:], before[:, :, 4:], "slots after")
         assert layer.keys.data_ptr() == address
         layer.reset()
         assert layer.get_seq_length() == 0

@@ -66,7 +66,7 @@ def test_the_cache_is_that_of_a_prefill(name: str) -> None:
 
 
 def test_generation_goes_on_from_the_decoder_s_cache() -> None:
-    """And is not disturbed by what lies behind the committed tokens."""
+    """And is not disturbed by what lies after the committed tokens."""
     model = tiny("Mistral")
     result = decoded(model)
     model.set_attn_implementation("sdpa")
@@ -83,7 +83,7 @@ def test_generation_goes_on_from_the_decoder_s_cache() -> None:
     [("Gemma2", {"final_logit_softcapping": 3.0}), ("Granite", {"logits_scaling": 7.0}), ("Cohere", {})],
 )
 def test_logits_are_the_model_s_own(name: str, options: dict[str, float]) -> None:
-    """Capped, divided or multiplied behind the lm_head."""
+    """Capped, divided or multiplied after the lm_head."""
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     more = {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2, "pad_token_id": 0}
     config = getattr(transformers, f"{name}Config")(**shape, **more, **options)

@@ -134,7 +134,7 @@ class EndsWith(StoppingCriteria):
 
 class TestStopping:
     def test_after_every_token(self, model: Any) -> None:
-        """A criterion is asked once a token, with all tokens so far, and nothing behind it is kept."""
+        """A criterion is asked once a token, with all tokens so far, and nothing after it is kept."""
         inputs, varied = one(padded_inputs("none")), {"no_repeat_ngram_size": 2}
         plain = run(model, inputs, **varied)[0, 21:].tolist()
         at = max(plain.index(token) for token in set(plain))

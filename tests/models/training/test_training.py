@@ -47,7 +47,7 @@ def test_loss_is_the_papers_formula(alpha):
             ar_terms.append(torch.logsumexp(logits, 0) - logits[row[i + 1]])
         for start in range(0, seq_len, block_size):
             width = min(block_size, seq_len - start)
-            # The mask rows behind a prompt of the earlier clean tokens; with none, the first block of training.
+            # The mask rows after a prompt of the earlier clean tokens; with none, the first block of training.
             pattern = tidar_prefill(start, width) if start else tidar_training(width, width)
             known = torch.tensor([row[: start or width] + [MASK_ID] * width])
             logits = model.logits(model(known, pattern))[0, -width:]
