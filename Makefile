@@ -88,7 +88,7 @@ report: $(STAMP)  ## what the compiler makes of every kernel on every chip, with
 
 # One process: a model type after the other, some of them large.
 models: $(STAMP)  ## every causal model type of transformers, equal to generate or refused; the table of docs/transformers.md
-	MODELS_OUT=$(BENCH_OUT) $(BIN)/python -m pytest -q -n 0 -m models tests/integrations/transformers/test_every_model.py
+	MODELS_OUT=$(BENCH_OUT) $(BIN)/python -m pytest -q -n 0 --models tests/integrations/transformers/test_every_model.py
 	$(PUBLISH)
 
 docs: $(STAMP)  ## regenerate the pictures and tables of docs/ and README.md

@@ -17,6 +17,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# Tests of these marks are collected where the option of that name is given, whatever `-m` and `-k` say.
+ON_REQUEST = ("models",)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for mark in ON_REQUEST:
+        parser.addoption(f"--{mark}", action="store_true", help=f"run the tests marked {mark} too")
+
+
 def pytest_report_header() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     kernels = "interpreted, only tests marked interpret" if INTERPRETING else "compiled, no tests marked interpret"
@@ -25,10 +34,13 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Triton kernels are interpreted by the whole process or not at all, so `interpret` tests have one of their own."""
+    unasked = [mark for mark in ON_REQUEST if not config.getoption(mark)]
     wanted: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        (wanted if (item.get_closest_marker("interpret") is not None) == INTERPRETING else others).append(item)
+        is_interpreted = item.get_closest_marker("interpret") is not None
+        is_unasked = any(item.get_closest_marker(mark) for mark in unasked)
+        (wanted if is_interpreted == INTERPRETING and not is_unasked else others).append(item)
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = wanted

@@ -105,6 +105,16 @@ def test_versions_agree() -> None:
     assert f"## [{tidar_kernels.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.parametrize("options", [["-m", "not slow"], ["-m", "models or slow"]])
+def test_tests_on_request_are_not_collected_unasked(options: list[str]) -> None:
+    """Whatever `-m` says: it replaces another `-m`, so nothing is left out by one."""
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    file = "tests/integrations/transformers/test_every_model.py"
+    found = subprocess.run([*collect, *options, file], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert "test_every_type" not in found.stdout, found.stdout[:2000]
+    assert "deselected" in found.stdout, found.stdout + found.stderr
+
+
 def test_every_requirement_is_pinned() -> None:
     """What `make venv` installs has one version in the constraints file; `hf` is the user's choice of version."""
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")

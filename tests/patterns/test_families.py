@@ -36,6 +36,30 @@ def test_idlm(n: int, block: int) -> None:
     assert pattern.predicts.tolist() == [*range(1, n), -1] * 2
 
 
+@pytest.mark.parametrize("lengths", [[1], [7], [3, 4], [1, 1, 5], [4, 9, 2, 6]])
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_idlm_documents(lengths: list[int], block: int) -> None:
+    """Each document is the pattern of its own, in both halves; no row sees a key of another."""
+    s = sum(lengths)
+    pattern = patterns.idlm_training(s, block, lengths)
+    expected = torch.zeros(2 * s, 2 * s, dtype=torch.bool)
+    predicts, positions, first = [], [], 0
+    for n in lengths:
+        alone = patterns.idlm_training(n, block)
+        rows = torch.cat([torch.arange(n), s + torch.arange(n)]) + first
+        expected[rows[:, None], rows] = alone.dense()
+        positions += alone.positions[:n].tolist()
+        predicts += [-1 if p < 0 else p + first for p in alone.predicts[:n].tolist()]
+        first += n
+    assert torch.equal(pattern.dense(), expected)
+    assert pattern.positions.tolist() == positions * 2
+    assert pattern.predicts.tolist() == predicts * 2
+    assert (pattern.num_labels, pattern.name) == (
+        max(predicts) + 1,
+        f"idlm_training(seq_len={s}, block_size={block}, {len(lengths)} documents)",
+    )
+
+
 @pytest.mark.parametrize(("n", "block"), SIZES)
 def test_block_diffusion(n: int, block: int) -> None:
     def visible(q: int, k: int) -> bool:
@@ -117,6 +141,13 @@ def test_packed_patterns_are_block_diagonal() -> None:
 
 BAD = [
     (lambda: patterns.idlm_training(0, 1), ValueError, r"^seq_len: expected >= 1, got 0$"),
+    (
+        lambda: patterns.idlm_training(6, 1, [3, 2]),
+        ValueError,
+        r"^document_lengths: expected a sum of seq_len = 6, got 5$",
+    ),
+    (lambda: patterns.idlm_training(6, 1, [6, 0]), ValueError, r"^document_lengths: expected >= 1, got 0$"),
+    (lambda: patterns.idlm_training(6, 1, [6.0]), TypeError, r"^document_lengths: expected an int, got float$"),
     (lambda: patterns.block_diffusion_training(4, 0), ValueError, r"^block_size: expected >= 1, got 0$"),
     (lambda: patterns.set_block_training(4.0, 1), TypeError, r"^seq_len: expected an int, got float$"),
     (lambda: patterns.dflash_training(4, [5], 1), ValueError, r"^anchors: expected <= context_len = 4, got 5$"),

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from .halves import next_token, noisy_then_clean, of_rows
+from .halves import of_rows
 from .pattern import Pattern
-from .rows import Role, check_int, intervals
+from .rows import Role, check_documents, check_int, intervals
 
 __all__ = ["idlm_training", "isd_step"]
 
 
-def idlm_training(seq_len: int, block_size: int) -> Pattern:
+def idlm_training(seq_len: int, block_size: int, document_lengths: Sequence[int] | None = None) -> Pattern:
     """I-DLM (arXiv 2604.11035), `[x_t | x_0]`: noisy rows are causal in their block and see earlier clean blocks.
 
     Clean rows are causal and never see noisy ones. Both halves predict the next token.
 
+    With `document_lengths` the sequence holds documents that do not see each other: blocks and positions restart at
+    each, and the last token of each predicts nothing.
+
+    Args:
+        seq_len: S, clean tokens.
+        block_size: B.
+        document_lengths: tokens of each document, S in all; default one document.
+
     Raises:
-        TypeError, ValueError: `seq_len` or `block_size` is not an int >= 1.
+        TypeError, ValueError: `seq_len`, `block_size` or a document's length is not an int >= 1, or the lengths do not
+            sum to `seq_len`.
     """
-    s, block, token, noisy, start = noisy_then_clean(seq_len, block_size)
-    lead = intervals(torch.full_like(token, s), s + torch.where(noisy, start, token + 1), token >= 0)
-    own = intervals(start, token + 1, noisy)
-    predicts = next_token(token, s)
-    return of_rows(lead, own, token, noisy, predicts, 2 * s, f"idlm_training(seq_len={s}, block_size={block})")
+    s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
+    lengths = check_documents(s, document_lengths)
+    row = torch.arange(2 * s, device="cpu")
+    token, noisy = row % s, row < s
+    end = lengths.cumsum(0).repeat_interleave(lengths)[token]  # of its document
+    first = end - lengths.repeat_interleave(lengths)[token]
+    start = token - (token - first) % block
+    lo, hi = s + first, s + torch.where(noisy, start, token + 1)
+    lead, own = intervals(lo, hi, token >= 0), intervals(start, token + 1, noisy)
+    predicts = torch.where(token + 1 < end, token + 1, -1)
+    options = "" if document_lengths is None else f", {len(lengths)} documents"
+    name = f"idlm_training(seq_len={s}, block_size={block}{options})"
+    return of_rows(lead, own, token - first, noisy, predicts, 2 * s, name)
 
 
 def isd_step(stride: int, *, bidirectional: bool = False, shifted: bool = True) -> Pattern:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Role", "check_int", "intervals", "ordinary", "pack_tree_mask", "unpack_tree_mask"]
+__all__ = ["Role", "check_documents", "check_int", "intervals", "ordinary", "pack_tree_mask", "unpack_tree_mask"]
 
 
 class Role(IntEnum):
@@ -26,6 +27,18 @@ def check_int(name: str, value: Any, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"{name}: expected >= {at_least}, got {value}")
     return value
+
+
+def check_documents(seq_len: int, document_lengths: Sequence[int] | None) -> Tensor:
+    """Tokens of each document in a sequence, int64 `[documents]`; None is one document.
+
+    Raises:
+        TypeError, ValueError: a length is not an int >= 1, or they do not sum to `seq_len`.
+    """
+    lengths = [seq_len] if document_lengths is None else [check_int("document_lengths", n, 1) for n in document_lengths]
+    if sum(lengths) != seq_len:
+        raise ValueError(f"document_lengths: expected a sum of seq_len = {seq_len}, got {sum(lengths)}")
+    return torch.tensor(lengths, device="cpu")
 
 
 def ordinary(x: Tensor, device: torch.device | str = "cpu") -> Tensor:

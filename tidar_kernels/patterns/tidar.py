@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .pattern import Pattern
-from .rows import Role, check_int, intervals
+from .rows import Role, check_documents, check_int, intervals
 
 __all__ = ["tidar_prefill", "tidar_step", "tidar_training"]
 
@@ -101,18 +101,15 @@ def tidar_training(
             many prompts as documents.
     """
     s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
-    documents = [s] if document_lengths is None else [check_int("document_lengths", n, 1) for n in document_lengths]
-    if sum(documents) != s:
-        raise ValueError(f"document_lengths: expected a sum of seq_len = {s}, got {sum(documents)}")
-    prompts = [0] * len(documents) if prompt_lengths is None else list(prompt_lengths)
-    if len(prompts) != len(documents):
-        raise ValueError(f"prompt_lengths: expected one for each of {len(documents)} documents, got {len(prompts)}")
-    for length, prompt in zip(documents, prompts, strict=True):
+    lengths = check_documents(s, document_lengths)
+    prompts = [0] * len(lengths) if prompt_lengths is None else list(prompt_lengths)
+    if len(prompts) != len(lengths):
+        raise ValueError(f"prompt_lengths: expected one for each of {len(lengths)} documents, got {len(prompts)}")
+    for length, prompt in zip(lengths.tolist(), prompts, strict=True):
         if check_int("prompt_lengths", prompt, 0) > length:
             raise ValueError(f"prompt_lengths: expected <= the document's length {length}, got {prompt}")
 
-    lengths = torch.tensor(documents, device="cpu")
-    document = torch.arange(len(documents), device="cpu").repeat_interleave(lengths)
+    document = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
     token = torch.arange(s, device="cpu")
     first = (lengths.cumsum(0) - lengths)[document]
     # The index in the response, negative in the prompt.
@@ -126,7 +123,7 @@ def tidar_training(
     lead_lo, lead_hi = torch.cat([first, first[masked]]), torch.cat([token + 1, block_start])
     own_lo, own_hi = torch.cat([token, own_start]), torch.cat([token, own_start + block_len])
     follows = torch.cat([(document[1:] == document[:-1]) & masked[1:], torch.zeros(1, dtype=torch.bool, device="cpu")])
-    options = "" if document_lengths is None else f", {len(documents)} documents"
+    options = "" if document_lengths is None else f", {len(lengths)} documents"
     return Pattern(
         lead=intervals(lead_lo, lead_hi, lead_lo < lead_hi),
         own=intervals(own_lo, own_hi, is_mask),

@@ -12,6 +12,7 @@ from tidar_kernels import Decoder
 from tidar_kernels.cli import main
 from tidar_kernels.models import Transformer, TransformerConfig, load_shipped, load_shipped_adapter
 from tidar_kernels.models.shipped import ADAPTER
+from tidar_kernels.models.tokenizer import EOS_ID
 from tidar_kernels.models.training import adapter
 from tidar_kernels.models.training.data import Corpus, folder_files
 from tidar_kernels.nn.adapters import add_gated_lora, load_peft_adapter, save_adapter
@@ -36,6 +37,34 @@ def test_rows_of_isd(seq_len: int, block: int) -> None:
                 visible = not key_is_mask and at <= position
             assert bool(dense[q, k]) == visible
         assert int(pattern.predicts[q]) == (position if is_mask else -1)
+
+
+@pytest.mark.parametrize("kind", ["isd", "tidar"])
+def test_documents_of_a_window_do_not_see_each_other(kind: str) -> None:
+    """No row moves with a token of another document, and the loss is that of the documents one by one."""
+    tokens = torch.tensor([[9, 7, EOS_ID, 5, 6, 8, 4], [1, EOS_ID, EOS_ID, 2, 3, 9, EOS_ID]])
+    lengths = [3, 4, 2, 1, 4]
+    torch.manual_seed(0)
+    model, kept = Transformer(CONFIG).double(), {}
+    add_gated_lora(model, 4, 8.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    model.embed_tokens.register_forward_hook(lambda module, args, out: kept.update(embedded=out.requires_grad_()))
+    model.norm.register_forward_hook(lambda module, args, out: kept.update(hidden=out))
+    together = adapter.training_loss(model, tokens, kind, 2)
+    embedded, hidden = kept["embedded"], kept["hidden"]
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).repeat(2)
+    for index in range(len(lengths)):
+        rows = document == index
+        probe = torch.randn_like(hidden[0, rows])
+        (grad,) = torch.autograd.grad((hidden[0, rows] * probe).sum(), embedded, retain_graph=True)
+        assert not grad[0, ~rows].any()
+        assert grad[0, rows].any()
+    apart = [adapter.training_loss(model, part[None], kind, 2) for part in tokens.flatten().split(lengths)]
+    asked = torch.tensor([n - 1 for n in lengths], dtype=torch.float64)
+    torch.testing.assert_close(together, (torch.stack(apart) * asked).sum() / asked.sum())
 
 
 def test_the_loss_falls_and_the_base_stays(tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ from tests.models.training.runs import TINY, changed, states_equal
 from tidar_kernels.models import load_checkpoint
 from tidar_kernels.models.tokenizer import EOS_ID, MASK_ID
 from tidar_kernels.models.training import publish
-from tidar_kernels.models.training.data import Corpus, folder_files
+from tidar_kernels.models.training.data import Corpus, document_lengths, folder_files
 from tidar_kernels.models.training.evaluate import evaluate_briefly, evaluate_decoding, evaluate_likelihood
 from tidar_kernels.models.training.report import draw_curve, evaluate_run
 from tidar_kernels.models.training.trainer import (
     TrainConfig,
     Trainer,
-    document_lengths,
     model_config,
     read_state,
     training_loss,

@@ -5,13 +5,14 @@
 
 The base model is frozen and mask rows alone run the adapter, so that the output is the base model's whatever the
 adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain after the tokens they
-have seen, with `tidar` a block that sees itself both ways. What they learn is not the text but what the base model
+have seen, with `tidar` a block that sees itself both ways. Documents that share a window do not see each other. What they learn is not the text but what the base model
 would say there, which is what verification will compare them with.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, sa
 from ...patterns import Pattern, Role
 from ..shipped import ADAPTER, FIGURES, load_shipped
 from ..transformer import Transformer
-from .data import Corpus
+from .data import Corpus, document_lengths
 from .progress import Progress
 
 __all__ = ["AdapterConfig", "main", "train", "training_pattern"]
@@ -62,39 +63,38 @@ class AdapterConfig:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, self.steps - warm_up))))
 
 
-def training_pattern(kind: str, seq_len: int, block_size: int) -> Pattern:
+def training_pattern(
+    kind: str, seq_len: int, block_size: int, document_lengths: Sequence[int] | None = None
+) -> Pattern:
     """Rows of a window: tokens, which predict nothing here, and masks, which predict the token at their position.
+
+    With `document_lengths`, tokens of each document, the window's documents do not see each other.
 
     Raises:
         ValueError: `kind` is neither "isd" nor "tidar".
     """
     if kind == "isd":
-        pattern = patterns.idlm_training(seq_len, block_size)
+        pattern = patterns.idlm_training(seq_len, block_size, document_lengths)
     elif kind == "tidar":
-        pattern = patterns.tidar_training(seq_len, block_size)
+        pattern = patterns.tidar_training(seq_len, block_size, document_lengths)
     else:
         raise ValueError(f'pattern: expected "isd" or "tidar", got {kind!r}')
     is_mask = pattern.roles == int(Role.MASK)
-    return replace(pattern, predicts=torch.where(is_mask, pattern.positions, -1), name=f"{kind}_adapter")
+    token = torch.arange(seq_len, dtype=torch.int32, device="cpu").repeat(2)  # of each row
+    return replace(pattern, predicts=torch.where(is_mask, token, -1), name=f"{kind}_adapter")
 
 
 def train(model: Transformer, config: AdapterConfig, corpus: Corpus, progress: Progress | None = None) -> list[float]:
     """Train the model's adapters in place; returns the loss of every step, nats a mask row."""
-    pattern = training_pattern(config.pattern, config.seq_len, config.block_size)
-    is_mask = pattern.roles == int(Role.MASK)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    mask_token = int(model.config.mask_token_id or 0)
     losses = []
     model.train()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(step)
         tokens = corpus.windows(step * config.batch_size, config.batch_size, config.seq_len, config.seed)
-        rows = tokens[:, pattern.positions].masked_fill(is_mask, mask_token)
-        with lora_gate(is_mask):
-            hidden = model(rows, pattern)
-        loss = distillation_loss(model, hidden, pattern)
+        loss = training_loss(model, tokens, config.pattern, config.block_size)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -106,18 +106,42 @@ def train(model: Transformer, config: AdapterConfig, corpus: Corpus, progress: P
     return losses
 
 
+def training_loss(model: Transformer, tokens: Tensor, kind: str, block_size: int) -> Tensor:
+    """`distillation_loss` of windows `tokens` int64 `[batch, S]`, whose documents do not see each other.
+
+    Raises:
+        ValueError: as `training_pattern`.
+    """
+    lengths = document_lengths(tokens)
+    if len(lengths) == len(tokens):
+        pattern = _training_pattern(kind, tokens.shape[1], block_size)
+    else:  # one sequence of all windows' documents
+        tokens = tokens.reshape(1, -1)
+        pattern = training_pattern(kind, tokens.shape[1], block_size, lengths)
+    is_mask = pattern.roles == int(Role.MASK)
+    rows = tokens.repeat(1, 2).masked_fill(is_mask, int(model.config.mask_token_id or 0))
+    with lora_gate(is_mask):
+        hidden = model(rows, pattern)
+    return distillation_loss(model, hidden, pattern)
+
+
+# One object per shape: a pattern keeps what is derived from it.
+_training_pattern = functools.lru_cache(maxsize=8)(training_pattern)
+
+
 def distillation_loss(model: Transformer, hidden: Tensor, pattern: Pattern) -> Tensor:
     """Cross entropy of the mask rows from the frozen model's own distribution at their positions, nats a row.
 
     `hidden [batch, rows, hidden]` are those of `pattern`. The row of the token before a position says what the model
-    expects there; position 0 has none.
+    expects there; the first token of a document has none.
     """
     is_mask = pattern.roles == int(Role.MASK)
-    position = pattern.positions[is_mask].long()
-    asked = position > 0
+    asked = pattern.positions[is_mask] > 0
+    token = pattern.predicts[is_mask][asked].long()
     logits = model.logits(hidden[:, is_mask][:, asked])
-    expected = model.logits(hidden[:, ~is_mask]).detach()[:, position[asked] - 1].softmax(-1)
-    return F.cross_entropy(logits.flatten(0, 1), expected.flatten(0, 1))
+    expected = model.logits(hidden[:, ~is_mask]).detach()[:, token - 1].softmax(-1)
+    total = F.cross_entropy(logits.flatten(0, 1), expected.flatten(0, 1), reduction="sum")
+    return total / max(1, logits.shape[:2].numel())  # nothing is asked where every document is one token
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

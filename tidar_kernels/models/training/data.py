@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..tokenizer import EOS_ID
 
-__all__ = ["HELD_OUT", "Corpus", "TextFiles", "folder_files", "held_out_texts", "stdlib_files", "stdlib_folder"]
+__all__ = [
+    "HELD_OUT",
+    "Corpus",
+    "TextFiles",
+    "document_lengths",
+    "folder_files",
+    "held_out_texts",
+    "stdlib_files",
+    "stdlib_folder",
+]
 
 # Different styles on purpose: algorithms, classes, numerics, threading, text handling, docstring-heavy and terse code.
 HELD_OUT = (
@@ -155,6 +164,14 @@ def held_out_texts() -> dict[str, bytes]:
     """Name and source of every held-out module that this interpreter has."""
     folder = stdlib_folder()
     return {name: (folder / name).read_bytes() for name in HELD_OUT if (folder / name).is_file()}
+
+
+def document_lengths(tokens: Tensor) -> list[int]:
+    """Tokens of each document in windows `[batch, S]` laid end to end: EOS ends a document, and so does a window."""
+    ends = tokens == EOS_ID
+    ends[:, -1] = True
+    last = ends.flatten().nonzero().flatten()
+    return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
 
 
 class Corpus:

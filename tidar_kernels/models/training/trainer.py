@@ -32,10 +32,10 @@ from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
 from ..checkpoint import save_checkpoint
 from ..files import replacing
-from ..tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE
+from ..tokenizer import MASK_ID, VOCAB_SIZE
 from ..transformer import Transformer, TransformerConfig
 from .config import STATE, TrainConfig
-from .data import Corpus
+from .data import Corpus, document_lengths
 from .progress import Progress
 
 __all__ = [
@@ -71,14 +71,6 @@ def model_config(config: TrainConfig) -> TransformerConfig:
 
 # One object per shape: a pattern keeps what is derived from it.
 _training_pattern = functools.lru_cache(maxsize=64)(tidar_training)
-
-
-def document_lengths(tokens: Tensor) -> list[int]:
-    """Tokens of each document in windows `[batch, S]` laid end to end: EOS ends a document, and so does a window."""
-    ends = tokens == EOS_ID
-    ends[:, -1] = True
-    last = ends.flatten().nonzero().flatten()
-    return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
 
 
 def training_loss(
