@@ -42,7 +42,7 @@ def _commit_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 class _NoLock:
     """Whoever asks for it gets it."""
 
-    def acquire(self, blocking: bool = True) -> bool:
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         return True
 
     def release(self) -> None: ...

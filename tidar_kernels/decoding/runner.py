@@ -133,48 +133,56 @@ class StepRunner:
 
     # A prompt joins and leaves.
 
-    def join(self, slot: int, prompt: list[int], params: SamplingParams) -> bool:
-        """Commit a prompt into a free slot and make its first draft, which comes with the last chunk's forward pass.
+    def join(self, slot: int, tokens: list[int], params: SamplingParams, known: int = 0) -> bool:
+        """Commit tokens into a slot and make the first draft after them, which comes with the last chunk's forward pass.
 
-        Returns whether the logits after the prompt give a token; the slot is inactive if not, or if this raises.
+        The first `known` of them are in the cache already: 0 for a prompt into a free slot; else the others are decoded
+        tokens, and so they are computed.
+
+        Returns whether the logits after the tokens give one; the slot is inactive if not, or if this raises.
         """
         self._make_room_for(params)
-        one = replace(self._batch.sequence(slot), exact=False)
-        one.cache.reset()
-        self.lengths[slot] = 0
+        one = replace(self._batch.sequence(slot), exact=self.config.exact and known > 0)
+        self._active[slot] = 0
+        self._set_length(one, slot, known)
         try:
             with self._inference():
-                has_token = self._join(one, prompt, params)
+                has_token = self._join(one, tokens, params, known)
         except BaseException:
-            one.cache.reset()
+            self._set_length(one, slot, known)
             raise
-        self.lengths[slot] = len(prompt)
+        self.lengths[slot] = len(tokens)
         self._active[slot] = int(has_token)
         return has_token
+
+    def _set_length(self, one: Batch, slot: int, length: int) -> None:
+        self.lengths[slot] = length
+        one.cache.lengths.fill_(length)
+        one.cache.lengths_known([length])
 
     def leave(self, slot: int) -> None:
         """Stop computing a slot. Its K/V and length stay, as committed, until the next request joins there."""
         self._active[slot] = 0
         self.cache.lengths[slot] = self.lengths[slot]
 
-    def _join(self, one: Batch, prompt: list[int], params: SamplingParams) -> bool:
+    def _join(self, one: Batch, tokens: list[int], params: SamplingParams, known: int) -> bool:
         for held, value in zip(one.state, sampling_tensors([params], self.device), strict=True):
             held.copy_(value)
         if one.seen is not None:
             one.seen.fill_(False)
-            one.seen[0, torch.tensor(prompt, device=self.device)] = True
+            one.seen[0, torch.tensor(tokens, device=self.device)] = True
 
         chunk = self.config.prefill_chunk
-        last = (len(prompt) - 1) // chunk * chunk
-        for start in range(0, last, chunk):
-            self._prefill(one, prompt[start : start + chunk], patterns.causal(chunk))
-        n = len(prompt) - last
-        # Exact decoding starts cold: with masks after it the prompt's bits would depend on how many there are.
+        last = known + (len(tokens) - known - 1) // chunk * chunk
+        for start in range(known, last, chunk):
+            self._prefill(one, tokens[start : start + chunk], patterns.causal(chunk))
+        n = len(tokens) - last
+        # Exact decoding starts cold: with masks after them the tokens' bits would depend on how many there are.
         drafting = None if self.config.exact else self.config.strategy.first(n)
         pattern, rows = drafting or (patterns.causal(n), [])
-        hidden = self._prefill(one, prompt[last:], pattern)
-        logits = self.model.logits(hidden[:, [n - 1, *rows]])
-        here = torch.tensor([len(prompt)], device=self.device)
+        hidden = self._prefill(one, tokens[last:], pattern)
+        logits = one.logits(hidden[:, [n - 1, *rows]])
+        here = torch.tensor([len(tokens)], device=self.device)
         first = sample(logits[:, :1], here, one.state, seen=one.seen)
         one.drafts.fill_(-1)
         one.drafts[:, :1] = first.clamp(min=0)

@@ -18,6 +18,9 @@ Two locks keep a session whole when tasks and threads share it:
 
 Only `step` waits for its turn. `add` and `remove` take it if it is free; if not, they write down what is to be done,
 and the next step begins with that. So they never wait for a step, and an event loop may call them.
+
+A step may end before it is done: Ctrl-C, or an error that is no request's own. What requests have received is then the
+truth (`interrupts` keeps it whole), and the next turn brings the device back to it (`_mend`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 from .. import patterns
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import SamplingParams
+from .interrupts import held, let_through
 from .prompts import as_prompt, as_stop_tokens
 from .requests import Event, FinishReason, Request, Taken
 from .runner import SlotResult, StepConfig, StepRunner
@@ -81,6 +85,7 @@ class Session:
         self._turn = threading.RLock()
         self._steps_waiting = 0  # for their turn: they go before prompts, or a busy crowd would starve them
         self._is_computing = False  # in a turn, which the same thread could otherwise take again
+        self._is_torn = False  # the device may be ahead of what requests have received
         self._mutex = threading.RLock()
         self.requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()  # to join
@@ -188,23 +193,24 @@ class Session:
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
         self.check_model()
-        with self._mutex:
-            if not self.free_slots:
-                raise ValueError(f"prompt: expected a free slot, got {len(self._slots)} requests running")
-            request = Request(
-                self._next_id, tokens, max_new_tokens, params, stops, tuple(stop_strings), decode, on_tokens
-            )
-            self._next_id += 1
-            self.requests[request.id] = request
-            self._waiting.append(request)
-            self._is_checked = False  # the model may change until the first step
-        with self._turn_if_free() as is_ours:
-            if is_ours:
-                self._join_waiting()
-                if request.exception is not None and request.finish_reason is None:  # its prompt's: for the caller
-                    self._end(request, "error")
-                    raise request.exception
-        return request.id
+        with held():
+            with self._mutex:
+                if not self.free_slots:
+                    raise ValueError(f"prompt: expected a free slot, got {len(self._slots)} requests running")
+                request = Request(
+                    self._next_id, tokens, max_new_tokens, params, stops, tuple(stop_strings), decode, on_tokens
+                )
+                self._next_id += 1
+                self.requests[request.id] = request
+                self._waiting.append(request)
+                self._is_checked = False  # the model may change until the first step
+            with self._turn_if_free() as is_ours:
+                if is_ours:
+                    self._join_waiting()
+                    if request.exception is not None and request.finish_reason is None:  # its prompt's: for the caller
+                        self._end(request, "error")
+                        raise request.exception
+            return request.id
 
     def remove(self, request_id: int) -> Request:
         """Cancel a request: its slot is free at once, its tokens so far are in what is returned and stay as they are.
@@ -214,20 +220,22 @@ class Session:
         Raises:
             KeyError: no such request is running.
         """
-        with self._mutex:
-            if request_id not in self.requests:
-                raise KeyError(f"request_id: expected one of {sorted(self.requests)}, got {request_id}")
-            request = self.requests[request_id]
-            self._end(request, "cancelled")
-        with self._turn_if_free() as is_ours:
-            if is_ours:
-                self._free_slots_of_ended()
-        return request
+        with held():
+            with self._mutex:
+                if request_id not in self.requests:
+                    raise KeyError(f"request_id: expected one of {sorted(self.requests)}, got {request_id}")
+                request = self.requests[request_id]
+                self._end(request, "cancelled")
+            with self._turn_if_free() as is_ours:
+                if is_ours:
+                    self._free_slots_of_ended()
+            return request
 
     def step(self) -> list[Event]:
         """One forward pass for every running request; what it brought, in the order of the slots.
 
-        A step that is under way is waited for. What a cancelled `steps` left undelivered is returned first, by itself.
+        A step that is under way is waited for. What a cancelled `steps` or an interrupted `step` left undelivered is
+        returned first, by itself. After a KeyboardInterrupt the session is whole: go on, or `remove` requests.
 
         A request whose rows raise, if it takes the step by itself, or whose `decode` or `on_tokens` raises ends with
         "error"; the others' tokens do not change.
@@ -236,9 +244,18 @@ class Session:
             RuntimeError: called from within a step: by the model, or by a `decode`.
             TypeError, ValueError: the model has changed since the session was made; nothing has changed then.
         """
-        with self._turn_of_a_step():
-            events = self._left_undelivered()
-            return self._step() if events is None else events
+        events = None
+        try:
+            with held() as interrupts, self._turn_of_a_step(interrupts):
+                self._call_callbacks()  # those that an interrupt kept from being called
+                events = self._left_undelivered()
+                if events is None:
+                    events = self._step()
+            return events
+        except BaseException:
+            if events:  # interrupted once it was done
+                self._undelivered.appendleft(events)
+            raise
 
     async def steps(self) -> AsyncIterator[list[Event]]:
         """Steps until no request runs, each on a worker thread; requests may be added and removed at any time.
@@ -248,7 +265,7 @@ class Session:
         of them.
         """
         self._is_checked = False
-        while self._undelivered or self._under_way or self.requests:
+        while self._undelivered or self._to_deliver or self._under_way or self.requests:
             if not self._undelivered:
                 await asyncio.wrap_future(self._step_on_worker())
             events = self._left_undelivered()
@@ -288,12 +305,13 @@ class Session:
             self._is_computing = False
 
     @contextmanager
-    def _turn_of_a_step(self) -> Iterator[None]:
+    def _turn_of_a_step(self, interrupts: held) -> Iterator[None]:
         """Wait for the turn, before all prompts that come meanwhile; callbacks still are within it."""
         with self._mutex:
             self._steps_waiting += 1
         try:
-            self._turn.acquire()
+            while not self._turn.acquire(timeout=0.1):
+                interrupts.deliver()
         finally:
             with self._mutex:
                 self._steps_waiting -= 1
@@ -316,7 +334,7 @@ class Session:
     def _work(self, done: Future[None]) -> None:
         exception = None
         try:
-            with self._turn_of_a_step():
+            with held() as interrupts, self._turn_of_a_step(interrupts):
                 events = self._step()
                 if events:
                     self._undelivered.append(events)
@@ -338,6 +356,7 @@ class Session:
     def _step(self) -> list[Event]:
         self._call_callbacks()  # of the step around this one, if one of its callbacks has called it
         with self._computing():
+            self._mend()
             self._join_waiting()
             running = [(slot, request) for slot, request in enumerate(self._slots) if request is not None]
             if not running:
@@ -345,8 +364,16 @@ class Session:
             if not self._is_checked:
                 self._start_run()
             started = time.perf_counter()
-            results = self._runner.run([slot for slot, request in running if request.error is None])
-            received = [self._receive(slot, request, results.get(slot)) for slot, request in running]
+            taken: list[Taken] = []
+            with self._tearing(), let_through():
+                results = self._runner.run([slot for slot, request in running if request.error is None])
+                for slot, request in running:
+                    # No result: its prompt has failed.
+                    taken.append(request.taken_of(results[slot].tokens) if slot in results else Taken([]))
+            received = [
+                self._receive(slot, request, results.get(slot), took)
+                for (slot, request), took in zip(running, taken, strict=True)
+            ]
             self._free_slots_of_ended()
             self._runner.lengths_known()
             self.seconds += time.perf_counter() - started
@@ -354,12 +381,53 @@ class Session:
         self._to_deliver.extend((events, *what) for what in received if what is not None)
         try:
             self._call_callbacks()
-        except BaseException:  # the end of the program, and no request's failure: nothing is lost
-            events += [Event(request.id, tokens, reason) for _, request, tokens, reason in self._to_deliver]
-            self._to_deliver.clear()
+        except BaseException:  # Ctrl-C, and no request's failure: nothing is lost
+            rest = [what for _, *what in self._to_deliver]
+            events += [Event(request.id, tokens, reason) for request, tokens, reason in rest]
             self._undelivered.append(events)
+            self._to_deliver = deque(([], *what) for what in rest)  # their callbacks come with the next step
             raise
         return events
+
+    @contextmanager
+    def _tearing(self) -> Iterator[None]:
+        """Around what changes the device: if it ends half-way, the next turn mends it."""
+        try:
+            yield
+        except BaseException:
+            self._is_torn = True
+            raise
+
+    def _mend(self) -> None:
+        """Bring the device back to what the requests have received, after a step that ended half-way.
+
+        What was committed stays as it is in the cache. What follows a request's last token is computed again, from that
+        token; without one its prompt is.
+        """
+        if not self._is_torn:
+            return
+        self._free_slots_of_ended()
+        for slot, request in enumerate(self._slots):
+            if request is None:
+                self._runner.leave(slot)
+            elif request.error is None:
+                self._compute(slot, request)
+        self._runner.lengths_known()
+        self._is_torn = False
+
+    def _compute(self, slot: int, request: Request) -> None:
+        """A request's tokens so far, up to the first draft after them; what this raises is kept in it."""
+        tokens = [*request.prompt, *request.tokens]
+        known = len(tokens) - 1 if request.tokens else 0
+        try:
+            with self._tearing(), let_through():
+                has_token = self._runner.join(slot, tokens, request.params, known)
+        except Exception as exception:
+            request.keep(exception)
+            return
+        if not has_token:
+            where = f"for position {len(tokens)}" if request.tokens else "after the prompt"
+            request.error = f"expected finite logits, got NaN, inf or nothing above -inf {where}"
 
     def _start_run(self) -> None:
         """What is asked once a run, before its first step."""
@@ -384,24 +452,19 @@ class Session:
                 self._slots[slot] = request
             started = time.perf_counter()
             try:
-                if not self._runner.join(slot, request.prompt, request.params):
-                    request.error = "expected finite logits, got NaN, inf or nothing above -inf after the prompt"
-            except Exception as exception:
-                request.keep(exception)
+                self._compute(slot, request)
             except BaseException:
                 self._end(request, "cancelled")
                 raise
             self.prefill_seconds += time.perf_counter() - started
 
     def _receive(
-        self, slot: int, request: Request, result: SlotResult | None
+        self, slot: int, request: Request, result: SlotResult | None, taken: Taken
     ) -> tuple[Request, list[int], FinishReason | None] | None:
         """Give a request what its slot accepted: the tokens that it takes, and why it ended, if it did.
 
         None if it was removed during the step.
         """
-        # No result: its prompt has failed.
-        taken = Taken([]) if result is None else request.taken_of(result.tokens)
         with self._mutex:
             if request.finish_reason is not None:  # removed during the step
                 return None
