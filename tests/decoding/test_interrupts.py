@@ -35,6 +35,10 @@ def _plain_handler() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
 class At:
     """Counts lines of decoding that are run inside, and sends SIGINT before the line of one number."""
 
@@ -56,7 +60,7 @@ class At:
             self.count += 1
             if self.count == self.number:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                signal.raise_signal(signal.SIGINT)
+                interrupt()
         return self._line
 
 
@@ -196,27 +200,42 @@ def test_a_step_that_ends_after_its_commit(monkeypatch: pytest.MonkeyPatch, exac
 
 def test_what_is_held_back() -> None:
     order: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
+
+    def to_the_end() -> None:
         with held():
-            signal.raise_signal(signal.SIGINT)
+            interrupt()
             order.append("held")
         order.append("never")
-    with held(), pytest.raises(KeyboardInterrupt), let_through():
-        signal.raise_signal(signal.SIGINT)
-        order.append("never")
-    with held():
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt), let_through():
+
+    def at_once() -> None:
+        with held(), let_through():
+            interrupt()
             order.append("never")
-    with held(), pytest.raises(KeyboardInterrupt):  # twice
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+
+    def before() -> None:
         with held():
-            with held(), let_through():  # as a callback that steps: the outer one holds
-                signal.raise_signal(signal.SIGINT)
+            interrupt()
             order.append("held")
-    assert order == ["held", "held"]
+            with let_through():
+                order.append("never")
+
+    def twice() -> None:
+        with held():
+            interrupt()
+            interrupt()
+            order.append("never")
+
+    def nested() -> None:
+        with held():
+            with held(), let_through():  # as in a callback that steps: the outer one holds
+                interrupt()
+            order.append("held")
+        order.append("never")
+
+    for act in (to_the_end, at_once, before, twice, nested):
+        with pytest.raises(KeyboardInterrupt):
+            act()
+    assert order == ["held", "held", "held"]
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
@@ -227,7 +246,7 @@ def test_handlers_of_others_stay(handler: Any) -> None:
     signal.signal(signal.SIGINT, own)
     try:
         with held():
-            signal.raise_signal(signal.SIGINT)
+            interrupt()
             assert calls == []
         assert calls == ([] if handler else [signal.SIGINT])
         assert signal.getsignal(signal.SIGINT) == own
@@ -252,7 +271,7 @@ def test_the_second_interrupt_ends_the_wait_for_another_threads_step() -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     holds.wait(60)
-    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    timer = threading.Timer(0.3, interrupt)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         session.step()

@@ -134,7 +134,7 @@ class StepRunner:
     # A prompt joins and leaves.
 
     def join(self, slot: int, tokens: list[int], params: SamplingParams, known: int = 0) -> bool:
-        """Commit tokens into a slot and make the first draft after them, which comes with the last chunk's forward pass.
+        """Commit tokens into a slot and make the first draft after them; it comes with the last chunk's forward pass.
 
         The first `known` of them are in the cache already: 0 for a prompt into a free slot; else the others are decoded
         tokens, and so they are computed.

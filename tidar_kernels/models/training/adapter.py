@@ -5,8 +5,8 @@
 
 The base model is frozen and mask rows alone run the adapter, so that the output is the base model's whatever the
 adapter holds. Mask rows are trained on the rows that they have when decoding: with `isd` a chain after the tokens they
-have seen, with `tidar` a block that sees itself both ways. Documents that share a window do not see each other. What they learn is not the text but what the base model
-would say there, which is what verification will compare them with.
+have seen, with `tidar` a block that sees itself both ways. What they learn is not the text but what the base model
+would say there, which is what verification will compare them with. Documents that share a window do not see each other.
 """
 
 from __future__ import annotations
