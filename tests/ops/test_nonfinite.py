@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tidar_kernels as tk
-from tests.paths import DEVICES
+from tests.paths import DEVICES, KERNELS
 from tidar_kernels import eager, patterns, testing
 from tidar_kernels.patterns import Pattern
 
@@ -68,11 +69,11 @@ def broken_rows(pattern: Pattern) -> list[Tensor]:
 
 
 def filled(x: Tensor, rows: Tensor, turn: int) -> Tensor:
-    """A copy of `x [.., rows, d]` whose `rows` hold FILLS in turn; 1e20 becomes the largest that the dtype has."""
+    """A copy of `x [.., rows, d]` whose `rows` hold FILLS in turn; what is too large for the dtype becomes its largest."""
     copy, largest = x.clone(), torch.finfo(x.dtype).max
     for i, row in enumerate(rows.nonzero().flatten().tolist()):
         value, column = FILLS[(i + turn) % len(FILLS)]
-        copy[:, :, row, column:] = min(value, largest) if value == 1e20 else value
+        copy[:, :, row, column:] = max(min(value, largest), -largest) if math.isfinite(value) else value
     return copy
 
 
@@ -126,6 +127,17 @@ def test_training(device: str, name: str, dtype: torch.dtype, heads: tuple[int, 
 
     The training kernels take operands to be finite: checking them cost the overlap of softmax and MMAs.
     """
+    check_training(device, TRAINING[name](), dtype, heads, more)
+
+
+@pytest.mark.parametrize(("dtype", "heads", "more"), KINDS)
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("device", KERNELS)
+def test_training_kernels(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str, dtype: torch.dtype, heads: tuple[int, int], more: str
+) -> None:
+    """What the kernels promise: an unseen key leaves nothing as long as its products stay within float32."""
+    monkeypatch.setitem(globals(), "FILLS", ((1e18, 0), (-1e18, 0), (1e18, 15)))
     check_training(device, TRAINING[name](), dtype, heads, more)
 
 

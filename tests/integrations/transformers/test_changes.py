@@ -216,6 +216,22 @@ def test_bounded_positions(kind: str) -> None:
         made.generate(prompts, 5)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "by layer"])
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:7]], ids=len)
+def test_a_table_that_has_grown_is_taken_back(kind: str, prompt: list[int]) -> None:
+    """Somebody runs a longer sequence between two runs; a look-ahead up to the bound must not keep its table."""
+    model = tiny(BOUNDED[kind][0], **BOUNDED[kind][1])
+    expected = generated(model, prompt, 32 - len(prompt))
+    made = decoder(model)
+    for _ in range(2):
+        with torch.no_grad():
+            model(torch.arange(60)[None] + 5)
+        assert made.generate([prompt], 32 - len(prompt)).tokens == [expected]
+        buffers = dict(model.named_buffers())
+        for name in [name for name in buffers if name.endswith("original_inv_freq")]:
+            assert torch.equal(buffers[name.replace("original_", "")], buffers[name]), name
+
+
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 def test_rotary_tables_that_know_no_length_have_no_bound(kind: str) -> None:
     rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}

@@ -36,6 +36,12 @@ def attention(
     tiles that some row sees are loaded and computed, forward and backward, and gradients are the same bits in every
     run. Under autocast the operands are cast as PyTorch's own attention casts them.
 
+    A key that a row does not see leaves nothing in its result and gradients, as long as its products stay finite in
+    float32. On the CPU and in the twin that is so for NaN and infinities too. The kernels multiply whole tiles, and
+    0 * NaN is NaN: there one may reach all rows of a tile in which some row sees the key. `step_attention` keeps them
+    out on every path, for the masks of a step may hold anything. Here a check in the loops would cost the overlap of
+    softmax and MMAs, and one before them a copy of K and V; and in training one NaN makes the loss NaN anyway.
+
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
         k, v: `[batch, kv_heads, kv_len, head_dim]`; `kv_heads` divides `heads`.
