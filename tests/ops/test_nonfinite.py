@@ -69,7 +69,7 @@ def broken_rows(pattern: Pattern) -> list[Tensor]:
 
 
 def filled(x: Tensor, rows: Tensor, turn: int) -> Tensor:
-    """A copy of `x [.., rows, d]` whose `rows` hold FILLS in turn; what is too large for the dtype becomes its largest."""
+    """A copy of `x [.., rows, d]` whose `rows` hold FILLS in turn, at most the largest that the dtype has."""
     copy, largest = x.clone(), torch.finfo(x.dtype).max
     for i, row in enumerate(rows.nonzero().flatten().tolist()):
         value, column = FILLS[(i + turn) % len(FILLS)]
