@@ -192,6 +192,26 @@ def test_bench_refuses(run: Run, tmp_path: Path) -> None:
     )
     (tmp_path / "file").write_text("")
     assert refused(run("bench", "--out", tmp_path / "file")).startswith("--out: expected a folder, got the file")
+    assert refused(run("bench", "--out", "")).startswith("--out: expected a path, got ''")
+    for value in ("nan", "inf", "0", "-1", "x", ""):
+        assert refused(run("bench", "compare", tmp_path / "file", tmp_path / "file", "--fail-over", value)).startswith(
+            f"--fail-over: expected a finite number > 0, got {value!r}"
+        )
+    assert refused(run("bench", "compare", tmp_path / "none", tmp_path / "file")).startswith(
+        "compare: expected a results file, got"
+    )
+    for option, value in (
+        ("chip", "9"),
+        ("dtypes", "float16"),
+        ("head-dims", "0"),
+        ("head-dims", "1e3"),
+        ("kernels", ""),
+    ):
+        assert refused(run("bench", "--tune", "--dry-run", f"--{option}={value}")).startswith(f"--{option}: expected ")
+    assert refused(run("bench", "--tune", "--chip", "90")).startswith("--tune: expected --out DIR and no --chip")
+    assert refused(run("bench", "--tune", "--out", tmp_path / "file")).startswith(
+        "--out: expected a folder, got the file"
+    )
 
 
 # docs/cli.md

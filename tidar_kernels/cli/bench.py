@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from .common import PROGRAM, UserError, add_json_argument, print_json
+from .common import PROGRAM, UserError, add_json_argument, any_path, number, print_json, whole_numbers
 
 SUMMARY = "measure operators, training attention, decoding and strategies on this machine"
 USAGE = "[PART ...] --out DIR | compare OLD.json NEW.json [--fail-over X] | --tune [--dry-run]"
@@ -27,12 +29,43 @@ PARTS = {
     "gpu": ("all that needs a CUDA GPU, parity first", "benchmarks.gpu"),
 }
 CHECKOUT = Path(__file__).resolve().parents[2]
+CHIPS = ("80", "86", "89", "90", "100", "120", "gfx942", "gfx950")
+
+
+def _one_chip(text: str) -> str:
+    """An argparse type: a chip that launch tables know."""
+    if text not in CHIPS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CHIPS)}, got {text!r}")
+    return text
+
+
+def _some_dtypes(text: str) -> str:
+    """An argparse type: dtypes with commas between them."""
+    if not {*text.split(",")} <= {"bfloat16", "float32"}:
+        raise argparse.ArgumentTypeError(f"expected bfloat16, float32, or both with a comma between them, got {text!r}")
+    return text
+
+
+def _head_dims(text: str) -> str:
+    """An argparse type: head dims with commas between them."""
+    if not all(1 <= dim <= 256 for dim in whole_numbers(text)):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 to 256 with commas between them, got {text!r}")
+    return text
+
+
+def _names(text: str) -> str:
+    """An argparse type: names with commas between them; the checkout says which it knows."""
+    if not all(text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return text
+
+
 # Options that --tune hands on to `benchmarks.static.tune`.
-TUNING = {
-    "chip": ("CHIP", "of a dry run: 80, 86, 89, 90, 100, 120, gfx942 or gfx950"),
-    "kernels": ("NAMES", "which kernels, separated by commas; default: all that have tables"),
-    "head-dims": ("DIMS", "which head dims, separated by commas; default: 64,128"),
-    "dtypes": ("NAMES", "bfloat16 (default), float32, or both, separated by commas"),
+TUNING: dict[str, tuple[str, Callable[[str], str], str]] = {
+    "chip": ("CHIP", _one_chip, f"of a dry run: {', '.join(CHIPS[:-1])} or {CHIPS[-1]}"),
+    "kernels": ("NAMES", _names, "which kernels, separated by commas; default: all that have tables"),
+    "head-dims": ("DIMS", _head_dims, "which head dims, separated by commas; default: 64,128"),
+    "dtypes": ("NAMES", _some_dtypes, "bfloat16 (default), float32, or both, separated by commas"),
 }
 ON_CPU = tuple(name for name in PARTS if name != "gpu")
 
@@ -60,13 +93,18 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure, see below")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results file (default: results)")
-    parser.add_argument("--fail-over", type=float, metavar="X", help="with compare: the regression that is too much")
+    parser.add_argument("--out", type=any_path, metavar="DIR", help="folder of the results file (default: results)")
+    parser.add_argument(
+        "--fail-over",
+        type=number(float, lambda x: 0 < x < math.inf, "a finite number > 0"),
+        metavar="X",
+        help="with compare: the regression that is too much",
+    )
     tuning = parser.add_argument_group("launch configurations")
     tuning.add_argument("--tune", action="store_true", help="search them on this GPU instead of measuring parts")
     tuning.add_argument("--dry-run", action="store_true", help="show what compiles for --chip; needs no GPU")
-    for name, (metavar, what) in TUNING.items():
-        tuning.add_argument(f"--{name}", metavar=metavar, help=what)
+    for name, (metavar, kind, what) in TUNING.items():
+        tuning.add_argument(f"--{name}", type=kind, metavar=metavar, help=what)
     add_json_argument(parser)
 
 
@@ -130,6 +168,10 @@ def _compare(options: argparse.Namespace) -> int:
     files = options.parts[1:]
     if len(files) != 2:
         raise UserError(f"compare: expected two results files, OLD.json NEW.json, got {len(files)}")
+    _checkout()
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"compare: expected a results file, got {file!r}")
     limit = [] if options.fail_over is None else ["--fail-over", str(options.fail_over)]
     code = _run_module(
         "benchmarks.reports.compare", *(str(Path(file).resolve()) for file in files), *limit, is_json=options.json
@@ -143,6 +185,10 @@ def _tune(options: argparse.Namespace) -> int:
     """`bench --tune`."""
     if options.parts:
         raise UserError(f"--tune: expected no PART, got {options.parts[0]}")
+    if not options.dry_run and (options.chip is not None or options.out is None):
+        raise UserError("--tune: expected --out DIR and no --chip, or --dry-run: what is timed is the GPU at hand")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out: expected a folder, got the file {options.out}")
     before = _written(options.out)
     given = {name: getattr(options, name.replace("-", "_")) for name in TUNING}
     arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
