@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -249,3 +254,17 @@ def test_bad_decoder_arguments(model, arguments, error, message: str) -> None:
 def test_defaults_come_from_the_model(model) -> None:
     decoder = Decoder(model)
     assert (decoder.block_size, decoder.mask_token_id) == (4, 39)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_decodes_and_has_no_requests(copied: Callable[[Any], Any]) -> None:
+    decoder = Decoder(sharp_model(), 4, batch_size=1, max_len=64)
+    expected = decoder.generate([PROMPTS[0]], 9).tokens
+    decoder.add(PROMPTS[0], 9)
+    decoder.step()
+    other = copied(decoder)
+    assert other.generate([PROMPTS[0]], 9).tokens == expected
+    assert not other.session.requests
+    assert len(decoder.session.requests) == 1
+    with pytest.raises(TypeError, match=r"^session: expected to be used where it was made, got copy or pickle"):
+        copied(decoder.session)

@@ -1,4 +1,4 @@
-"""The decoder and its loss under DeepSpeed's ZeRO, two processes on gloo: after three steps, the weights of one process.
+"""The decoder and its loss under DeepSpeed's ZeRO, two processes on gloo: three steps later, the weights of one.
 
 Needs DeepSpeed, which no extra installs; tried with 0.19.8 and PyTorch 2.13 on the CPU.
 """

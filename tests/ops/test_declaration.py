@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tidar_kernels as tk
 from tests.paths import REPOSITORY
 from tidar_kernels.ops.declaration import Operator
 from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
@@ -83,3 +84,31 @@ def test_operands_reach_their_fields_however_they_are_given() -> None:
     assert step_operator.with_bundles(taken, (*first, None, None, sinks), {}) == expected
     assert step_operator.with_bundles(taken, first, {"sinks": sinks}) == expected
     assert step_operator.with_bundles(taken, first[:9], {"max_context": 4, "sinks": sinks}) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own forward mode
+@pytest.mark.parametrize("name", ["attention", "step_attention"])
+def test_forward_mode_is_refused(name: str) -> None:
+    """PyTorch would drop the tangent; the twin has it."""
+    pattern = tk.patterns.tidar_step(2)
+    q, tangent, keys = (torch.randn(1, 2, pattern.q_len, 16) for _ in range(3))
+    cache, lengths = torch.randn(1, 2, 8, 16), torch.tensor([5], dtype=torch.int32)
+
+    def run(q: Tensor, backend: str | None = None) -> Tensor:
+        if name == "attention":
+            return tk.attention(q, keys, keys, pattern, backend=backend)
+        return tk.step_attention(q, keys, keys, cache, cache, lengths, pattern, backend=backend)
+
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected no forward-mode derivative"):
+        torch.func.jvp(run, (q,), (tangent,))
+    assert torch.func.jvp(lambda q: run(q, "eager"), (q,), (tangent,))[1].any()
+    with torch.autograd.forward_ad.dual_level():  # without a tangent nothing is lost
+        assert torch.equal(run(q), run(q.clone()))
+
+
+def test_tensors_that_are_not_strided_are_refused() -> None:
+    pattern, dense = tk.patterns.causal(6), torch.randn(1, 2, 6, 16)
+    jagged = torch.nested.nested_tensor([torch.randn(2, 6, 16)], layout=torch.jagged)
+    for other in (jagged, dense.to_sparse()):
+        with pytest.raises(TypeError, match=r"^k: expected a strided tensor, got "):
+            tk.attention(dense, other, dense, pattern)

@@ -167,6 +167,13 @@ class Decoder:
             raise ValueError(f"mask_token_id: expected < vocab_size = {model.config.vocab_size}, got {mask_token_id}")
         self._step = StepConfig(strategy, self.mask_token_id, sampling, beta, **common)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or of one in a pickle: the model and how it is decoded, without the requests of this one."""
+        return {name: value for name, value in vars(self).items() if name not in ("_session", "_session_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _session=None, _session_lock=threading.Lock())
+
     @classmethod
     def from_transformers(
         cls,

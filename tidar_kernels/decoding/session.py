@@ -97,6 +97,9 @@ class Session:
         self._under_way: Future[None] | None = None  # the step on the worker
         self._worker: ThreadPoolExecutor | None = None
 
+    def __getstate__(self) -> Any:
+        raise TypeError("session: expected to be used where it was made, got copy or pickle; make another one")
+
     @property
     def free_slots(self) -> int:
         """How many requests could join now."""

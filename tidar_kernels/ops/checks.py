@@ -18,6 +18,8 @@ def tensor(name: str, value: Any, rank: int) -> None:
     """`value` is a tensor of this rank."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {'a nested one' if value.is_nested else value.layout}")
     if value.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(value.shape)}")
 

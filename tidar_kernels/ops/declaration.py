@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["Backend", "Gradient", "Operator", "check_backend", "interpreting", "no_gradient", "no_second_derivative"]
 
@@ -167,7 +168,18 @@ class Operator:
         values = [value for bundle in bundles for value in bundle]
         if others:
             values += [others[name] for name in self._others]
+        if forward_ad._current_level >= 0:
+            self._check_no_tangents(values)
         return self._overload(*[values[i] for i in self._order])  # Dynamo does not trace a picker
+
+    def _check_no_tangents(self, values: list[Any]) -> None:
+        """PyTorch drops tangents at an operator that has no forward derivative, without a word."""
+        for value in values:
+            if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    f"{self.name}: expected no forward-mode derivative through its kernels, got one; "
+                    'backend="eager" has it'
+                )
 
     def is_called_by(self, function: Any) -> bool:
         """Whether `function`, as a mode over calls of PyTorch sees it, is this operator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,31 @@ def test_logits_processors_hand_the_question_on() -> None:
     ids = torch.tensor([PROMPT])
     expected = model.generate(ids, **{**options, "custom_generate": None})
     assert torch.equal(model.generate(ids, **options, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_decoder_has_a_model_of_its_own(copied: Callable[[Any], Any]) -> None:
+    model = tiny()
+    made = decoder(model)
+    expected = made.generate([PROMPT], 12).tokens
+    other = copied(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other.generate([PROMPT], 12).tokens == expected
+    other.model.model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation"):
+        other.generate([PROMPT], 2)
+
+
+def test_offloaded_weights_are_refused_by_name() -> None:
+    """Accelerate keeps them elsewhere, and the model on the device that has no data."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny()
+    made = decoder(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"^model: expected all parameters on one device, got meta"):
+        made.generate([PROMPT], 2)
 
 
 # Positions.

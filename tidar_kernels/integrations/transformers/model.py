@@ -105,6 +105,10 @@ class TransformersModel:
     def parameters(self) -> Iterator[Any]:
         return self.model.parameters()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's model is another one, which `check_ready` looks at."""
+        return {**vars(self), "_state": []}
+
     def check_ready(self) -> None:
         """Raise if the model can no longer be decoded as it could; a decoder asks before each run.
 
@@ -392,6 +396,6 @@ def _check_kind(model: PreTrainedModel) -> None:
 
 def _check_no_autocast(device: torch.device | str) -> None:
     kind = torch.device(device).type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         raise ValueError(f"model: expected no torch.autocast around decoding, got {dtype}; call model.to({dtype})")
