@@ -385,10 +385,10 @@ class Session:
         try:
             self._call_callbacks()
         except BaseException:  # Ctrl-C, and no request's failure: nothing is lost
-            rest = [what for _, *what in self._to_deliver]
-            events += [Event(request.id, tokens, reason) for request, tokens, reason in rest]
+            events += [Event(request.id, tokens, reason) for _, request, tokens, reason in self._to_deliver]
             self._undelivered.append(events)
-            self._to_deliver = deque(([], *what) for what in rest)  # their callbacks come with the next step
+            # Their callbacks come with the next step; the events are told already.
+            self._to_deliver = deque(([], *what[1:]) for what in self._to_deliver)
             raise
         return events
 
