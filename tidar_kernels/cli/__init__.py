@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .. import __version__
-from . import bench, convert, doctor, draw, generate, train
+from . import bench, convert, doctor, draw, generate, lossless, train
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -29,7 +29,15 @@ from .common import (
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = {"generate": generate, "train": train, "convert": convert, "bench": bench, "doctor": doctor, "draw": draw}
+COMMANDS = {
+    "generate": generate,
+    "train": train,
+    "convert": convert,
+    "lossless": lossless,
+    "bench": bench,
+    "doctor": doctor,
+    "draw": draw,
+}
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports a command that SIGPIPE ended
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
 
+from .checkpoints import quiet
 from .common import (
     MAX_BLOCK_SIZE,
     OK,
@@ -67,35 +67,23 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"DST: expected a new or an empty folder, got {target}")  # before seconds of imports
     import_torch()
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"transformers: expected it installed (pip install 'tidar-kernels[hf]'), got: {error}"
-        ) from None
-    from ..integrations.transformers.conversion import convert
-
-    # The one line of an error, or the report, says all that there is to say.
-    logs = transformers.utils.logging
-    verbosity = logs.get_verbosity()
-    logs.set_verbosity(logging.CRITICAL)
-    logs.disable_progress_bar()
-    try:
-        with user_errors(
+    with (
+        quiet(),
+        user_errors(
             Exception,
             rename={"model_path": "SRC", "out_path": "DST", "token": "--mask-token", "tokenizer": "SRC"},
             otherwise="SRC: expected a checkpoint that transformers can read, and room for DST",
-        ):
-            done = convert(
-                options.source,
-                target,
-                block_size=options.block_size,
-                mask_token=options.mask_token,
-                pad_to_multiple_of=options.pad_to_multiple_of,
-            )
-    finally:
-        logs.enable_progress_bar()
-        logs.set_verbosity(verbosity)
+        ),
+    ):
+        from ..integrations.transformers.conversion import convert
+
+        done = convert(
+            options.source,
+            target,
+            block_size=options.block_size,
+            mask_token=options.mask_token,
+            pad_to_multiple_of=options.pad_to_multiple_of,
+        )
     if options.json:
         print_json(asdict(done))
         return OK

@@ -1,12 +1,14 @@
 """Exact decoding: draft rows whose bits are those of single-token decoding, whatever stands beside them.
 
-Attention kernels give that by construction (`tk.step_attention`). Two things outside them do not: a
-matrix product picks its order of summation by how many rows it is given, and the CPU's fused attention by how many
-queries. Inside `exact_rows`, for a pattern's causal rows,
+Attention kernels give that by construction (`tk.step_attention`). Three things outside them do not: a
+matrix product picks its order of summation by how many rows it is given, the CPU's fused attention by how many
+queries, and the CPU's exponentials are those of another routine for the elements that its vectors leave over. Inside
+`exact_rows`, for a pattern's causal rows,
 
     torch.nn.functional.linear    runs as `tidar_kernels.row_invariant_linear`
     gated adapters                run on that as their base, mask rows too
     step attention on the CPU     runs row by row, each as the step of one token that it stands for
+    activations on the CPU        run row by row (`_ELEMENTWISE`)
 
 Mask rows only guess, and keep the fast paths. It is a mode over calls of PyTorch, so the model's code stays as it is;
 what a model multiplies by other means than `linear` (some mixtures of experts) is outside it.
@@ -33,6 +35,19 @@ from ..patterns import Pattern
 __all__ = ["exact_rows"]
 
 
+def _functions(*names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of these names in every form in which a model may call them."""
+    found = (getattr(home, name, None) for home in (F, torch, Tensor) for name in names)
+    return frozenset(function for function in found if function is not None)
+
+
+# What is no exact operation of IEEE 754, so that two routines may differ in the last bit.
+_ELEMENTWISE = _functions(
+    "silu", "gelu", "mish", "elu", "celu", "selu", "softplus", "logsigmoid",
+    "sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log1p", "erf", "cos", "sin", "pow",
+)  # fmt: skip
+
+
 class exact_rows(TorchFunctionMode):  # a context manager, used as a function
     """Context in which the causal rows of a step are exact; see the module.
 
@@ -57,6 +72,8 @@ class exact_rows(TorchFunctionMode):  # a context manager, used as a function
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func in _ELEMENTWISE and not kwargs.get("inplace"):
+            return self._by_row(func, *args, **kwargs)
         if lora_operator.is_called_by(func):
             return lora_operator.with_bundles(self._gated_lora, args, kwargs)
         if step_operator.is_called_by(func) and not interpreting():
@@ -76,3 +93,17 @@ class exact_rows(TorchFunctionMode):  # a context manager, used as a function
             return row_invariant_linear(x, weight, bias)
         exact = row_invariant_linear(x[:, : self.exact], weight, bias)
         return torch.cat([exact, F.linear(x[:, self.exact :], weight, bias)], dim=1)
+
+    def _by_row(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x, others = (args[0], args[1:]) if args else (kwargs.get("input"), ())
+        if not isinstance(x, Tensor) or x.device.type != "cpu" or x.ndim < 3 or x.shape[1] != self.q_len:
+            return func(*args, **kwargs)
+        rows = x[:, : self.exact].contiguous()
+        if len(rows) * self.exact > 1:
+            done = [func(row, *others, **kwargs) for row in rows.flatten(0, 1).unbind()]
+            exact = torch.stack(done).view_as(rows) if done else rows
+        else:
+            exact = func(rows, *others, **kwargs)
+        if self.exact == self.q_len:
+            return exact
+        return torch.cat([exact, func(x[:, self.exact :], *others, **kwargs)], dim=1)

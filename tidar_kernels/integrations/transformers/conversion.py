@@ -9,7 +9,6 @@ greedy text is what it was.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...patterns import check_int
+from .loading import load
 
 __all__ = ["MASK_TOKEN", "Conversion", "add_mask_token", "convert"]
 
 MASK_TOKEN = "<|mask|>"
-_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def convert(
     """Make an autoregressive checkpoint ready for TiDAR: `add_mask_token`, saved as safetensors with its tokenizer.
 
     Args:
-        model_path: a folder, or a name on the Hub, of a causal language model and its tokenizer.
+        model_path: a folder, or a name on the Hub, of a causal language model and its tokenizer; see `loading.load`.
         out_path: a folder that does not exist yet, or is empty. It appears complete or not at all.
         block_size: B, to train and decode with.
         mask_token, pad_to_multiple_of: see `add_mask_token`.
@@ -160,28 +159,7 @@ def convert(
     target = Path(out_path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"out_path: expected a new or an empty folder, got {target}")
-    source: Any = os.fspath(model_path)
-    if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
-    config = AutoConfig.from_pretrained(source).get_text_config()
-    layers = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > _MAX_LAYERS:  # a module each, even before any weight is read
-        raise ValueError(f"model_path: expected num_hidden_layers <= {_MAX_LAYERS} in its configuration, got {layers}")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    try:
-        read: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            "model_path: expected weights of the shapes that its configuration says, got others"
-        ) from error
-    model, loaded = read
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model_path: expected all weights of {type(model).__name__}, got none for {', '.join(missing)}"
-        )
+    model, tokenizer = load(model_path)
     known = len(tokenizer)
     mask_id = add_mask_token(model, tokenizer, mask_token, block_size=block_size, pad_to_multiple_of=pad_to_multiple_of)
     with _appearing(target) as folder:

@@ -1,0 +1,78 @@
+"""A causal language model and its tokenizer from a folder: safetensors, or one GGUF file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+__all__ = ["check_source", "load"]
+
+_MAX_LAYERS = 10_000
+
+
+def load(model_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """`(model, tokenizer)`, the model in evaluation mode.
+
+    Args:
+        model_path: a folder, or a name on the Hub. A folder with one `.gguf` file and no configuration is read with the
+            package `gguf`, its weights dequantised.
+        dtype: of the weights; "auto" is that of the checkpoint.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name. ValueError: weights are missing, or have other shapes than the
+            configuration says. OSError: the checkpoint cannot be read. ImportError: `gguf` is needed and missing.
+    """
+    source = check_source(model_path)
+    file = _gguf_file(source)
+    options: dict[str, Any] = {} if file is None else {"gguf_file": file}
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            "model_path: expected weights of the shapes that its configuration says, got others"
+        ) from error
+    model, loaded = read
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model_path: expected all weights of {type(model).__name__}, got none for {', '.join(missing)}"
+        )
+    if file is not None:  # its weights are ordinary ones now, and can be saved as such
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+def check_source(model_path: str | os.PathLike[str]) -> str:
+    """`model_path` as transformers takes it.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name on the Hub. ValueError: more layers than anything can hold.
+    """
+    source = os.fspath(model_path)
+    if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
+    if _gguf_file(source) is None:
+        config = AutoConfig.from_pretrained(source).get_text_config()
+        layers = getattr(config, "num_hidden_layers", 0)
+        if not isinstance(layers, int) or layers > _MAX_LAYERS:  # a module each, even before any weight is read
+            raise ValueError(
+                f"model_path: expected num_hidden_layers <= {_MAX_LAYERS} in its configuration, got {layers}"
+            )
+    return source
+
+
+def _gguf_file(source: str) -> str | None:
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(each.name for each in folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
