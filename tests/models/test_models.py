@@ -168,7 +168,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def broken(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("tidar_kernels.models.files.os.fsync", broken)
+    monkeypatch.setattr("tidar_kernels.nn.files.os.fsync", broken)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tiny(1), path)
     assert path.read_bytes() == before

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .. import __version__
-from . import bench, convert, doctor, draw, generate, lossless, train
+from . import bench, convert, doctor, draw, generate, lossless, train, train_adapter
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": generate,
     "train": train,
     "convert": convert,
+    "train-adapter": train_adapter,
     "lossless": lossless,
     "bench": bench,
     "doctor": doctor,
@@ -52,6 +53,8 @@ examples:
   {PROGRAM} generate --demo
   {PROGRAM} train --out runs/stdlib --steps 300
   {PROGRAM} convert ./Qwen3-0.6B ./Qwen3-0.6B-tidar --block-size 8
+  {PROGRAM} train-adapter ./Qwen3-0.6B --out runs/adapter
+  {PROGRAM} lossless ./Qwen3-0.6B --strategy isd
   {PROGRAM} bench strategies --out results
   {PROGRAM} doctor --parity
   {PROGRAM} draw step --block-size 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..nn.files import replacing
 from ..nn.rotary import RotaryEmbedding
-from .files import replacing
 from .transformer import Transformer, TransformerConfig
 
 __all__ = ["load_checkpoint", "save_checkpoint"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from .files import replacing
 
 __all__ = ["CONFIG", "WEIGHTS", "number_of", "read_config", "read_weights", "write"]
 
@@ -111,15 +112,7 @@ def write(folder: Path, config: dict[str, Any], pairs: dict[str, tuple[Tensor, T
         for part, tensor in zip("AB", pair, strict=True)
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file whole: an interrupted save leaves the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with replacing(folder / CONFIG) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())

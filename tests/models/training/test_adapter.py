@@ -16,6 +16,7 @@ from tidar_kernels.models.tokenizer import EOS_ID
 from tidar_kernels.models.training import adapter
 from tidar_kernels.models.training.data import Corpus, folder_files
 from tidar_kernels.nn.adapters import add_gated_lora, load_peft_adapter, save_adapter
+from tidar_kernels.nn.distillation import adapter_pattern
 from tidar_kernels.patterns import Role
 
 CONFIG = TransformerConfig(260, 32, 48, 2, 2, 1, 16, mask_token_id=258, block_size=4)
@@ -24,7 +25,7 @@ CONFIG = TransformerConfig(260, 32, 48, 2, 2, 1, 16, mask_token_id=258, block_si
 @pytest.mark.parametrize(("seq_len", "block"), [(12, 4), (7, 3)])
 def test_rows_of_isd(seq_len: int, block: int) -> None:
     """Masks are a chain after the tokens before their block, and predict the token at their own position."""
-    pattern = adapter.training_pattern("isd", seq_len, block)
+    pattern = adapter_pattern("isd", seq_len, block)
     dense = pattern.dense()
     for q in range(2 * seq_len):
         position, is_mask = int(pattern.positions[q]), int(pattern.roles[q]) == Role.MASK
@@ -115,7 +116,7 @@ def test_the_shipped_adapter_drafts_and_says_nothing(capsys: pytest.CaptureFixtu
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r'^pattern: expected "isd" or "tidar", got "?\'?flare'):
-        adapter.training_pattern("flare", 8, 4)
+        adapter_pattern("flare", 8, 4)
     with pytest.raises(SystemExit):
         adapter.main([])
     assert "expected one of --out and --ship" in capsys.readouterr().err

@@ -20,23 +20,22 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ... import patterns
 from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
-from ...patterns import Pattern, Role
+from ...nn.distillation import adapter_pattern, distillation_loss
+from ...patterns import Role
 from ..shipped import ADAPTER, FIGURES, load_shipped
 from ..transformer import Transformer
 from .data import Corpus, document_lengths
 from .progress import Progress
 
-__all__ = ["AdapterConfig", "main", "train", "training_pattern"]
+__all__ = ["AdapterConfig", "main", "train"]
 
 MAX_BYTES = 1_000_000
 
@@ -61,27 +60,6 @@ class AdapterConfig:
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, self.steps - warm_up))))
-
-
-def training_pattern(
-    kind: str, seq_len: int, block_size: int, document_lengths: Sequence[int] | None = None
-) -> Pattern:
-    """Rows of a window: tokens, which predict nothing here, and masks, which predict the token at their position.
-
-    With `document_lengths`, tokens of each document, the window's documents do not see each other.
-
-    Raises:
-        ValueError: `kind` is neither "isd" nor "tidar".
-    """
-    if kind == "isd":
-        pattern = patterns.idlm_training(seq_len, block_size, document_lengths)
-    elif kind == "tidar":
-        pattern = patterns.tidar_training(seq_len, block_size, document_lengths)
-    else:
-        raise ValueError(f'pattern: expected "isd" or "tidar", got {kind!r}')
-    is_mask = pattern.roles == int(Role.MASK)
-    token = torch.arange(seq_len, dtype=torch.int32, device="cpu").repeat(2)  # of each row
-    return replace(pattern, predicts=torch.where(is_mask, token, -1), name=f"{kind}_adapter")
 
 
 def train(model: Transformer, config: AdapterConfig, corpus: Corpus, progress: Progress | None = None) -> list[float]:
@@ -110,38 +88,23 @@ def training_loss(model: Transformer, tokens: Tensor, kind: str, block_size: int
     """`distillation_loss` of windows `tokens` int64 `[batch, S]`, whose documents do not see each other.
 
     Raises:
-        ValueError: as `training_pattern`.
+        ValueError: as `adapter_pattern`.
     """
     lengths = document_lengths(tokens)
     if len(lengths) == len(tokens):
-        pattern = _training_pattern(kind, tokens.shape[1], block_size)
+        pattern = _adapter_pattern(kind, tokens.shape[1], block_size)
     else:  # one sequence of all windows' documents
         tokens = tokens.reshape(1, -1)
-        pattern = training_pattern(kind, tokens.shape[1], block_size, lengths)
+        pattern = adapter_pattern(kind, tokens.shape[1], block_size, lengths)
     is_mask = pattern.roles == int(Role.MASK)
     rows = tokens.repeat(1, 2).masked_fill(is_mask, int(model.config.mask_token_id or 0))
     with lora_gate(is_mask):
         hidden = model(rows, pattern)
-    return distillation_loss(model, hidden, pattern)
+    return distillation_loss(hidden, model.logits, pattern)
 
 
 # One object per shape: a pattern keeps what is derived from it.
-_training_pattern = functools.lru_cache(maxsize=8)(training_pattern)
-
-
-def distillation_loss(model: Transformer, hidden: Tensor, pattern: Pattern) -> Tensor:
-    """Cross entropy of the mask rows from the frozen model's own distribution at their positions, nats a row.
-
-    `hidden [batch, rows, hidden]` are those of `pattern`. The row of the token before a position says what the model
-    expects there; the first token of a document has none.
-    """
-    is_mask = pattern.roles == int(Role.MASK)
-    asked = pattern.positions[is_mask] > 0
-    token = pattern.predicts[is_mask][asked].long()
-    logits = model.logits(hidden[:, is_mask][:, asked])
-    expected = model.logits(hidden[:, ~is_mask]).detach()[:, token - 1].softmax(-1)
-    total = F.cross_entropy(logits.flatten(0, 1), expected.flatten(0, 1), reduction="sum")
-    return total / max(1, logits.shape[:2].numel())  # nothing is asked where every document is one token
+_adapter_pattern = functools.lru_cache(maxsize=8)(adapter_pattern)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

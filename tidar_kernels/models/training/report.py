@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ...nn.files import replacing
 from .config import TrainConfig
 from .evaluate import evaluate_briefly
 from .trainer import Trainer

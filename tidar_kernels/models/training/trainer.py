@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...nn.files import replacing
 from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
 from ..checkpoint import save_checkpoint
-from ..files import replacing
 from ..tokenizer import MASK_ID, VOCAB_SIZE
 from ..transformer import Transformer, TransformerConfig
 from .config import STATE, TrainConfig
