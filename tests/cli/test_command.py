@@ -219,13 +219,16 @@ def test_bench_refuses(run: Run, tmp_path: Path) -> None:
 
 def test_every_json_field_is_documented(run: Run, healthy: None) -> None:
     page = (REPOSITORY / "docs" / "cli.md").read_text()
-    sections = dict(zip(*[iter(re.split(r"^## (\w+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    sections = dict(zip(*[iter(re.split(r"^## ([\w-]+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
     assert list(sections) == list(cli.COMMANDS)
     reports = {
         "generate": FIGURES.keys() | SETTING.keys() | {"modes", "identical", "promise"},
         "doctor": json.loads(run("doctor", "--device", "cpu", "--json")[1]).keys(),
         "draw": json.loads(run("draw", "step", "--json")[1]).keys(),
         "bench": {"parts", "files"},
+        "train-adapter": {"out", "steps", "loss", "before", "after", "seconds"},
+        "lossless": {"model", "dtype", "strategy", "block_size", "exact", "max_new_tokens", "temperature", "seed"}
+        | {"prompts", "equal", "equal_bits", "new_tokens", "forwards", "stages", "trajectories", "versions"},
         "convert": {"path", "model", "block_size", "mask_token", "mask_token_id", "added", "vocab_size", "parameters"},
     }
     for command, fields in reports.items():
