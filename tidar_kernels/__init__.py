@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import eager, patterns
+    from . import distributed, eager, patterns
     from .cache import KVCache
     from .decoding import Decoder, GenerationResult, Session, strategies
     from .integrations.patch import patch, use_pattern
@@ -38,6 +38,7 @@ __all__ = [
     "append_kv",
     "attention",
     "compact_kv",
+    "distributed",
     "eager",
     "gated_lora",
     "load_peft_adapter",
@@ -75,7 +76,12 @@ _MODULES = {
     "ops.verify": ("SamplingParams", "sample", "verify"),
     "patterns": ("Pattern",),
 }
-_ROOMS = {"eager": ".eager", "patterns": ".patterns", "strategies": ".decoding.strategies"}
+_ROOMS = {
+    "distributed": ".distributed",
+    "eager": ".eager",
+    "patterns": ".patterns",
+    "strategies": ".decoding.strategies",
+}
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -358,6 +358,22 @@ EVERY_KIND = [
 EVERY_KIND.append(patterns.packed(EVERY_KIND))
 
 
+@pytest.mark.parametrize("pattern", [*EVERY_KIND, patterns.tree([-1, 0, 0, 1, 2])], ids=lambda p: p.name[:40])
+def test_a_subset_has_the_rows_that_it_names(pattern: Pattern) -> None:
+    rows = torch.randperm(pattern.q_len)[: pattern.q_len // 2]
+    some = pattern.subset(rows)
+    assert torch.equal(some.dense(), pattern.dense()[rows])
+    for same in ("positions", "roles", "predicts"):
+        assert torch.equal(getattr(some, same), getattr(pattern, same)[rows])
+    if pattern.tree_mask is None:
+        assert torch.equal(some.windowed(3).dense(2), pattern.windowed(3).dense(2)[rows])
+    assert some.kv_len == pattern.kv_len
+    assert pattern.subset(rows[:0]).q_len == 0
+    for wrong, error in ((rows.int(), TypeError), (rows[None], ValueError), (rows + pattern.q_len, ValueError)):
+        with pytest.raises(error, match=r"^rows: expected"):
+            pattern.subset(wrong)
+
+
 def within(pattern: Pattern, window: int, context_len: int) -> torch.Tensor:
     """The mask of a window, from absolute positions: a query sees keys less than `window` positions before it."""
     keys = torch.cat([torch.arange(context_len), context_len + pattern.key_positions.long()])

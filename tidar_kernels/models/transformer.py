@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import KVCache
+from ..distributed import ContextParallel
 from ..nn.attention import RMSNorm, RotaryEmbedding, TiDARAttention
 from ..patterns import Pattern
 from .settings import MODEL_SIZES, check_settings, setting
@@ -110,7 +111,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern | ContextParallel, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), pattern, rotary=rotary, cache=cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -135,18 +138,20 @@ class Transformer(nn.Module):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.num_layers) ** 0.5 if residual else 0.02)
 
-    def forward(self, tokens: Tensor, pattern: Pattern, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, pattern: Pattern | ContextParallel, cache: KVCache | None = None) -> Tensor:
         """Hidden states of every row of `pattern`.
 
         Args:
             tokens: int64 `[batch, pattern.q_len]`.
-            pattern: the rows' intervals and positions.
+            pattern: the rows' intervals and positions. With a `ContextParallel`, tokens and result are those of this
+                rank's rows, and there is no cache.
             cache: context keys and values; the pattern's causal rows are written after it, not yet committed.
 
         Returns:
             `[batch, q_len, hidden_size]`, after the final norm.
         """
-        positions = pattern.on(tokens.device)[2]
+        rows = pattern.local if isinstance(pattern, ContextParallel) else pattern
+        positions = rows.on(tokens.device)[2]
         if cache is not None:
             positions = cache.lengths[:, None] + positions
         rotary = self.rotary(positions, self.embed_tokens.weight.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import KVCache
+from ..distributed import ContextParallel
 from ..patterns import Pattern
 from .rotary import RotaryEmbedding, apply_rotary
 
@@ -73,7 +74,7 @@ class TiDARAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        pattern: Pattern,
+        pattern: Pattern | ContextParallel,
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
@@ -82,7 +83,8 @@ class TiDARAttention(nn.Module):
 
         Args:
             x: `[batch, pattern.q_len, hidden_size]`.
-            pattern: which rows see what.
+            pattern: which rows see what. With a `ContextParallel`, x and rotary are those of this rank's rows, and
+                there is no cache.
             rotary: `(cos, sin)` from `RotaryEmbedding`, or None for no rotation.
             cache: with it, rows see the committed context too, and the K/V of the pattern's causal rows, or of a tree's
                 nodes, is written after the committed tokens; `cache.commit` decides later how many of them stay. For
@@ -92,7 +94,7 @@ class TiDARAttention(nn.Module):
             `[batch, q_len, hidden_size]`.
 
         Raises:
-            RuntimeError: in a backward pass through a call with a cache.
+            TypeError: a cache beside a `ContextParallel`. RuntimeError: in a backward pass through a call with a cache.
         """
         batch, rows, _ = x.shape
         q = self.q_proj(x).view(batch, rows, self.num_heads, self.head_dim)
@@ -103,7 +105,13 @@ class TiDARAttention(nn.Module):
         if cache is None:
             if rotary is not None:
                 q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-            out = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v, pattern)
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+            if isinstance(pattern, ContextParallel):
+                out = pattern.attention(q, k, v)
+            else:
+                out = ops.attention(q, k, v, pattern)
+        elif isinstance(pattern, ContextParallel):
+            raise TypeError("pattern: expected a tidar_kernels.Pattern beside a cache, got ContextParallel")
         else:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             keep = pattern.kept_len

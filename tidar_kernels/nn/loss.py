@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..distributed import ContextParallel
+from ..distributed.collectives import all_reduced
 from ..ops.checks import FLOAT_DTYPES, shape, tensor
 from ..patterns import Pattern, Role, check_int
 
@@ -95,19 +97,24 @@ def _labels(tokens: Tensor, pattern: Pattern, ignore_index: int) -> tuple[Tensor
     return labels, torch.stack([known & ~mask_rows, known & mask_rows]).float()
 
 
-def label_counts(tokens: Tensor, pattern: Pattern, *, ignore_index: int = -100) -> Tensor:
+def label_counts(tokens: Tensor, pattern: Pattern | ContextParallel, *, ignore_index: int = -100) -> Tensor:
     """How many clean rows and how many mask rows have a label: float32 `[2]` on the device of `tokens`.
 
-    Summed over the batches of an accumulated step, and over devices, they are what `tidar_loss` divides by there.
+    Summed over the batches of an accumulated step, and over devices, they are what `tidar_loss` divides by there. Of a
+    `ContextParallel` the rows of all its ranks are counted.
     """
-    return _labels(tokens, pattern, ignore_index)[1].sum(dim=(1, 2))
+    return _labels(tokens, _whole(pattern), ignore_index)[1].sum(dim=(1, 2))
+
+
+def _whole(pattern: Pattern | ContextParallel) -> Pattern:
+    return pattern.pattern if isinstance(pattern, ContextParallel) else pattern
 
 
 def tidar_loss(
     hidden: Tensor,
     head: Tensor | Callable[[Tensor], Tensor],
     tokens: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | ContextParallel,
     *,
     alpha: float = 1.0,
     ignore_index: int = -100,
@@ -120,13 +127,15 @@ def tidar_loss(
     mask rows the one they hide. Each mean is over the rows of its kind that have a label; one without any counts 0.
 
     Args:
-        hidden: `[batch, pattern.q_len, hidden_size]`, the model's output before the lm_head.
+        hidden: `[batch, pattern.q_len, hidden_size]`, the model's output before the lm_head; with a `ContextParallel`
+            that of this rank's rows.
         head: `[vocab_size, hidden_size]`, the lm_head's weight, in the dtype of `hidden` (any under autocast); or a
             function from rows `[n, hidden_size]` to their logits, for heads that are more than a weight (it runs again
             in the backward).
         tokens: int64 `[batch, S]`, the clean tokens that the rows predict; `ignore_index` where none should
             (padding, prompts).
-        pattern: a training pattern.
+        pattern: a training pattern. With a `ContextParallel`, a collective, `loss` is the share of this rank's rows,
+            and the shares of all ranks add up to the loss; the two means are over the rows of all ranks, on each.
         alpha: weight of the autoregressive mean, finite, >= 0.
         ignore_index: the label that counts for nothing.
         chunk_size: rows whose logits exist at a time; memory `chunk_size * vocab_size * 4` bytes.
@@ -142,8 +151,9 @@ def tidar_loss(
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"hidden: expected a float dtype, got {hidden.dtype}")
     tensor("tokens", tokens, 2)
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, (Pattern, ContextParallel)):
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+    local, whole = pattern.local if isinstance(pattern, ContextParallel) else pattern, _whole(pattern)
     vocab_size = None
     if isinstance(head, Tensor) or not callable(head):
         tensor("head", head, 2)
@@ -157,13 +167,13 @@ def tidar_loss(
         if isinstance(operand, Tensor) and operand.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {operand.device}")
     hidden_size = head.shape[1] if isinstance(head, Tensor) else hidden.shape[2]
-    if hidden.shape[1] != pattern.q_len or hidden.shape[2] != hidden_size:
-        expected = f"[batch, {pattern.q_len}, {hidden_size}]"
-        raise ValueError(f"hidden: expected shape {expected} for {pattern.name}, got {list(hidden.shape)}")
-    if pattern.num_labels < 1:
-        raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {pattern.name}")
-    if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < pattern.num_labels:
-        expected = f"[{hidden.shape[0]}, >= {pattern.num_labels}]"
+    if hidden.shape[1] != local.q_len or hidden.shape[2] != hidden_size:
+        expected = f"[batch, {local.q_len}, {hidden_size}]"
+        raise ValueError(f"hidden: expected shape {expected} for {local.name}, got {list(hidden.shape)}")
+    if whole.num_labels < 1:
+        raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {whole.name}")
+    if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < whole.num_labels:
+        expected = f"[{hidden.shape[0]}, >= {whole.num_labels}]"
         raise ValueError(f"tokens: expected shape {expected}, got {list(tokens.shape)}")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
@@ -177,14 +187,14 @@ def tidar_loss(
         tensor("counts", counts, 1)
         shape("counts", counts, (2,))
 
-    labels, kinds = _labels(tokens, pattern, ignore_index)
+    labels, kinds = _labels(tokens, local, ignore_index)
     known = labels != ignore_index
     if vocab_size is not None and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[known & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(f"tokens: expected labels in [0, {vocab_size}) or {ignore_index}, got {int(wrong[0])}")
     # Rows of a kind share its weight equally; a kind without rows has none to share.
-    own = kinds.sum(dim=(1, 2))
+    own = kinds.sum(dim=(1, 2)) if local is whole else label_counts(tokens, whole, ignore_index=ignore_index)
     share = kinds / own.clamp(min=1.0).view(2, 1, 1)
     divisor = own if counts is None else counts.to(own)
     kind_weights = kinds / divisor.clamp(min=1.0).view(2, 1, 1)
@@ -195,4 +205,6 @@ def tidar_loss(
     else:
         loss, losses = _chunked_by_head(hidden.flatten(0, 1), head, *rows)
     means = (losses.view(labels.shape) * share).sum(dim=(1, 2))
+    if isinstance(pattern, ContextParallel):
+        means = all_reduced(means, pattern.group)
     return TiDARLoss(loss, means[0], means[1])

@@ -94,8 +94,8 @@ def sinks(value: Any, q: Tensor) -> Tensor | None:
     return value
 
 
-def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any) -> None:
-    """q, k and v, 4-D tensors of one kind, fit each other and the pattern."""
+def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, num_keys: int | None = None) -> None:
+    """q, k and v, 4-D tensors of one kind, fit each other and the pattern; `num_keys` where k and v have not all."""
     batch, num_heads, q_len, head_dim = q.shape
     of_keys = k.shape
     num_kv_heads = of_keys[1]
@@ -109,8 +109,9 @@ def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any) -> None:
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
     if q_len != pattern.q_len:
         raise ValueError(f"q: expected {pattern.q_len} rows for {pattern.name}, got {q_len}")
-    if of_keys[2] != pattern.kv_len:
-        raise ValueError(f"k: expected {pattern.kv_len} in-flight keys for {pattern.name}, got {of_keys[2]}")
+    expected = pattern.kv_len if num_keys is None else num_keys
+    if of_keys[2] != expected:
+        raise ValueError(f"k: expected {expected} in-flight keys for {pattern.name}, got {of_keys[2]}")
 
 
 def caches(k_cache: Tensor, v_cache: Tensor, batch: int, num_kv_heads: int, head_dim: int) -> int:

@@ -362,6 +362,20 @@ class Pattern(_Derived):
         name = f"{self.name}.windowed({window})"
         return replace(self, lead=clipped[0], own=clipped[1], reach=reach, tree_mask=tree_mask, name=name)
 
+    def subset(self, rows: Tensor) -> Pattern:
+        """Some of the rows, in the order of `rows` int64 `[n]`, over all of the keys: what one of several devices has.
+
+        Raises:
+            TypeError, ValueError: `rows` is not an int64 CPU tensor of row indices.
+        """
+        _check_tensor("rows", rows, torch.int64)
+        if rows.ndim != 1 or bool(((rows < 0) | (rows >= self.q_len)).any()):
+            raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.tolist()[:8]}")
+        by_row = ("lead", "own", "positions", "roles", "predicts", "reach", "tree_mask")
+        of_rows = {name: getattr(self, name) for name in by_row}
+        chosen = {name: None if value is None else value[rows] for name, value in of_rows.items()}
+        return replace(self, **chosen, name=f"{len(rows)} of {self.name}")
+
     def dense(self, context_len: int = 0) -> Tensor:
         """The mask as booleans, `[q_len, context_len + kv_len]`, context columns first: the oracle of every test.
 

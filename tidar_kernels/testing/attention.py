@@ -149,6 +149,14 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     replace(_CASE, name="long_blocks", pattern=patterns.tidar_training(60, 64)),
     replace(_CASE, name="irregular", pattern=irregular_pattern(90, 70)),
     replace(_CASE, name="irregular_fp16", pattern=irregular_pattern(50, 110, seed=1), dtype=torch.float16),
+    # Rows of one rank of several: runs from all over the sequence, over all keys.
+    replace(
+        _CASE,
+        name="sharded",
+        pattern=patterns.tidar_training(75, 8).subset(
+            torch.tensor([*range(16, 32), *range(64, 80), *range(112, 150)], device="cpu")
+        ),
+    ),
     replace(_CASE, name="no_keys", pattern=irregular_pattern(6, 0)),
     replace(_CASE, name="packed", pattern=patterns.packed([patterns.tidar_training(s, 4) for s in (9, 1, 30)])),
     replace(_CASE, name="softcap_50", softcap=50.0, scale=4.0),

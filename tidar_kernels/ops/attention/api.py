@@ -15,7 +15,7 @@ from ..declaration import Backend, Gradient, Operator, check_backend, no_second_
 from ..operands import Keys, Results, Rows, Scores
 from . import cpu, reference
 
-__all__ = ["attention", "operator"]
+__all__ = ["attention", "backward", "checked", "operator", "sinks_backward"]
 
 
 def attention(
@@ -62,15 +62,7 @@ def attention(
 
     Twin: `tidar_kernels.eager.attention`. Kernels: `triton_forward.py` and `triton_backward.py` beside this file.
     """
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        checks.tensor(name, value, 4)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    checks.same_kind(q, k=k, v=v)
-    checks.attention_operands(q, k, v, pattern)
-    scores = Scores(checks.scale(scale, q.shape[3]), checks.softcap(softcap), checks.sinks(sinks, q))
-    check_backend(backend, q.device)
+    q, k, v, scores = checked(q, k, v, pattern, scale, softcap, sinks, backend)
     if backend == "eager":
         return reference.attention(q, k, v, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
     if pattern.tree_mask is not None:
@@ -79,6 +71,30 @@ def attention(
     lead, own, *_ = (pattern.lead, pattern.own) if q.device == pattern.lead.device else pattern.on(q.device)
     out, lse = operator(Rows(q, lead, own), Keys(k, v), scores)
     return (out, lse) if return_lse else out
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: Backend | None,
+    num_keys: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Scores]:
+    """The operands of `attention`, checked, and cast if there is autocast; k and v have `num_keys` keys, if given."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, value, 4)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    checks.same_kind(q, k=k, v=v)
+    checks.attention_operands(q, k, v, pattern, num_keys)
+    scores = Scores(checks.scale(scale, q.shape[3]), checks.softcap(softcap), checks.sinks(sinks, q))
+    check_backend(backend, q.device)
+    return q, k, v, scores
 
 
 def _kernel() -> Callable[..., Any]:
@@ -107,11 +123,11 @@ def _backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     results = Results(out, lse, grad_out, grad_lse)
     dq, dk, dv = backward(Rows(q, lead, own), Keys(k, v), ctx.scores, results)
-    of_sinks = _sinks_backward(results, sinks) if "sinks" in needed else None
+    of_sinks = sinks_backward(results, sinks) if "sinks" in needed else None
     return {"q": dq, "k": dk, "v": dv, "sinks": of_sinks}
 
 
-def _sinks_backward(results: Results, sinks: Tensor) -> Tensor:
+def sinks_backward(results: Results, sinks: Tensor) -> Tensor:
     """A sink takes the share exp(sink - lse) of every row of its head from out, and is that share of what moves lse."""
     out, lse, grad_out, grad_lse = results
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
