@@ -82,9 +82,10 @@ def mesh() -> Any:
     return dist.init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def all_cases() -> dict[str, tuple[Tensor, Tensor, list[Results]]]:
-    """Of each case this rank's rows and keys, and its results: twice, and with the gathered keys kept."""
-    found = {}
+def everything() -> dict[str, Any]:
+    """Of each case this rank's rows and keys, and its results: twice, and with the gathered keys kept; and what
+    `functions` says."""
+    found: dict[str, Any] = {"functions": functions()}
     for name, case in CASES.items():
         operands = case.operands(case.dtype)
         runs = []
@@ -167,8 +168,8 @@ def _error(function: Callable[[], Any]) -> str:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.distributed)])
 def ranks(request: pytest.FixtureRequest) -> list[Any]:
-    """What every rank found of all cases."""
-    return on_ranks(request.param, all_cases)
+    """What every rank found."""
+    return on_ranks(request.param, everything)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -202,9 +203,8 @@ def test_runs_give_the_same_bits(ranks: list[Any], name: str) -> None:
             assert all(torch.equal(first[key], other[key]) for key in first)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.distributed)])
-def test_functions(world: int) -> None:
-    for said in on_ranks(world, functions):
+def test_functions(ranks: list[Any]) -> None:
+    for said in (part["functions"] for part in ranks):
         errors = said.pop("errors")
         assert all(said.values()), said
         expected = [

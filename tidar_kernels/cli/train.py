@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from .memory import check_memory, step_bytes, training_bytes
 if TYPE_CHECKING:
     import torch
 
+    from ..models.training.parallel import Parallel
     from ..models.training.trainer import Trainer
 
 SUMMARY = "train the package's own byte-level decoder on a folder of text"
@@ -56,6 +58,7 @@ examples:
   {PROGRAM} train --out runs/stdlib --resume
   {PROGRAM} train --print-config --lr 0.002 > run.toml
   {PROGRAM} train --out runs/notes --config run.toml --data notes --suffix .md
+  torchrun --nproc-per-node 4 -m tidar_kernels train --out runs/four --context-parallel 2
 """
 
 _MAX_STEPS = 2**31 - 1
@@ -63,6 +66,7 @@ _MAX_STEPS = 2**31 - 1
 # Arguments of the package whose errors are about an option.
 _OPTION_OF = {
     "folder": "--data",
+    "context_parallel": "--context-parallel",
     "corpus": "--data",
     "held_out": "--held-out",
     "init": "--init",
@@ -100,6 +104,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_argument(run)
     add_json_argument(run)
+
+    several = parser.add_argument_group("several processes (torchrun)")
+    several.add_argument(
+        "--context-parallel",
+        type=whole_number(1, 2**16),
+        default=1,
+        metavar="N",
+        help="processes that share out the rows of each sequence; the others share out a step's sequences (default: 1)",
+    )
+    several.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard weights, gradients and optimisers over all processes (FSDP2); default whole in each (DDP)",
+    )
 
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -169,10 +187,47 @@ def run(options: argparse.Namespace) -> int:
     _check_out(options)
 
     import_torch()
-    device = resolve_device(options.device)
-    trainer, held_out = _trainer(options, config, given.get("steps"), device)
-    with _folder(options.out):
-        return _train(trainer, held_out, options)
+    launched = _launched(options)
+    device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}" if launched and _on_gpus(options) else options.device)
+    with _parallel(options, device) if launched else nullcontext() as parallel:
+        trainer, held_out = _trainer(options, config, given.get("steps"), device, parallel)
+        with _folder(options.out):
+            return _train(trainer, held_out, options)
+
+
+def _launched(options: argparse.Namespace) -> bool:
+    """Whether this process is one of several that `torchrun`, or something like it, has started."""
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return True
+    if options.fsdp or options.context_parallel > 1:
+        option = "--fsdp" if options.fsdp else "--context-parallel"
+        raise UserError(f"{option}: expected processes started by torchrun, got one process without")
+    return False
+
+
+def _on_gpus(options: argparse.Namespace) -> bool:
+    """Whether every process takes the GPU of its number."""
+    import torch
+
+    return options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+
+
+@contextmanager
+def _parallel(options: argparse.Namespace, device: torch.device) -> Iterator[Parallel]:
+    """This process among those that train together, till the end of the block."""
+    import torch
+    import torch.distributed as dist
+
+    from ..models.training.parallel import Parallel
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with user_errors(ValueError, rename=_OPTION_OF):
+        parallel = Parallel.launched(str(device), options.context_parallel, options.fsdp)
+    try:
+        yield parallel
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -233,7 +288,11 @@ def _check_out(options: argparse.Namespace) -> None:
 
 
 def _trainer(
-    options: argparse.Namespace, config: TrainConfig | None, steps: int | None, device: torch.device
+    options: argparse.Namespace,
+    config: TrainConfig | None,
+    steps: int | None,
+    device: torch.device,
+    parallel: Parallel | None,
 ) -> tuple[Trainer, dict[str, bytes]]:
     """A new trainer, or without `config` the one that was saved; and the held-out texts.
 
@@ -268,9 +327,9 @@ def _trainer(
         corpus, held_out = Corpus(files), files.held_out_texts()
     if config is None:
         with user_errors(Exception, rename=_OPTION_OF, otherwise=damaged):
-            return Trainer.resume(options.out, corpus, steps, str(device)), held_out
+            return Trainer.resume(options.out, corpus, steps, str(device), parallel), held_out
     with user_errors(ValueError, rename=_OPTION_OF):
-        return Trainer(config, corpus, init=init, device=str(device)), held_out
+        return Trainer(config, corpus, init=init, device=str(device), parallel=parallel), held_out
 
 
 def _check_memory(config: TrainConfig, device: torch.device) -> None:
@@ -293,7 +352,10 @@ def _check_memory(config: TrainConfig, device: torch.device) -> None:
 
 def _train(trainer: Trainer, held_out: dict[str, bytes], options: argparse.Namespace) -> int:
     """Train, evaluate and report; what is for people goes to standard error where a program reads the rest."""
+    silent = trainer.parallel is not None and not trainer.parallel.is_first
     say = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    if silent:
+        say = partial(print, file=io.StringIO())
     try:
         say(_heading(trainer))
         while True:
@@ -303,7 +365,8 @@ def _train(trainer: Trainer, held_out: dict[str, bytes], options: argparse.Names
             if trainer.done == trainer.config.steps:
                 break
     except KeyboardInterrupt as interrupt:
-        print(_stopped(trainer, options.out, interrupt), file=sys.stderr)
+        if not silent:
+            print(_stopped(trainer, options.out, interrupt), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         raise
@@ -312,6 +375,15 @@ def _train(trainer: Trainer, held_out: dict[str, bytes], options: argparse.Names
     except FloatingPointError as error:
         print(f"{PROGRAM}: error: {one_line(error)}; {_kept(trainer, options.out)}", file=sys.stderr)
         return FAILED
+    except RuntimeError as error:
+        if trainer.parallel is None:
+            raise
+        print(
+            f"{PROGRAM}: error: a process was lost ({one_line(error)}); {_kept(trainer, options.out)}", file=sys.stderr
+        )
+        return FAILED
+    if silent:
+        return OK
     report = _report(trainer, files)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
@@ -325,8 +397,13 @@ def _heading(trainer: Trainer) -> str:
     corpus = trainer.corpus
     parameters = sum(p.numel() for p in trainer.parameters)
     held_out = len(corpus.files.held_out)
+    where = trainer.device
+    if trainer.parallel is not None:
+        data, context = trainer.parallel.mesh.shape
+        kind = "FSDP2" if trainer.parallel.sharded else "DDP"
+        where = f"{where}, {data * context} processes (data {data} x context {context}, {kind})"
     return (
-        f"{parameters:,} parameters on {trainer.device}; {corpus.num_files} files of {len(corpus.tokens):,} tokens in "
+        f"{parameters:,} parameters on {where}; {corpus.num_files} files of {len(corpus.tokens):,} tokens in "
         f"{corpus.files.folder}, {held_out} more held out; step {trainer.done} of {trainer.config.steps}"
     )
 
@@ -334,11 +411,17 @@ def _heading(trainer: Trainer) -> str:
 def _evaluate(
     trainer: Trainer, held_out: dict[str, bytes], out: Path, say: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """Evaluate, print a table, write figures and curve; the paths of what the run has written."""
+    """Evaluate, print a table, write figures and curve; the paths of what the run has written.
+
+    Of several processes the first does; the others give it their parts of the weights.
+    """
     from ..models.training.report import CURVE, FIGURES, draw_curve, evaluate_run, run_figures, write_figures
     from ..models.training.trainer import WEIGHTS
 
-    evaluation = evaluate_run(trainer, held_out)
+    model = trainer.whole_model()
+    if model is None:
+        return {}
+    evaluation = evaluate_run(trainer, held_out, model)
     for line in _evaluation_lines(evaluation):
         say(line)
     figures = {

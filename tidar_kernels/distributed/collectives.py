@@ -20,7 +20,7 @@ _collective = torch.ops._c10d_functional
 
 def all_reduced(x: Tensor, group: str) -> Tensor:
     """The sum of `x` over the ranks of a group, on all of them; not differentiable."""
-    return _collective.wait_tensor(_collective.all_reduce(x.detach(), "sum", group))  # type: ignore[no-any-return]
+    return _collective.wait_tensor(_collective.all_reduce(x.detach(), "sum", group))
 
 
 class Shards:

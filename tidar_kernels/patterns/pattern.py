@@ -372,8 +372,8 @@ class Pattern(_Derived):
         if rows.ndim != 1 or bool(((rows < 0) | (rows >= self.q_len)).any()):
             raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.tolist()[:8]}")
         by_row = ("lead", "own", "positions", "roles", "predicts", "reach", "tree_mask")
-        of_rows = {name: getattr(self, name) for name in by_row}
-        chosen = {name: None if value is None else value[rows] for name, value in of_rows.items()}
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in by_row}
+        chosen = {name: None if value is None else value[rows] for name, value in chosen.items()}
         return replace(self, **chosen, name=f"{len(rows)} of {self.name}")
 
     def dense(self, context_len: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
     config.py     every setting of a run
     data.py       its text
     trainer.py    the run itself, its checkpoints
+    parallel.py   the same on several processes
     progress.py   the line that it shows
     evaluate.py   what a model is worth on held-out text
     report.py     figures and loss curve

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...nn.files import replacing
+from ..transformer import Transformer
 from .config import TrainConfig
 from .evaluate import evaluate_briefly
 from .trainer import Trainer
@@ -22,11 +23,15 @@ CURVE = "loss_curve.png"
 _CURVE_POINTS = 150
 
 
-def evaluate_run(trainer: Trainer, texts: dict[str, bytes]) -> dict[str, Any]:
-    """`evaluate_briefly` on held-out texts, with its `step`; kept in `trainer.evaluations`."""
+def evaluate_run(trainer: Trainer, texts: dict[str, bytes], model: Transformer | None = None) -> dict[str, Any]:
+    """`evaluate_briefly` on held-out texts, with its `step`; kept in `trainer.evaluations`.
+
+    Args:
+        model: the trainer's with whole weights (`Trainer.whole_model`); default the trainer's own.
+    """
     start = time.monotonic()
     config = trainer.config
-    figures = evaluate_briefly(trainer.model, texts, config.block_sizes, config.seq_len)
+    figures = evaluate_briefly(model or trainer.model, texts, config.block_sizes, config.seq_len)
     evaluation = {"step": trainer.done, "seconds": time.monotonic() - start, **figures}
     before = [one for one in trainer.evaluations if one["step"] < trainer.done]
     trainer.evaluations = [*before, evaluation]

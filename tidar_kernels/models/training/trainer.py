@@ -2,8 +2,8 @@
 
 One forward pass over `[x_0 .. x_{S-1} | M x S]` learns both jobs (arXiv 2511.08923, training): clean row i predicts
 x_{i+1} causally, mask row p predicts x_p from the clean blocks before its own. Documents that share a window do not
-see each other. Everything follows from the settings
-and the step number, so a resumed run repeats the uninterrupted one bit for bit on the same machine.
+see each other. Everything follows from the settings and the step number, so a resumed run repeats the uninterrupted one
+bit for bit on the same machine, and on as many processes; on another number of them, but for rounding.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from ...distributed import ContextParallel
 from ...nn.files import replacing
 from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
@@ -36,6 +38,7 @@ from ..tokenizer import MASK_ID, VOCAB_SIZE
 from ..transformer import Transformer, TransformerConfig
 from .config import STATE, TrainConfig
 from .data import Corpus, document_lengths
+from .parallel import Parallel, load_shards, load_whole_weights, place_optimiser_state
 from .progress import Progress
 
 __all__ = [
@@ -51,7 +54,8 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 
-_NEEDED = frozenset({"config", "corpus", "done", "seconds", "curve", "model", "optimisers"})
+_NEEDED = frozenset({"config", "corpus", "done", "seconds", "curve"})
+_TENSORS = frozenset({"model", "optimisers"})
 
 
 def model_config(config: TrainConfig) -> TransformerConfig:
@@ -71,15 +75,22 @@ def model_config(config: TrainConfig) -> TransformerConfig:
 
 # One object per shape: a pattern keeps what is derived from it.
 _training_pattern = functools.lru_cache(maxsize=64)(tidar_training)
+_shared_out = functools.lru_cache(maxsize=64)(ContextParallel)
 
 
 def training_loss(
-    model: Transformer, tokens: Tensor, block_size: int, alpha: float = 1.0, counts: Tensor | None = None
+    model: Transformer,
+    tokens: Tensor,
+    block_size: int,
+    alpha: float = 1.0,
+    counts: Tensor | None = None,
+    context: DeviceMesh | None = None,
 ) -> TiDARLoss:
     """The objective on `tokens` int64 `[batch, S]`: the model on `[tokens | M x S]`, then `tidar_loss`.
 
     Documents do not see each other: where a window holds more than one, all windows are packed into one sequence of
-    documents, each with positions and blocks of its own.
+    documents, each with positions and blocks of its own. The processes of the mesh `context` have the same tokens, and
+    share out their rows; the losses are those of `tidar_loss` with a `ContextParallel`.
     """
     lengths = document_lengths(tokens)
     if len(lengths) == len(tokens):
@@ -88,8 +99,23 @@ def training_loss(
         tokens = tokens.reshape(1, -1)
         pattern = tidar_training(tokens.shape[1], block_size, lengths)
     doubled = torch.cat([tokens, torch.full_like(tokens, MASK_ID)], dim=1)
-    hidden = model(doubled, pattern)
-    return tidar_loss(hidden, model.embed_tokens.weight, tokens, pattern, alpha=alpha, counts=counts)
+    rows: Any = pattern
+    if context is not None:
+        rows = _shared_out(context, pattern)
+        doubled = rows.shard(doubled, 1)
+    hidden = model(doubled, rows)
+    return tidar_loss(hidden, model.embed_tokens.weight, tokens, rows, alpha=alpha, counts=counts)
+
+
+class _Objective(nn.Module):
+    """`training_loss` as a module, for DDP and FSDP2 to wrap: within its forward pass the weights are whole."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> TiDARLoss:
+        return training_loss(self.model, *args)
 
 
 def _label_counts(tokens: Tensor) -> Tensor:
@@ -121,10 +147,11 @@ class Trainer:
     Args:
         init: weights to start from instead of random ones, a model of the shape that `config` says.
         device: "cpu", or a CUDA device, which takes the shares one after the other.
+        parallel: this process is one of several, with shares of its own, which it takes one after the other.
 
     Raises:
-        ValueError: `init` is of another shape, the corpus is shorter than a window, or the model does not fit into
-            memory; before anything large is allocated.
+        ValueError: `init` is of another shape, the shares cannot be dealt to the processes, the corpus is shorter than
+            a window, or the model does not fit into memory; before anything large is allocated.
     """
 
     config: TrainConfig
@@ -137,6 +164,7 @@ class Trainer:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     init_sha256: str | None = None
     saved: int | None = None
+    parallel: Parallel | None = None
 
     def __post_init__(self, init: Transformer | None) -> None:
         if len(self.corpus.tokens) < self.config.seq_len:
@@ -144,6 +172,8 @@ class Trainer:
                 f"corpus: expected at least seq_len = {self.config.seq_len} tokens to train on, "
                 f"got {len(self.corpus.tokens)}"
             )
+        if self.parallel is not None:
+            self.parallel.shares(self.config.shares)
         shape = model_config(self.config)
         _check_memory(shape.num_parameters, self.device)
         torch.manual_seed(self.config.seed)
@@ -153,6 +183,8 @@ class Trainer:
             self.model.load_state_dict(init.state_dict())
             self.init_sha256 = weights_sha256(self.model)
         self.model.to(self.device)
+        if self.parallel is not None:
+            self._wrapped = self.parallel.wrap(_Objective(self.model), list(self.model.layers))
         self.parameters = list(self.model.parameters())
         layers = [p for name, p in self.model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
         rest = [p for name, p in self.model.named_parameters() if p.ndim != 2 or not name.startswith("layers.")]
@@ -168,7 +200,7 @@ class Trainer:
             groups = [{"params": layers, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
             self.optimisers = (torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),)
         self._map: Any = map
-        if self.device == "cpu":
+        if self.device == "cpu" and self.parallel is None:
             pool = ThreadPoolExecutor(self.config.workers, initializer=torch.set_num_threads, initargs=(1,))
             self._map = pool.map
 
@@ -184,6 +216,45 @@ class Trainer:
             loss, ar, diff = training_loss(self.model, tokens.to(device), block_size, self.config.alpha, counts)
         return torch.autograd.grad(loss, self.parameters), ar.item(), diff.item()
 
+    def _sum_gradients(self, parts: Sequence[Tensor], blocks: list[int], counts: Tensor) -> tuple[float, float]:
+        """Gradients of a step, in every `grad`, and its `(CE_AR, CE_Diff)`; `counts` are the labels of each share."""
+        ar = diff = 0.0
+        total = [torch.zeros_like(parameter) for parameter in self.parameters]
+        # Summed share by share, in their order: the same bits whichever worker is done first.
+        weights = (counts / counts.sum(0).clamp(min=1)).tolist()
+        means = [counts.mean(0)] * len(parts)
+        shares = self._map(self._gradients, parts, blocks, means)
+        for (ar_weight, diff_weight), (grads, share_ar, share_diff) in zip(weights, shares, strict=True):
+            ar, diff = ar + share_ar * ar_weight, diff + share_diff * diff_weight
+            for grad, part in zip(total, grads, strict=True):
+                grad.add_(part, alpha=1 / len(parts))
+        for parameter, grad in zip(self.parameters, total, strict=True):
+            parameter.grad = grad
+        return ar, diff
+
+    def _exchange_gradients(
+        self, parallel: Parallel, parts: Sequence[Tensor], blocks: list[int], counts: Tensor
+    ) -> tuple[float, float]:
+        """The same on several processes: each has some of the shares, and gradients are the mean over processes."""
+        mine, means = parallel.shares(len(parts)), torch.zeros(2, device="cpu")
+        for parameter in self.parameters:
+            parameter.grad = None
+        for share in mine:
+            device = self.model.embed_tokens.weight.device
+            with torch.autocast(device.type, torch.bfloat16, self.config.precision == "bf16"):
+                loss, ar, diff = self._wrapped(
+                    parts[share].to(device),
+                    blocks[share],
+                    self.config.alpha,
+                    counts.sum(0) / parallel.world,
+                    parallel.context,
+                )
+            with parallel.accumulating(self._wrapped, share == mine[-1]):
+                loss.backward()
+            means += torch.stack([ar, diff]).cpu() * counts[share] / counts.sum(0).clamp(min=1)
+        of_all = parallel.sum(*means.tolist())  # processes of one context have the same means
+        return of_all[0] / parallel.mesh.size(1), of_all[1] / parallel.mesh.size(1)
+
     def step(self) -> tuple[float, float]:
         """One optimiser step; returns its `(CE_AR, CE_Diff)` in nats a token, before the update.
 
@@ -194,19 +265,11 @@ class Trainer:
         config = self.config
         parts = self.batch(self.done).chunk(config.shares)
         blocks = [config.block_size(self.done, share) for share in range(config.shares)]
-        ar = diff = 0.0
-        total = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # Summed share by share, in their order: the same bits whichever worker is done first.
         counts = torch.stack([_label_counts(part) for part in parts])
-        weights = (counts / counts.sum(0).clamp(min=1)).tolist()
-        means = [counts.mean(0)] * config.shares
-        shares = self._map(self._gradients, parts, blocks, means)
-        for (ar_weight, diff_weight), (grads, share_ar, share_diff) in zip(weights, shares, strict=True):
-            ar, diff = ar + share_ar * ar_weight, diff + share_diff * diff_weight
-            for grad, part in zip(total, grads, strict=True):
-                grad.add_(part, alpha=1 / config.shares)
-        for parameter, grad in zip(self.parameters, total, strict=True):
-            parameter.grad = grad
+        if self.parallel is None:
+            ar, diff = self._sum_gradients(parts, blocks, counts)
+        else:
+            ar, diff = self._exchange_gradients(self.parallel, parts, blocks, counts)
         if not math.isfinite(ar + diff):
             raise FloatingPointError(f"step {self.done + 1}: expected finite losses, got AR {ar}, diffusion {diff}")
         torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
@@ -222,6 +285,9 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write `state.pt`, from which `resume` goes on, and `model.safetensors`, which decodes; each atomically.
 
+        Of several processes the first writes them, and each writes its part of weights and optimisers into a folder
+        beside `state.pt`, which names that folder once it is complete.
+
         Raises:
             OSError: one could not be written, and is what it was before.
         """
@@ -235,20 +301,46 @@ class Trainer:
             "seconds": self.seconds,
             "curve": self.curve,
             "evaluations": self.evaluations,
-            "model": self.model.state_dict(),
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
+        if self.parallel is None:
+            state["model"] = self.model.state_dict()
+            state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        else:
+            state["shards"] = self.parallel.save_shards(folder, self.done, self.model, self.optimisers)
+        model = self.whole_model()
+        self.saved = self.done
+        if model is None:
+            return
         # Through memory: torch's own file writer turns a full disk into a RuntimeError that no longer says so.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with replacing(folder / STATE) as file:
             file.write(buffer.getbuffer())
-        self.saved = self.done
-        save_checkpoint(self.model, folder / WEIGHTS, {"steps": str(self.done)}, dtype=torch.float16)
+        if self.parallel is not None:
+            self.parallel.keep_only(folder, state["shards"])
+        save_checkpoint(model, folder / WEIGHTS, {"steps": str(self.done)}, dtype=torch.float16)
+
+    def whole_model(self) -> Transformer | None:
+        """The model with whole weights; of several processes, which all ask, the first has it and the others None."""
+        if self.parallel is None:
+            return self.model
+        weights = self.parallel.whole_weights(self.model)
+        if not self.parallel.is_first:
+            return None
+        whole = Transformer(self.model.config)
+        whole.load_state_dict(weights)
+        return whole
 
     @classmethod
-    def resume(cls, folder: Path, corpus: Corpus, steps: int | None = None, device: str = "cpu") -> Trainer:
-        """The trainer that `save` wrote into `folder`.
+    def resume(
+        cls,
+        folder: Path,
+        corpus: Corpus,
+        steps: int | None = None,
+        device: str = "cpu",
+        parallel: Parallel | None = None,
+    ) -> Trainer:
+        """The trainer that `save` wrote into `folder`, on whatever number of processes.
 
         Args:
             steps: another end of the schedule than it was started with, as long as neither has begun to decay.
@@ -266,11 +358,17 @@ class Trainer:
             if state["done"] > stable:
                 raise ValueError(f"steps: expected {config.steps}, towards which the run decays, got {steps}")
             config = replace(config, steps=steps)
-        trainer = cls(config, corpus, state["done"], state["seconds"], state["curve"], device=device)
+        trainer = cls(config, corpus, state["done"], state["seconds"], state["curve"], device=device, parallel=parallel)
         trainer.evaluations, trainer.init_sha256, trainer.saved = state["evaluations"], state["init"], state["done"]
-        trainer.model.load_state_dict(state["model"])
+        if "shards" in state:
+            load_shards(folder / state["shards"], trainer.model, trainer.optimisers)
+            return trainer
+        if parallel is None:
+            trainer.model.load_state_dict(state["model"])
+        else:
+            load_whole_weights(trainer.model, state["model"])
         for optimiser, saved in zip(trainer.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+            optimiser.load_state_dict(place_optimiser_state(saved, optimiser))
         return trainer
 
     def run(self, folder: Path, save_every: int = 200, steps: int | None = None) -> None:
@@ -286,10 +384,11 @@ class Trainer:
         """
         last = self.config.steps if steps is None else min(self.config.steps, self.done + steps)
         tokens = self.config.batch * self.config.seq_len
-        progress = Progress(self.config.steps, self.done, tokens, self.curve)
+        quiet = self.parallel is not None and not self.parallel.is_first
+        progress = Progress(self.config.steps, self.done, tokens, self.curve, io.StringIO() if quiet else None)
         with _interrupts() as interrupts:
             try:
-                while self.done < last and not interrupts:
+                while self.done < last and not self._agreed(bool(interrupts)):
                     losses = self.step()
                     progress.update(self.done, *losses)
                     if self.done % save_every == 0 and self.done < last:
@@ -302,8 +401,12 @@ class Trainer:
                 if interrupts:
                     raise KeyboardInterrupt from error
                 raise
-            if interrupts:
+            if self._agreed(bool(interrupts)):
                 raise KeyboardInterrupt
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return flag if self.parallel is None else self.parallel.sum(flag)[0] > 0
 
 
 def _check_shape(got: TransformerConfig, expected: TransformerConfig) -> None:
@@ -344,7 +447,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"damaged data in {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = _NEEDED - state.keys()
+        missing = (_NEEDED if "shards" in state else _NEEDED | _TENSORS) - state.keys()
         if missing:
             raise ValueError(f"no {', '.join(sorted(missing))} in it")
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ValueError) as error:
