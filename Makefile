@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit soak sanitize bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit distributed soak sanitize bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -62,6 +62,10 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 	TRITON_INTERPRET=0 $(PYTEST) --junitxml=$(REPORTS)/cpu.xml
 	TRITON_INTERPRET=1 $(PYTEST) --junitxml=$(REPORTS)/interpreter.xml
 	@$(BIN)/python .ci/summary.py $(REPORTS)/cpu.xml $(REPORTS)/interpreter.xml
+
+# A few minutes; a fast part of it is in `make test`. One test at a time: each has processes of its own.
+distributed: $(STAMP)  ## training on 2 and 4 processes against one, on gloo: results, losses, checkpoints, killed processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m distributed tests/distributed
 
 # About 15 minutes; SEED=N for another one.
 soak: $(STAMP)  ## random requests on shared sessions against autoregressive decoding: STEPS=300000 steps, none wrong

@@ -7,6 +7,6 @@ context_parallel.py    `ContextParallel`: attention of local rows over everybody
 
 from __future__ import annotations
 
-from .context_parallel import ContextParallel
+from .context_parallel import ContextParallel, shared_out
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "shared_out"]

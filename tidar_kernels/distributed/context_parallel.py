@@ -8,6 +8,7 @@ and values are summed into the shards.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from ..patterns import Pattern
 from .collectives import Gather, Shards
 from .sharding import deal, live_pairs
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "shared_out"]
 
 Of = Literal["rows", "keys"]
 
@@ -172,6 +173,12 @@ class ContextParallel:
     def summed(self, dk: Tensor, dv: Tensor) -> Keys:
         """The gradients of this rank's keys and values, from every rank's share of all."""
         return Keys(*(x.movedim(0, 2) for x in self._keys.sum(dk.movedim(2, 0), dv.movedim(2, 0))))
+
+
+@functools.lru_cache(maxsize=8)
+def shared_out(mesh: DeviceMesh, pattern: Pattern) -> ContextParallel:
+    """`ContextParallel(mesh, pattern)`, made once while it is in use: batch after batch may have one pattern."""
+    return ContextParallel(mesh, pattern)
 
 
 def _check_size(x: Tensor, dim: int, expected: int, of: str) -> None:

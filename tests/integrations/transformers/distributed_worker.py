@@ -1,4 +1,4 @@
-"""One of two processes of test_distributed.py: `python distributed_worker.py ddp|fsdp|fsdp_bf16|trainer FOLDER`."""
+"""One of two processes of test_distributed.py: `python distributed_worker.py ddp|fsdp|fsdp_bf16|cp|trainer FOLDER`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ MASK, RANK = 39, int(os.environ["RANK"])
 COLLATE = TiDARCollator(4, MASK)
 
 
-def tiny() -> Any:
+def tiny(**more: Any) -> Any:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="tidar",
+        **more,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # logits that differ, so that a wrong one shows
@@ -86,6 +87,25 @@ def gradients(how: str) -> int:
     return compared
 
 
+def context_parallel() -> int:
+    """Both processes have the whole batch and share out its rows; one layer of two has a window, or none has."""
+    mesh, (_, whole, _), compared = dist.init_device_mesh("cpu", (2,)), shares(), 0
+    for more in ({}, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}):
+        model, reference = tiny(**more), tiny(**more)
+        found, expected = compute_loss(model, whole, cp=mesh), compute_loss(reference, whole)
+        found.loss.backward()
+        expected.loss.backward()
+        total = found.loss.detach().clone()
+        dist.all_reduce(total)
+        for one, other in zip((total, *found[1:]), expected, strict=True):
+            torch.testing.assert_close(one, other.detach())
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+        compared += close(model, reference, 1e-4)
+    return compared
+
+
 def trained(folder: Path) -> int:
     """Four steps of the Trainer in two processes end with the weights of one process with batches twice as large."""
     documents = corpus(32)
@@ -129,6 +149,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        print("compared", trained(Path(sys.argv[2])) if sys.argv[1] == "trainer" else gradients(sys.argv[1]))
+        how, folder = sys.argv[1], Path(sys.argv[2])
+        if how == "trainer":
+            print("compared", trained(folder))
+        else:
+            print("compared", context_parallel() if how == "cp" else gradients(how))
     finally:
         dist.destroy_process_group()

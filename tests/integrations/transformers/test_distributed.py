@@ -1,4 +1,4 @@
-"""Two processes on gloo against one: DDP, FSDP2 (float32 and bfloat16) and the Trainer, by gradients and weights."""
+"""Two processes on gloo against one, by gradients and weights: DDP, FSDP2 (two dtypes), context parallelism, Trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "trainer"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "cp", "trainer"])
 def test_two_processes_are_one_large_batch(how: str, tmp_path: Path) -> None:
     """The worker compares; it prints what it compared, so that none passes by comparing nothing."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -4,6 +4,7 @@ Ordinary use behaves as under `"sdpa"`, and no mask is ever dropped. Which path 
 
     call                                                  what runs
     `tidar_pattern`                                       `tidar_kernels.attention`, cut to the layer's window
+    `tidar_pattern`, a `ContextParallel`                  its `attention`, the same over the keys of several ranks
     `tidar_pattern`, `tidar_cache`                        `tidar_kernels.append_kv`, then `step_attention`
     no mask, causal, as many keys as rows                 `tidar_kernels.attention`, plainly causal
     no mask, causal, more keys (unfilled static cache)    the same, on the first keys
@@ -41,6 +42,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ... import ops
 from ...cache import KVCache
+from ...distributed import ContextParallel
 from ...ops.attention import reference
 from ...patterns import Pattern
 from ..causal import causal
@@ -181,7 +183,7 @@ def tidar_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    tidar_pattern: Pattern | None = None,
+    tidar_pattern: Pattern | ContextParallel | None = None,
     tidar_cache: KVCache | LayerCalls | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -196,6 +198,7 @@ def tidar_attention_forward(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: `[heads]`, attention sinks: a logit a head in the softmax's denominator.
         tidar_pattern: which rows see what, in place of a mask: `model(.., position_ids=.., tidar_pattern=pattern)`.
+            With a `ContextParallel`, everything is that of this rank's rows.
         tidar_cache: with a pattern, the context; the pattern's causal rows are written after it, not committed. Or a
             `LayerCalls`, which takes notes.
 
@@ -225,10 +228,16 @@ def tidar_attention_forward(
         width = value.shape[-1]
         query, key, value = _as_wide(query, key, value)
         numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-        if tidar_cache is None:
+        if isinstance(pattern, ContextParallel):
+            if tidar_cache is not None:
+                raise TypeError(
+                    "tidar_pattern: expected a tidar_kernels.Pattern beside tidar_cache, got ContextParallel"
+                )
+            out = pattern.attention(query, key, value, **numbers)
+        elif tidar_cache is None:
             out = ops.attention(query, key, value, pattern, **numbers)
         else:
-            cached = _append(tidar_cache, _layer_index(module, tidar_cache), key, value, tidar_pattern.kept_len)
+            cached = _append(tidar_cache, _layer_index(module, tidar_cache), key, value, pattern.kept_len)
             out = ops.step_attention(query, key, value, *cached, pattern, **numbers)
         return _as_rows(out[..., :width]), None
 
@@ -358,10 +367,13 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
 
 
 def _layer_pattern(
-    pattern: Pattern, key: Tensor, mask: Tensor | StructureMask | None, sliding_window: int | None
-) -> Pattern:
+    pattern: Pattern | ContextParallel,
+    key: Tensor,
+    mask: Tensor | StructureMask | None,
+    sliding_window: int | None,
+) -> Pattern | ContextParallel:
     """`pattern` cut to the layer's window, once it is sure that nothing else was asked for."""
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, (Pattern, ContextParallel)):
         raise TypeError(f"tidar_pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
     if isinstance(mask, StructureMask):
         # The window in the model's mask and the layer's own must agree: a chunk, or a window that the layer does not
@@ -372,10 +384,13 @@ def _layer_pattern(
         raise ValueError(
             f"attention_mask: expected None beside tidar_pattern, which says what is seen, got shape {list(mask.shape)}"
         )
-    if key.shape[2] != pattern.kv_len:
+    if isinstance(pattern, ContextParallel):
+        keys, name = len(pattern.keys), pattern.local.name
+    else:
+        keys, name = pattern.kv_len, pattern.name
+    if key.shape[2] != keys:
         raise ValueError(
-            f"past_key_values: expected none beside tidar_pattern, and {pattern.kv_len} keys for {pattern.name}, "
-            f"got {key.shape[2]} keys"
+            f"past_key_values: expected none beside tidar_pattern, and {keys} keys for {name}, got {key.shape[2]} keys"
         )
     return pattern if sliding_window is None else pattern.windowed(sliding_window)
 

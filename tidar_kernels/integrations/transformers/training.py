@@ -16,9 +16,12 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, Trainer
 
+from ...distributed import ContextParallel, shared_out
 from ...nn.loss import TiDARLoss, label_counts, tidar_loss
+from ...patterns import Pattern
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
 from .logits import LogitShape
 
@@ -48,6 +51,7 @@ def compute_loss(
     *,
     counts: Tensor | None = None,
     chunk_size: int = 1024,
+    cp: DeviceMesh | None = None,
 ) -> TiDARLoss:
     """`(alpha * mean CE_AR + mean CE_Diff) / (1 + alpha)` of a batch (TiDAR, arXiv 2511.08923, training objective).
 
@@ -59,6 +63,10 @@ def compute_loss(
         counts: `[2]`, what the sums of the two kinds are divided by: with the summed `count_labels` of the batches of
             an accumulated step, their losses add up to that of one large batch. Default this batch's own.
         chunk_size: rows whose logits exist at a time.
+        cp: ranks that have the same batch and share out its rows (`ContextParallel`), a mesh of one dimension. The loss
+            is then the share of this rank's rows, and the shares add up to the loss; so do the gradients. (A wrapper
+            that averages gradients over n ranks wants `counts` divided by n.) What the model itself adds is of this
+            rank's rows.
 
     Returns:
         `loss`, differentiable, with what the model itself adds (the balance of a router, if its configuration asks);
@@ -84,14 +92,15 @@ def compute_loss(
                 f"batch: expected tokens below the model's vocab_size = {vocab_size}, got {highest} "
                 "(add_mask_token makes room for the mask token)"
             )
-    objective = _Objective(causal_lm, batch["labels"], pattern, alpha, counts, chunk_size)
+    rows: Pattern | ContextParallel = pattern
+    tokens, positions = batch["input_ids"], batch["position_ids"]
+    if cp is not None:
+        rows = torch.compiler.disable(shared_out)(cp, pattern)
+        tokens, positions = rows.shard(tokens, 1), rows.shard(positions, 1)
+    objective = _Objective(causal_lm, batch["labels"], rows, alpha, counts, chunk_size)
     with objective.in_place():
         outputs = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            labels=batch["labels"],
-            use_cache=False,
-            tidar_pattern=pattern,
+            input_ids=tokens, position_ids=positions, labels=batch["labels"], use_cache=False, tidar_pattern=rows
         )
     if objective.result is None or not objective.asked:
         raise ValueError(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...distributed import ContextParallel
+from ...distributed import shared_out
 from ...nn.files import replacing
 from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
@@ -75,7 +75,6 @@ def model_config(config: TrainConfig) -> TransformerConfig:
 
 # One object per shape: a pattern keeps what is derived from it.
 _training_pattern = functools.lru_cache(maxsize=64)(tidar_training)
-_shared_out = functools.lru_cache(maxsize=64)(ContextParallel)
 
 
 def training_loss(
@@ -101,7 +100,7 @@ def training_loss(
     doubled = torch.cat([tokens, torch.full_like(tokens, MASK_ID)], dim=1)
     rows: Any = pattern
     if context is not None:
-        rows = _shared_out(context, pattern)
+        rows = shared_out(context, pattern)
         doubled = rows.shard(doubled, 1)
     hidden = model(doubled, rows)
     return tidar_loss(hidden, model.embed_tokens.weight, tokens, rows, alpha=alpha, counts=counts)
