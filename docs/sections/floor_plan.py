@@ -27,6 +27,7 @@ PURPOSE = {
     "integrations": "models of others",
     "decoding": "sessions, strategies, the decoder",
     "nn": "layers, adapters, the loss",
+    "distributed": "rows shared out over devices, keys gathered",
     "cache": "KVCache",
     "eager": "the twins under one name",
     "ops": "the operators, a folder each",

@@ -55,19 +55,16 @@ class Shards:
         coming = [_collective.all_gather_into_tensor(x, self.ranks, self.group) for x in filled]
         return [_collective.wait_tensor(x).index_select(0, self._places) for x in coming]
 
-    def sum(self, *shares: Tensor) -> list[Tensor]:
-        """`[all, ..] -> [own, ..]` of each tensor: the ranks' shares of what is here, added up."""
+    def sum(self, share: Tensor) -> Tensor:
+        """`[all, ..] -> [own, ..]`: the ranks' shares of what is here, added up."""
         sizes = [self.longest] * self.ranks
-        leaving = [x.index_select(0, self._elements) for x in shares]
-        coming = [_collective.all_to_all_single(x, sizes, sizes, self.group) for x in leaving]
-        found = []
-        for share in map(_collective.wait_tensor, coming):
-            by_rank = share.unflatten(0, (self.ranks, self.longest))[:, : len(self.own)]
-            total = by_rank[0].to(torch.promote_types(share.dtype, torch.float32), copy=True)
-            for rank in range(1, self.ranks):
-                total += by_rank[rank]
-            found.append(total.to(share.dtype))
-        return found
+        leaving = share.index_select(0, self._elements)
+        coming = _collective.wait_tensor(_collective.all_to_all_single(leaving, sizes, sizes, self.group))
+        by_rank = coming.unflatten(0, (self.ranks, self.longest))[:, : len(self.own)]
+        total = by_rank[0].to(torch.promote_types(share.dtype, torch.float32), copy=True)
+        for rank in range(1, self.ranks):
+            total += by_rank[rank]
+        return total.to(share.dtype)
 
 
 class Gather(torch.autograd.Function):
@@ -89,7 +86,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
-        return shards.sum(x)[0]
+        return shards.sum(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

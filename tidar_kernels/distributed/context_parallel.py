@@ -171,8 +171,11 @@ class ContextParallel:
         return Keys(*(x.movedim(0, 2) for x in self._keys.gather(k.movedim(2, 0), v.movedim(2, 0))))
 
     def summed(self, dk: Tensor, dv: Tensor) -> Keys:
-        """The gradients of this rank's keys and values, from every rank's share of all."""
-        return Keys(*(x.movedim(0, 2) for x in self._keys.sum(dk.movedim(2, 0), dv.movedim(2, 0))))
+        """The gradients of this rank's keys and values, from every rank's share of all.
+
+        One after the other: what is exchanged is as large as the sequence.
+        """
+        return Keys(*(self._keys.sum(x.movedim(2, 0)).movedim(0, 2) for x in (dk, dv)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -215,6 +218,7 @@ class _Attention(torch.autograd.Function):
         keys = Keys(k, v) if ctx.cp.keep_gathered else ctx.cp.gathered(k, v)
         results = Results(out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)
         dq, dk, dv = api.backward(Rows(q, lead, own), keys, ctx.scores, results)
+        del keys, k, v  # as large as what follows
         dk, dv = ctx.cp.summed(dk, dv)
         of_sinks = api.sinks_backward(results, sinks) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, of_sinks, None, None, None, None, None

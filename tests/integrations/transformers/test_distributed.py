@@ -1,4 +1,4 @@
-"""Two processes on gloo against one, by gradients and weights: DDP, FSDP2 (two dtypes), context parallelism, Trainer."""
+"""Two processes on gloo against one, by gradients and weights: DDP, FSDP2, context parallelism and the Trainer."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ def compute_loss(
     rows: Pattern | ContextParallel = pattern
     tokens, positions = batch["input_ids"], batch["position_ids"]
     if cp is not None:
-        rows = torch.compiler.disable(shared_out)(cp, pattern)
-        tokens, positions = rows.shard(tokens, 1), rows.shard(positions, 1)
+        rows = shared = torch.compiler.disable(shared_out)(cp, pattern)
+        tokens, positions = shared.shard(tokens, 1), shared.shard(positions, 1)
     objective = _Objective(causal_lm, batch["labels"], rows, alpha, counts, chunk_size)
     with objective.in_place():
         outputs = model(

@@ -87,7 +87,8 @@ class Parallel:
         over = init_device_mesh(self.mesh.device_type, (self.world,))
         for layer in layers:
             fully_shard(layer, mesh=over)
-        return fully_shard(module, mesh=over)
+        fully_shard(module, mesh=over)
+        return module
 
     def accumulating(self, module: Any, last: bool) -> AbstractContextManager[Any]:
         """For a backward pass: processes exchange gradients in the last one of a step only."""
@@ -100,13 +101,14 @@ class Parallel:
         """The sums of numbers over all processes, the same bits in each."""
         total = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
         dist.all_reduce(total)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights of `model` as whole tensors on the CPU: in the first process, in the others nothing."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return weights
 
     def save_shards(self, folder: Path, step: int, model: nn.Module, optimisers: Sequence[Any]) -> str:
         """Every process writes what it has of weights and optimisers into a new folder below `folder`: its name.
@@ -114,14 +116,14 @@ class Parallel:
         Raises:
             OSError: one of them could not.
         """
-        import torch.distributed.checkpoint as checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         names = [_free_name(folder, step) if self.is_first else None]
         dist.broadcast_object_list(names, src=0)
         name = str(names[0])
         try:
-            checkpoint.save(_state(model, optimisers), checkpoint_id=folder / name)
+            save(_state(model, optimisers), checkpoint_id=folder / name)
         except CheckpointException as error:
             shutil.rmtree(folder / name, ignore_errors=True)
             raise OSError(f"{folder / name}: expected to write it, got {error}") from error
@@ -154,22 +156,22 @@ def load_shards(folder: Path, model: nn.Module, optimisers: Sequence[Any]) -> No
     Raises:
         ValueError: they are not all there, or damaged.
     """
-    import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = _state(model, optimisers)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*load in a single process")  # which is meant
-            checkpoint.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"{folder}: expected the whole shards of a training run, got {error}") from None
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, tuple(optimisers), state["optimisers"])
 
 
-def load_whole_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_whole_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """Whole weights, which every process has, into a model that may be sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

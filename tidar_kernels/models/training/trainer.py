@@ -291,7 +291,7 @@ class Trainer:
             OSError: one could not be written, and is what it was before.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
+        state: dict[str, Any] = {
             "config": asdict(self.config),
             "corpus": self.corpus.sha256,
             "files": self.corpus.files.record(),
