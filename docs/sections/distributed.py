@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.long_sequences import Shape
-from benchmarks.reports import pictures
 from sections import Picture, Section
 from sections.measured import parts, table, where
 
@@ -98,7 +99,8 @@ def _description() -> str:
 
 def _save(path: Path) -> None:
     """Every run's losses, wide lines below narrow ones: they lie on each other."""
-    drawing, (axes,) = pictures.figure(7, 4, 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     for i, row in enumerate(_runs()["rows"]):
         for kind in (0, 1):
             losses = [both[kind] for both in row["losses"]]
@@ -108,8 +110,9 @@ def _save(path: Path) -> None:
     axes.annotate("diffusion", (120, 3.45))
     axes.annotate("autoregressive", (120, 2.1))
     axes.legend(frameon=False)
-    pictures.finish(axes, "step", "cross-entropy, nats a byte")
-    drawing.savefig(path, dpi=120, metadata={"Description": _description(), "Software": None})
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a byte")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Description": _description(), "Software": None})
 
 
 SECTIONS: dict[str, Section] = {
