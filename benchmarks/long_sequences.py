@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "operator": "context_parallel_memory", "ranks": ranks, "seq_len": seq_len, "most_bytes": most,
                 "command": "python -m benchmarks.long_sequences --out results",
             })  # fmt: skip
-    print(record.add(options.out, "long_sequences", "cpu", rows))
+    record.add(options.out, "long_sequences", "cpu", rows)
     return 0
 
 

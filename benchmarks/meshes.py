@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in MESHES:
             rows.append(measure(name, Path(folder)))
             print(name, rows[-1]["losses"][-1], flush=True)
-    print(record.add(options.out, "meshes", "cpu", rows))
+    record.add(options.out, "meshes", "cpu", rows)
     return 0
 
 

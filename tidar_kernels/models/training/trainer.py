@@ -307,14 +307,15 @@ class Trainer:
         else:
             state["shards"] = self.parallel.save_shards(folder, self.done, self.model, self.optimisers)
         model = self.whole_model()
-        self.saved = self.done
         if model is None:
+            self.saved = self.done
             return
         # Through memory: torch's own file writer turns a full disk into a RuntimeError that no longer says so.
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with replacing(folder / STATE) as file:
             file.write(buffer.getbuffer())
+        self.saved = self.done
         if self.parallel is not None:
             self.parallel.keep_only(folder, state["shards"])
         save_checkpoint(model, folder / WEIGHTS, {"steps": str(self.done)}, dtype=torch.float16)
