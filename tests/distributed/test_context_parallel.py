@@ -173,7 +173,7 @@ def ranks(request: pytest.FixtureRequest) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_worldcompute_what_one_process_does(ranks: list[Any], name: str) -> None:
+def test_ranks_compute_what_one_process_does(ranks: list[Any], name: str) -> None:
     case, pattern = CASES[name], PATTERNS[CASES[name].pattern]()
     parts = [part[name] for part in ranks]
     assert torch.equal(torch.cat([rows for rows, _, _ in parts]).sort().values, torch.arange(pattern.q_len))
