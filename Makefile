@@ -65,7 +65,7 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 
 # A few minutes; a fast part of it is in `make test`. One test at a time: each has processes of its own.
 distributed: $(STAMP)  ## training on 2 and 4 processes against one, on gloo: results, losses, checkpoints, killed processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m distributed tests/distributed tests/benchmarks/test_long_sequences.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m distributed --distributed tests/distributed tests/benchmarks/test_long_sequences.py
 
 # About 15 minutes; SEED=N for another one.
 soak: $(STAMP)  ## random requests on shared sessions against autoregressive decoding: STEPS=300000 steps, none wrong
