@@ -18,6 +18,8 @@ from typing import Any, get_args
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.cli.shell import in_a_shell, refused
 from tidar_kernels import cli
@@ -217,6 +219,50 @@ def test_every_numeric_option_has_both_ends() -> None:
                 for value in (10**23, -(10**23)):
                     with pytest.raises(common.UserError, match=rf"^{name}: expected a whole number [<>]= \d+, got"):
                         parser.parse_args([*words[1:0], f"{name}={value}"])
+
+
+def numeric_options(words: tuple[str, ...]) -> list[str]:
+    """The options of a subcommand that read a number, or several."""
+    actions = [action for action in PARSERS[words]._actions if action.option_strings and not action.choices]
+    return [one.option_strings[-1] for one in actions if one.type not in (None, any_path, Path)]
+
+
+# Numbers, what looks like one, and anything else.
+WORDS = st.one_of(
+    st.integers(-2, 70).map(str),
+    st.integers().map(str),
+    st.floats().map(repr),
+    st.lists(st.integers(-1, 9).map(str), max_size=4).map(",".join),
+    st.text("0123456789.+-eE_, xnaif", max_size=6),
+    st.text(max_size=4),
+)
+
+
+@pytest.mark.parametrize("words", [words for words in PARSERS if numeric_options(words)], ids=" ".join)
+def test_any_numbers_in_any_options(
+    words: tuple[str, ...],
+    begins: Callable[..., str | bool],
+    base: dict[tuple[str, ...], dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several options at a time, with drawn values: refused in one line, or the work would begin."""
+    if words == ("convert",):
+        pytest.importorskip("transformers")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    @settings(
+        max_examples=12,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
+    )
+    @given(st.dictionaries(st.sampled_from(numeric_options(words)), WORDS, min_size=1, max_size=3))
+    def check(drawn: dict[str, str]) -> None:
+        answer = begins(*line(words, base.get(words, {}) | drawn))
+        assert answer is True or answer
+
+    check()
 
 
 @pytest.mark.parametrize("words", [("frobnicate",), ("draw", "spiral"), ("\udcff",), ("x" * 100_000,), ("",), ("@",)])

@@ -124,8 +124,11 @@ def caches(k_cache: Tensor, v_cache: Tensor, batch: int, num_kv_heads: int, head
     return expected[2]
 
 
-def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> None:
-    """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too."""
+def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> Tensor:
+    """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too.
+
+    Returns it as the kernels read it: contiguous.
+    """
     if not isinstance(value, Tensor) or value.ndim != 1:
         tensor("lengths", value, 1)
     if value.dtype not in (torch.int32, torch.int64):
@@ -140,6 +143,8 @@ def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str)
                 raise ValueError(
                     f"lengths: expected 0 <= length <= {what} = {limit}, got {length} in sequence {sequence}"
                 )
+    contiguous: Tensor = value.contiguous()
+    return contiguous
 
 
 def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> None:

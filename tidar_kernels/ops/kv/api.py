@@ -48,7 +48,7 @@ def append_kv(
     checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     checks.shape("k", k, (batch, num_kv_heads, num_new, head_dim))
     checks.shape("v", v, tuple(k.shape))
-    checks.lengths(lengths, batch, k_cache.device, max_len - num_new, f"max_len - {num_new} new tokens")
+    lengths = checks.lengths(lengths, batch, k_cache.device, max_len - num_new, f"max_len - {num_new} new tokens")
     check_backend(backend, k_cache.device)
     if backend == "eager":
         reference.append_kv(k_cache, v_cache, k, v, lengths)
@@ -81,7 +81,7 @@ def compact_kv(
     checks.operands(4, k_cache=k_cache, v_cache=v_cache)
     batch, num_kv_heads, _, head_dim = k_cache.shape
     max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
-    checks.lengths(lengths, batch, k_cache.device, max_len, "max_len")
+    lengths = checks.lengths(lengths, batch, k_cache.device, max_len, "max_len")
     checks.path(path, lengths, k_cache.device, max_len)
     check_backend(backend, k_cache.device)
     if backend == "eager":
@@ -139,7 +139,7 @@ def rotary_append(
     max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
     if not 0 <= keep <= rows:
         raise ValueError(f"keep: expected 0 <= keep <= {rows} rows, got {keep}")
-    checks.lengths(lengths, batch, q.device, max_len - keep, f"max_len - {keep} new tokens")
+    lengths = checks.lengths(lengths, batch, q.device, max_len - keep, f"max_len - {keep} new tokens")
     check_backend(backend, q.device)
     cos, sin = cos.squeeze(2), sin.squeeze(2)
     if backend == "eager":

@@ -74,7 +74,7 @@ def step_attention(
         max_context = max_len
     elif not 0 <= max_context <= max_len:
         raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
-    checks.lengths(lengths, batch, q.device, max_context, "max_context")
+    lengths = checks.lengths(lengths, batch, q.device, max_context, "max_context")
     scores = Scores(checks.scale(scale, head_dim), checks.softcap(softcap), checks.sinks(sinks, q))
     check_backend(backend, q.device)
     if backend == "eager":

@@ -36,5 +36,8 @@ def step_attention(
         out, lse = masked_attention(q[b], keys, values, mask, scale, softcap, sinks)
         outs.append(out)
         lses.append(lse)
-    out, lse = torch.stack(outs), torch.stack(lses)
+    if outs:
+        out, lse = torch.stack(outs), torch.stack(lses)
+    else:
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return (out, lse) if return_lse else out

@@ -77,7 +77,7 @@ def _check_rows(
         checks.shape("seen", seen, (batch, vocab_size))
         if seen.dtype != torch.bool:
             raise TypeError(f"seen: expected dtype bool, got {seen.dtype}")
-    return positions, params
+    return positions.contiguous(), SamplingTensors(params.knobs.contiguous(), params.seeds.contiguous())
 
 
 def sample(
@@ -136,7 +136,8 @@ def verify(
 
     Args:
         logits: `[batch, B, vocab]`, the autoregressive logits of the B draft rows, any float dtype, any strides.
-        drafts: int64 `[batch, B]`; -1 after the first for a draft that is missing, where acceptance ends.
+        drafts: int64 `[batch, B]`; -1 after the first for a draft that is missing, where acceptance ends; so it does at
+            one that is no token of the vocabulary, which the CPU refuses.
         positions: int `[batch]`, the position that row 0's token would take, one after the first draft's.
         params: of every sequence, or one for all. At temperature 0 every rule is greedy.
         rule: "coupled", "rejection" or "point_mass"; see the module.
@@ -161,6 +162,9 @@ def verify(
     checks.shape("drafts", drafts, tuple(logits.shape[:2]))
     if drafts.dtype != torch.int64 or drafts.device != logits.device:
         raise TypeError(f"drafts: expected int64 on {logits.device}, got {drafts.dtype} on {drafts.device}")
+    readable = drafts.device.type == "cpu" and type(drafts) is Tensor and not torch.compiler.is_compiling()
+    if readable and drafts.numel() and int(drafts.max()) >= logits.shape[-1]:
+        raise ValueError(f"drafts: expected tokens below {logits.shape[-1]}, got {int(drafts.max())}")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     if (draft_logits is None) == (rule == "rejection"):
