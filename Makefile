@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit distributed soak sanitize bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit distributed soak sanitize mutants bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -73,6 +73,13 @@ soak: $(STAMP)  ## random requests on shared sessions against autoregressive dec
 
 sanitize: $(STAMP)  ## every launch of the operators' tests, interpreted: bounds, races, memory that nothing wrote
 	TRITON_INTERPRET=1 $(PYTEST) -p tidar_kernels.testing.pytest_sanitizer tests/ops tests/testing
+
+# cosmic-ray has an environment of its own; it changes a copy under build/.
+mutants: $(STAMP)  ## small faults, one at a time: does a test of the room notice? ROOM=patterns SAMPLE=20 SEED=0
+	@test -x build/mutants/env/bin/cosmic-ray || { $(PYTHON) -m venv build/mutants/env \
+	    && build/mutants/env/bin/pip --disable-pip-version-check --no-input -qq install cosmic-ray==8.7.0; }
+	build/mutants/env/bin/python tests/mutants.py --python $(abspath $(BIN))/python --room $(or $(ROOM),all) \
+	    --sample $(or $(SAMPLE),20) --seed $(or $(SEED),0)
 
 # A red check has no figures and a red exit code, but the rest is published.
 bench: $(STAMP)  ## benchmarks on this machine's CPU; figures into benchmarks/results and the pages, or under OUT
