@@ -170,6 +170,32 @@ def test_a_sequence_is_a_view() -> None:
         subject.check_room(11)
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_any_sequence_is_its_own_memory(index: int) -> None:
+    subject = cache()
+    one = subject.sequence(index)
+    for view, whole in ((one.k, subject.k), (one.v, subject.v)):
+        assert view.shape == (2, 1, 2, 12, 4)
+        assert view.data_ptr() == whole[:, index].data_ptr()
+
+
+def test_a_path_moves_together_in_every_layer() -> None:
+    subject = cache()
+    for layer in range(2):
+        subject.append(layer, *fresh(5))
+    subject.lengths_known([0, 2, 4])
+    subject.lengths.copy_(torch.tensor([0, 2, 4]))
+    before = [subject.k.clone(), subject.v.clone()]
+    subject.compact(torch.tensor([[1, 3], [0, 2], [2, -1]]))
+    for found, old in zip((subject.k, subject.v), before, strict=True):
+        expected = old.clone()
+        expected[:, 0, :, [0, 1]] = old[:, 0, :, [1, 3]]
+        expected[:, 1, :, 3] = old[:, 1, :, 4]
+        expected[:, 2, :, 4] = old[:, 2, :, 6]
+        assert torch.equal(found, expected)
+    assert subject.lengths.tolist() == [0, 2, 4]
+
+
 @pytest.mark.parametrize("index", [-1, 3])
 def test_a_sequence_that_is_not_there(index: int) -> None:
     with pytest.raises(ValueError, match=f"^index: expected 0 <= index < batch_size = 3, got {index}$"):
