@@ -137,9 +137,24 @@ def test_demo_compares_on_held_out_code(run: Run, checkpoint: Path) -> None:
     assert first[2] == generate.DEMO_MODULE
     assert 0 < int(first[1]) <= generate.DEMO_BYTES
     assert "\n[decoded]\n" in out
+    assert "; temperature 0.5, coupled, seed 1; " in out
     assert out.endswith("outputs identical: yes\n")
+    code, out, _ = run("generate", "--demo", "--checkpoint", checkpoint, "--max-new-tokens", 8, "--temperature", 0)
+    assert "; greedy; " in out
     code, out, _ = run("generate", "--demo", "--checkpoint", checkpoint, "--max-new-tokens", 8, "--no-compare")
     assert "outputs identical" not in out
+
+
+def test_the_demo_is_worth_reading(run: Run) -> None:
+    """With the shipped model: no line comes again and again, and drafts are accepted."""
+    code, out, _ = run("generate", "--demo", "--device", "cpu", "--threads", 1, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["identical"]
+    assert found["tokens_per_forward"] > 3
+    lines = [line.strip() for line in found["text"].splitlines() if line.strip()]
+    assert len(lines) >= 8
+    assert max(map(lines.count, lines)) <= 3
 
 
 def test_the_end_of_text_stops(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.paths import DEVICES, KERNELS, on_every_path
 from tests.toys import chain_law, distance
 from tidar_kernels import eager, ops, testing
-from tidar_kernels.ops.verify import RULES, SamplingParams, noise, sample, sampling_tensors, verify
+from tidar_kernels.ops.verify import RULES, SamplingParams, cpu, noise, sample, sampling_tensors, verify
 from tidar_kernels.ops.verify.api import verify_operator
 
 GREEDY = SamplingParams()
@@ -23,22 +23,39 @@ GREEDY = SamplingParams()
 
 
 def test_philox_is_philox() -> None:
-    """The published known answers of Philox-4x32-10, word 0."""
+    """The published known answer of Philox-4x32-10, and the same in unbounded integers."""
     zero = torch.zeros((), dtype=torch.int64)
-    assert noise.philox(zero, zero, zero, 0).item() == 0x6627E8D5
+    assert noise.philox(zero, zero, zero, 0).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
-    def scalar_philox(seed: int, c0: int, c1: int, c2: int) -> int:
-        """The same in unbounded integers."""
+    def scalar_philox(seed: int, c0: int, c1: int, c2: int) -> list[int]:
         c, (k0, k1) = [c0, c1, c2, 0], (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
         for _ in range(10):
             a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [b >> 32 ^ c[1] ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k1, a & 0xFFFFFFFF]
             k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-        return c[0]
+        return c
 
     for seed, token, position, stream in ((1, 2, 3, 1), (-1, 262_143, 2**31 - 1, 3), (2**62 + 5, 0, 77, 2)):
         words = (torch.tensor(x) for x in (seed, token, position))
-        assert noise.philox(*words, stream).item() == scalar_philox(seed % 2**64, token, position, stream)
+        assert noise.philox(*words, stream).tolist() == scalar_philox(seed % 2**64, token, position, stream)
+
+
+def test_noise_of_a_token_is_one_word_of_philox() -> None:
+    """Token t has word t % 4 of counter t // 4, asked for alone or with the whole vocabulary, for each sequence."""
+    seeds, positions = torch.tensor([3, -5]), torch.tensor([[10, 11, 12], [7, 8, 9]])
+    all_ = noise.gumbel_of_all(seeds[:, None], 50, positions, 1)
+    assert all_.shape == (2, 3, 50)
+    words = torch.stack([noise.philox(seeds[1], torch.tensor(c), torch.tensor(8), 1) for c in range(13)])
+    assert torch.equal(all_[1, 1], noise.gumbel_of_words(words.flatten())[:50])
+    token = torch.tensor([49, 0, 17, 18])
+    assert torch.equal(noise.gumbel(seeds[1], token, positions[1, 1], 1), all_[1, 1, token])
+
+
+def test_bounds_of_the_noise() -> None:
+    """What the CPU path leaves out can win in no case: the variates of the least and of the largest word."""
+    least, largest = noise.gumbel_of_words(torch.tensor([2**32 - 1, 0])).tolist()
+    assert noise.LEAST < least < noise.LEAST + 0.02
+    assert noise.LARGEST - 0.05 < largest < noise.LARGEST
 
 
 def test_gumbel_has_its_moments_and_no_infinities() -> None:
@@ -266,6 +283,69 @@ def test_kernel_parity_of_many_decisions(rule: Any, device: str) -> None:
         assert a.tolist() == b.tolist(), name
 
 
+KNOBS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},  # noise for the whole vocabulary
+    "cold": {"temperature": 0.05},  # noise for the few tokens that can win
+    "top_k": {"temperature": 0.8, "top_k": 50},
+    "all": {"temperature": 0.8, "top_k": 3000, "top_p": 0.95, "min_p": 1e-3, "repetition_penalty": 1.2},
+    "top_p": {"temperature": 1.0, "top_p": 0.95},
+    "small_top_p": {"temperature": 1.0, "top_p": 1e-3},
+    "nearly_all": {"temperature": 2.0, "top_p": 0.9999},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", KNOBS)
+def test_cpu_path_over_a_large_vocabulary(name: str, rule: Any) -> None:
+    """262,144 tokens, with ties, -inf, drafts that stay and one that does not: the twin's decisions."""
+    vocab = 262_144
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 3, vocab, generator=generator).mul(4).round(decimals=1).mul(0.5)
+    logits[..., ::7] = -math.inf
+    draft_logits = logits.roll(1, 1) + torch.randn(1, 3, vocab, generator=generator).mul(0.1)
+    seen = torch.rand(1, vocab, generator=generator) < 0.2 if "repetition_penalty" in KNOBS[name] else None
+    params, positions = SamplingParams(**KNOBS[name], seed=9), torch.tensor([40])
+    options: dict[str, Any] = {"rule": rule} | ({"draft_logits": draft_logits} if rule == "rejection" else {})
+    picks = sample(logits, positions, params, seen=seen, backend="eager")
+    assert sample(logits, positions, params, seen=seen).tolist() == picks.tolist()
+    for wrong in (1, 2):
+        drafts = torch.cat([picks[:, :1], picks[:, :-1]], dim=1)
+        drafts[0, wrong] = (drafts[0, wrong] + 1) % vocab
+        found = verify(logits, drafts, positions, params, seen=seen, **options)
+        expected = verify(logits, drafts, positions, params, seen=seen, backend="eager", **options)
+        assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shaping", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2, "repetition_penalty": 1.5}])
+def test_cpu_path_of_many_decisions(rule: Any, shaping: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row as for a large vocabulary, over a small one: every kind of verdict, bad rows too."""
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setattr(cpu, "_COUNTERS", 1)  # chunks of 4 tokens
+    generator = torch.Generator().manual_seed(1)
+    logits, draft_logits = torch.randn(2, 96, 3, 11, generator=generator)
+    logits[5, 0, 3], logits[6, 1, 4], logits[7, 0], draft_logits[9, 1] = math.nan, math.inf, -math.inf, math.nan
+    params = [SamplingParams(1.0 if seed % 5 else 0.0, **shaping, seed=seed) for seed in range(96)]
+    seen = torch.rand(96, 11, generator=generator) < 0.3
+    options: dict[str, Any] = {"rule": rule, "seen": seen, "mix": logits.roll(1, 2), "beta": 0.7, "check": False}
+    options |= {"draft_logits": draft_logits} if rule == "rejection" else {}
+    positions = torch.arange(96)
+    picks = sample(0.7 * logits + 0.3 * options["mix"], positions, params, seen=seen, backend="eager")
+    right = torch.randint(4, (96, 1), generator=generator) > torch.arange(3)
+    right[6] = True  # comes to its bad row
+    drafts = torch.where(right, picks.roll(1, 1), torch.randint(11, (96, 3), generator=generator))
+    drafts[::8, 1] = -1
+    found = verify(logits, drafts, positions, params, **options)
+    expected = verify(logits, drafts, positions, params, backend="eager", **options)
+    assert min(found.accepted.bincount(minlength=4)[1:].tolist()) >= 5
+    assert found.bad_rows.ge(0).sum() >= (3 if rule == "coupled" else 2)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert a.tolist() == b.tolist(), name
+    tokens = sample(logits, positions, params, seen=seen)
+    assert tokens.tolist() == sample(logits, positions, params, seen=seen, backend="eager").tolist()
+
+
 def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -316,6 +396,23 @@ def test_bad_logits(temperature: float, value: float, device: str) -> None:
     with pytest.raises(ValueError, match=r"^logits: expected finite numbers, got NaN, inf .* in sequence 1, row 1$"):
         verify(logits, drafts, positions, params)
     assert sample(logits, positions, params)[1].tolist() == [good[1, 0], -1, good[1, 2]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_what_a_greedy_draft_was_drawn_from_does_not_matter(backend: Any, device: str) -> None:
+    logits = torch.tensor([[[0.0, 2.0, 1.0]] * 2], device=device)
+    drafts, nowhere = torch.tensor([[0, 1]], device=device), torch.full_like(logits, math.nan)
+    found = verify(
+        logits,
+        drafts,
+        torch.tensor([0], device=device),
+        GREEDY,
+        rule="rejection",
+        draft_logits=nowhere,
+        backend=backend,
+    )
+    assert (found.accepted.tolist(), found.next_tokens.tolist(), found.bad_rows.tolist()) == ([2], [1], [-1])
 
 
 @pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])

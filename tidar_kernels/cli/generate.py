@@ -47,7 +47,7 @@ SUMMARY = "decode a prompt, several tokens per forward pass"
 USAGE = "(--prompt TEXT | --prompt-file PATH | --demo) [options]"
 
 EPILOG = f"""\
-By default decoding is greedy, and --mode tidar gives what --mode autoregressive
+By default decoding is greedy (--demo samples), and --mode tidar gives what --mode autoregressive
 gives, token for token. At --temperature above 0 the coupled rule still does, for
 each --seed; the two others keep to its distribution, and --beta below 1 to neither.
 --compare runs both modes, and checks outputs that must be identical. Figures count

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 _RULES: dict[str, Rule] = {"coupled": "coupled", "rejection": "rejection", "point-mass": "point_mass"}
 _share = number(float, lambda value: 0.0 <= value <= 1.0, "a number in [0, 1]")
+# What the demo samples by: greedy, a model of the shipped one's size repeats a line. The coupled rule keeps outputs
+# identical.
+_DEMO = {"temperature": 0.5, "seed": 1}
 
 Promise = Literal["tokens", "distribution", "none"]
 
@@ -22,9 +25,8 @@ def add_sampling_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--temperature",
         type=number(float, lambda value: value == 0 or 1e-4 <= value <= 1e4, "0, or a number in [1e-4, 1e4]"),
-        default=0.0,
         metavar="T",
-        help="divides the logits; 0 is greedy (default: 0)",
+        help=f"divides the logits; 0 is greedy (default: 0; with --demo {_DEMO['temperature']})",
     )
     parser.add_argument(
         "--top-k",
@@ -63,9 +65,8 @@ def add_sampling_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--seed",
         type=number(int, lambda value: -(2**63) <= value < 2**64, "a 64-bit whole number"),
-        default=0,
         metavar="S",
-        help="of the noise (default: 0)",
+        help=f"of the noise (default: 0; with --demo {_DEMO['seed']})",
     )
     parser.add_argument(
         "--beta",
@@ -89,7 +90,10 @@ class Sampling:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Sampling:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        return cls({name: getattr(options, name) for name in names}, _RULES[options.sampling], options.beta)
+        defaults = _DEMO if options.demo else {"temperature": 0.0, "seed": 0}
+        given = {name: getattr(options, name) for name in names}
+        parameters = {name: defaults[name] if value is None else value for name, value in given.items()}
+        return cls(parameters, _RULES[options.sampling], options.beta)
 
     @property
     def greedy(self) -> bool:

@@ -1,4 +1,4 @@
-"""`tk.verify`, `tk.sample`: api (checks, schemas), params, noise, reference (serves on the CPU), triton."""
+"""`tk.verify`, `tk.sample`: api (checks, schemas), params, noise, reference, cpu, triton."""
 
 from __future__ import annotations
 

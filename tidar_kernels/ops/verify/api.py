@@ -15,22 +15,19 @@ All noise is a function of (seed, position, token) alone (`tidar_kernels.ops.ver
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
-from . import reference
+from . import cpu, reference
 from .noise import Stream
-from .operands import Drafted, Requests, Target
+from .operands import RULES, Drafted, Requests, Rule, Target
 from .params import Knob, SamplingParams, SamplingTensors, sampling_tensors
 
 __all__ = ["RULES", "Rule", "Verified", "sample", "verify"]
-
-Rule = Literal["coupled", "rejection", "point_mass"]
-RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class Verified(NamedTuple):
@@ -196,13 +193,6 @@ def _kernels() -> Any:
     return triton
 
 
-def _verify_cpu(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
-    (logits, mix, beta), (drafts, draft_logits, rule) = target, drafted
-    *sampling, seen = requests
-    options: dict[str, Any] = {"draft_logits": draft_logits, "mix": mix, "beta": beta, "seen": seen}
-    return reference.verify(logits, drafts, *sampling, rule=RULES[rule], **options)
-
-
 def _verify_fake(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
     accepted, next_tokens, bad_rows = (drafted.drafts.new_empty(drafted.drafts.shape[:1]) for _ in range(3))
     return accepted, next_tokens, bad_rows
@@ -218,7 +208,7 @@ verify_operator = Operator(
     Target,
     Drafted,
     Requests,
-    cpu=_verify_cpu,
+    cpu=cpu.verify,
     kernel=lambda: _kernels().verify,
     fake=_verify_fake,
 )
@@ -226,7 +216,7 @@ sample_operator = Operator(
     "sample(Tensor logits, Tensor positions, Tensor knobs, Tensor seeds, Tensor? seen, int stream) -> Tensor",
     Target,
     Requests,
-    reference=reference.sample,
+    cpu=cpu.sample,
     kernel=lambda: _kernels().sample,
     fake=_sample_fake,
 )

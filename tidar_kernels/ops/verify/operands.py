@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-__all__ = ["Drafted", "Requests", "Target"]
+__all__ = ["RULES", "Drafted", "Requests", "Rule", "Target"]
+
+Rule = Literal["coupled", "rejection", "point_mass"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class Target(NamedTuple):

@@ -1,4 +1,4 @@
-"""The eager twins of `tk.verify` and `tk.sample`, which serve on the CPU too: whole sorted rows, dense noise."""
+"""The eager twins of `tk.verify` and `tk.sample`, which serve small vocabularies on the CPU too: whole sorted rows."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def _history(seen: Tensor | None, drafts: Tensor | None, rows: int) -> Tensor | 
 
 def _gumbel(scores: Tensor, seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     """Noise of every (sequence, row, token); row i of a sequence is for the position i after its first."""
-    token = torch.arange(scores.shape[-1], device=scores.device)
-    position = positions[:, None, None] + torch.arange(scores.shape[1], device=scores.device)[:, None]
-    return noise.gumbel(seeds[:, None, None], token, position, stream)
+    position = positions[:, None] + torch.arange(scores.shape[1], device=scores.device)
+    return noise.gumbel_of_all(seeds[:, None], scores.shape[-1], position, stream)
 
 
 def _is_bad(logits: Tensor) -> Tensor:
@@ -120,7 +119,8 @@ def verify(
             if draft_logits is None:
                 raise ValueError("draft_logits: expected a tensor for the rejection rule, got None")
             q = shaped_scores(draft_logits, knobs, _history(seen, None, rows)).softmax(-1)
-            bad = bad | torch.cat([_is_bad(draft_logits)[:, 1:], torch.zeros_like(bad[:, :1])], dim=1) & has_draft
+            q_bad = torch.cat([_is_bad(draft_logits)[:, 1:], torch.zeros_like(bad[:, :1])], dim=1)
+            bad = bad | q_bad & has_draft & ~greedy
             q = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1).masked_fill(~has_draft[..., None], 0.0)
         else:
             q = torch.nn.functional.one_hot(following.clamp(min=0), x.shape[-1]) * has_draft[..., None].to(p.dtype)

@@ -42,22 +42,28 @@ STAGES = tl.constexpr(8)
 
 
 @triton.jit
-def _noise_bits(seed, token, position, stream):
-    """32 random bits of each token, by Philox-4x32-10: a function of its arguments alone."""
-    zero = tl.zeros_like(token)
-    bits, _, _, _ = tl.philox(seed, token, zero + position, zero + stream, zero)
-    return bits
+def _gumbel(seed, start, position, stream, BLOCK_V: tl.constexpr):
+    """Gumbel noise of tokens start .. start + BLOCK_V: -log E, with E = -log(1 - u) exponential; a series for small u.
 
-
-@triton.jit
-def _gumbel(seed, token, position, stream):
-    """Gumbel noise of each token: -log E, with E = -log(1 - u) exponential; for small u a series, which is precise."""
-    bits = _noise_bits(seed, token, position, stream)
+    All four words of Philox-4x32-10 are used: token t has word t % 4 of counter t // 4; `start` is a multiple of 4.
+    """
+    counter = start // 4 + tl.arange(0, BLOCK_V // 4)
+    zero = tl.zeros_like(counter)
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + position, zero + stream, zero)
+    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_V])
     # From halves: an unsigned 32-bit integer does not convert to float the same way everywhere.
     u = (bits >> 16).to(tl.int32).to(tl.float32) * 65536.0 + (bits & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5
     u = tl.minimum(u * 2.3283064365386963e-10, 0.99999994)
     exponential = tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.3333333333333333)), -tl.log(1.0 - u))
     return -tl.log(exponential)
+
+
+@triton.jit
+def _uniform(seed, position, stream):
+    """A uniform variate in (0, 1)."""
+    zero = tl.zeros([1], tl.int32)
+    bits, _, _, _ = tl.philox(seed, zero, zero + position, zero + stream, zero)
+    return tl.max(((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * 5.960464477539063e-08, 0)
 
 
 @triton.jit
@@ -212,7 +218,7 @@ def verify_rows_kernel(
             for start in tl.range(0, vocab_size, BLOCK_V, num_stages=STAGES):
                 candidate = start + tl.arange(0, BLOCK_V)
                 x = _scores(row, candidate, vocab_size, scores, HAS_MIX, HAS_SEEN)
-                value = tl.where(_order(x) >= floor, x + _gumbel(seed, candidate, position, stream), float("-inf"))
+                value = tl.where(_order(x) >= floor, x + _gumbel(seed, start, position, stream, BLOCK_V), float("-inf"))
                 best, best_token = _take(best, best_token, value, candidate)
             _, token = _winner(best, best_token)
             accept = token == draft
@@ -243,7 +249,7 @@ def verify_rows_kernel(
                     if has_draft:
                         y = _scores(q_row, candidate, vocab_size, q_scores, False, HAS_SEEN)
                         q = tl.where(_order(y) >= q_floor, tl.exp(y - q_top), 0.0) / q_total
-                noise = _gumbel(seed, candidate, position, _RESIDUAL)
+                noise = _gumbel(seed, start, position, _RESIDUAL, BLOCK_V)
                 rest = p - q
                 value = tl.where(rest > 0, tl.log(tl.where(rest > 0, rest, 1.0)) + noise, float("-inf"))
                 best, best_token = _take(best, best_token, value, candidate)
@@ -255,9 +261,7 @@ def verify_rows_kernel(
             _, second_token = _winner(second, second_token)
             # Nothing is left of p only where p = q up to rounding: then either serves.
             token = tl.where(token < 0, second_token, token)
-            bits = tl.max(_noise_bits(seed, tl.zeros([1], tl.int32), position, _ACCEPT) >> 8, 0)
-            u = (bits.to(tl.int32).to(tl.float32) + 0.5) * 5.960464477539063e-08
-            accept = u * tl.sum(q_draft, 0) < tl.sum(p_draft, 0)
+            accept = _uniform(seed, position, _ACCEPT) * tl.sum(q_draft, 0) < tl.sum(p_draft, 0)
     tl.store(tokens + tl.program_id(0), tl.where(bad, -1, token).to(tl.int64))
     verdict = tl.where(bad, -1, tl.where(accept & has_draft, 1, 0))
     tl.store(verdicts + tl.program_id(0), verdict.to(tl.int32))
@@ -298,7 +302,7 @@ def plan_verify(
         ),
         {
             "RULE": rule,
-            "BLOCK_V": min(BLOCK_V, next_power_of_2(vocab_size)) if INTERPRET else BLOCK_V,
+            "BLOCK_V": min(BLOCK_V, max(4, next_power_of_2(vocab_size))) if INTERPRET else BLOCK_V,
             "HAS_MIX": mix is not None,
             "HAS_SEEN": seen is not None,
             "HAS_DRAFTS": drafts is not None,
