@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -285,6 +287,70 @@ def test_bad_requests_change_nothing(model: Transformer, change: Any, error: typ
         session.add([1], 2)
     with pytest.raises(KeyError, match=r"request_id: expected one of \[0\], got 7"):
         session.remove(7)
+
+
+def test_capture_and_replay_are_on_the_devices_of_the_weights(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session on GPU 1 while GPU 0 is the current one, with a `torch.cuda` that notes where things happen."""
+    current, used = [0], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    class On:
+        """A stream, an event or a graph: all of it must happen on one device."""
+
+        def __init__(self) -> None:
+            self.made_on = current[-1]
+
+        def use(self, *_: Any) -> None:
+            used.append((self.made_on, current[-1]))
+
+        wait_stream = record = synchronize = use
+
+        def replay(self) -> None:
+            self.use()
+            runner._device_step(runner._batch, runner._active, runner._report)
+            runner.cache.length_bounds[:] = bounds
+
+    @contextmanager
+    def using(thing: On) -> Iterator[None]:
+        thing.use()
+        yield
+
+    def current_stream() -> On:
+        return On()
+
+    for name, fake in {
+        "device": device, "Stream": On, "Event": On, "CUDAGraph": On,
+        "stream": using, "graph": using, "current_stream": current_stream,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+
+    tokens = []
+    for cuda_graph in (False, True):
+        session = Session(model, StepConfig(tidar(4), 39), 2, 128, cuda_graph=cuda_graph)
+        for i in range(2):
+            session.add(prompt(i), 12, PARAMS[i])
+        runner, bounds, requests = session._runner, session.cache.length_bounds, dict(session.requests)
+        if cuda_graph:
+            runner.device = torch.device("cuda", 1)
+        while session.requests:
+            bounds = session.cache.length_bounds.copy()
+            session.step()
+        tokens.append([request.tokens for request in requests.values()])
+    assert tokens[0] == tokens[1]
+    assert len(used) > 10
+    assert set(used) == {(1, 1)}
+    assert current == [0]
 
 
 @pytest.mark.cuda

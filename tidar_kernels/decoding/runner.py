@@ -236,10 +236,15 @@ class StepRunner:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Without gradients, and in the weights' dtype: autocast is a thread's own, and steps may run on any thread."""
+        """On the session's device, without gradients, and in the weights' dtype.
+
+        The current device and autocast are a thread's own, and steps may run on any thread. Streams, events and graphs
+        are made and used on the current device: a step that is captured on another one would record nothing.
+        """
         kind = self.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.inference_mode(), off:
+        here = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
+        with here, torch.inference_mode(), off:
             yield
 
     def lengths_known(self) -> None:
@@ -284,10 +289,10 @@ class StepRunner:
                 self.cache.length_bounds[:] = bounds
 
             return run
-        if self._graph is None:
-            with torch.inference_mode():
+        with self._inference():
+            if self._graph is None:
                 self._capture()
-        replay: Callable[[], object] = self._graph.replay
+        replay: Callable[[], object] = self._graph.replay  # which goes to the device that it was captured on
         return replay
 
     def weights_may_have_moved(self) -> None:
