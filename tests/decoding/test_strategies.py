@@ -15,7 +15,7 @@ from tests.toys import PROMPTS, Chain, certain, chain_law, decode_chain, distanc
 from tidar_kernels import Decoder, patterns
 from tidar_kernels.decoding import session as session_module
 from tidar_kernels.decoding import strategies as strategies_module
-from tidar_kernels.decoding.session import StepConfig
+from tidar_kernels.decoding.session import Session, StepConfig
 from tidar_kernels.decoding.strategies import (
     Batch,
     BlockDiffusion,
@@ -24,11 +24,13 @@ from tidar_kernels.decoding.strategies import (
     Strategy,
     StrategyName,
     autoregressive,
+    base,
     by_name,
     class_of,
     isd,
     tidar,
 )
+from tidar_kernels.decoding.strategies.head import one_pass_rows
 from tidar_kernels.decoding.strategies.isd import acceptance_of, expected_tokens
 from tidar_kernels.models import Transformer, load_shipped
 from tidar_kernels.nn.adapters import GatedLoRA, add_gated_lora
@@ -142,6 +144,41 @@ def test_output_is_autoregressive(model: Transformer, name: str, params: dict[st
         assert int(found.cache.lengths[b]) == length
         for mine, plain in ((found.cache.k, expected.cache.k), (found.cache.v, expected.cache.v)):
             torch.testing.assert_close(mine[:, b, :, :length], plain[:, b, :, :length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("tidar_causal", "rejection"), ("tidar_levels_1_3", "coupled"), ("flare_4_unshifted", "coupled")]
+)
+def test_one_lm_head_pass_or_two(model: Transformer, name: str, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 seeds: the tokens are the same, and the lm_head of a step runs as often as said."""
+    prompts, passes, logits = [PROMPTS[i % 3] for i in range(20)], [0], Transformer.logits
+
+    def counted(self: Transformer, hidden: torch.Tensor) -> torch.Tensor:
+        passes[0] += 1
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Transformer, "logits", counted)
+    found = []
+    for most in (0, 20 * strategies()[name].pattern.q_len):  # type: ignore[attr-defined]
+        monkeypatch.setattr(base, "one_pass_rows", lambda device, most=most: most)
+        session = Session(model, StepConfig(strategies()[name], model.config.mask_token_id, rule), 20, 64)
+        for seed, tokens in enumerate(prompts):
+            session.add(tokens, 8, SamplingParams(0.9, seed=seed))
+        requests = dict(session.requests)
+        before = passes[0]
+        while session.requests:
+            session.step()
+        found.append([request.tokens for request in requests.values()])
+        assert passes[0] - before == session.forwards * (1 if most else 2)
+    assert found[0] == found[1]
+
+
+def test_rows_of_one_lm_head_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence of B = 8 has 64 rows; a CPU, and a chip that nobody has looked up, take two passes."""
+    assert one_pass_rows(torch.device("cpu")) == 0
+    for capability, expected in (((9, 0), 64), ((7, 5), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, at=capability: at)
+        assert one_pass_rows(torch.device("cuda", 1)) == expected
 
 
 @pytest.mark.parametrize("name", ["tidar_levels_1_3", "isd_4", "self_speculation_5"])

@@ -29,6 +29,7 @@ from ...ops.verify.noise import Stream
 from ...patterns import Pattern, Role
 from ...patterns.rows import ordinary
 from ..exact import exact_rows
+from .head import one_pass_rows
 
 __all__ = ["Batch", "DecoderModel", "Drafting", "StepResult", "Strategy", "check_positions", "check_ready", "judge"]
 
@@ -255,12 +256,20 @@ class Drafting(Strategy):
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
-        """`(sources by state, mask rows, rows to mix)`: row n + 1 of the first is the cold step's."""
+        """`(sources by state, mask rows, rows to mix, rows of one lm_head pass, sources among these)`.
+
+        Row n + 1 of the sources is the cold step's.
+        """
         if device not in self._on_device:
             cold = self.sources[1] if self.cold is None else self.cold
             is_mask = self.pattern.roles == int(Role.MASK)
             mix = torch.empty(0, device="cpu") if self.mix is None else self.mix
-            tables = torch.cat([self.sources, cold[None]]), is_mask, mix
+            sources = torch.cat([self.sources, cold[None]])
+            drafts = torch.arange(self.drafts, device="cpu")
+            head = torch.cat([drafts, sources[sources >= self.drafts].unique()])
+            place = torch.full((self.pattern.q_len + 1,), -1, device="cpu")
+            place[head] = torch.arange(len(head), device="cpu")
+            tables = sources, is_mask, mix, head, place[sources]  # no source, -1, is the last place, -1 too
             self._on_device[device] = tuple(ordinary(x, device) for x in tables)
         return self._on_device[device]
 
@@ -268,28 +277,35 @@ class Drafting(Strategy):
         count, drafts = self.drafts, batch.drafts.clone()
         if count == self.pattern.q_len == 1:
             hidden = batch.forward(drafts, self.pattern, False)
-            return StepResult(judge(batch, hidden, drafts), drafts, drafts[:, 1:])
-        sources, is_mask, mix = self._tables(drafts.device)
+            return StepResult(judge(batch, batch.logits(hidden), drafts), drafts, drafts[:, 1:])
+        sources, is_mask, mix, head, in_head = self._tables(drafts.device)
         missing = drafts < 0
         rows = torch.cat([missing, is_mask[count:].expand(len(drafts), -1)], dim=1)
         tokens = torch.nn.functional.pad(drafts, (0, self.pattern.q_len - count))
         hidden = batch.forward(tokens, self.pattern, rows)
-        verified = judge(batch, hidden[:, :count], drafts, hidden[:, mix] if batch.beta < 1.0 else None)
+        in_one_pass = not batch.exact and len(drafts) * len(head) <= one_pass_rows(drafts.device)
+        head_logits = batch.model.logits(hidden[:, head]) if in_one_pass else batch.logits(hidden[:, :count])
+        verified = judge(batch, head_logits[:, :count], drafts, hidden[:, mix] if batch.beta < 1.0 else None)
         if count == 1:
             return StepResult(verified, drafts, drafts[:, 1:])
         state = torch.where(missing[:, 1], count + 1, verified.accepted)
         at = sources[state]
-        logits = batch.model.logits(hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])))
+        logits = _rows(head_logits, in_head[state]) if in_one_pass else batch.model.logits(_rows(hidden, at))
         # The next first draft takes the position after the accepted ones, and these the positions after that.
         following = batch.draft(logits, batch.cache.lengths + verified.accepted + 1)
         return StepResult(verified, drafts, following.masked_fill(at < 0, -1), logits)
 
 
-def judge(batch: Batch, hidden: Tensor, drafts: Tensor, mix: Tensor | None = None) -> Verified:
-    """Verify `drafts [batch, n]` by the hidden states of their rows, and of `mix` where those have a say."""
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `at [batch, n]` of `x [batch, rows, width]`; any row where there is none, -1."""
+    return x.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def judge(batch: Batch, logits: Tensor, drafts: Tensor, mix: Tensor | None = None) -> Verified:
+    """Verify `drafts [batch, n]` by the logits of their rows, and by the hidden states `mix` where those have a say."""
     single = drafts.shape[1] == 1
     return verify(
-        batch.logits(hidden),
+        logits,
         drafts,
         batch.cache.lengths + 1,
         batch.state,

@@ -39,4 +39,5 @@ class SelfSpeculation(Strategy):
         if batch.draft_logits is not None:
             batch.draft_logits[:, 1:] = logits
         hidden = batch.forward(drafts.clamp(min=0), self._verify, False)
-        return StepResult(judge(batch, hidden, drafts), drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)
+        verified = judge(batch, batch.logits(hidden), drafts)
+        return StepResult(verified, drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)
