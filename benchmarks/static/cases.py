@@ -42,7 +42,13 @@ TABLE_OF = {"step_attention": "step", "attention_forward": "forward", "attention
 # The small kernels around them have one shape for all chips.
 _ROWS_KERNELS = ("sound_keys", "combine_splits", "attention_rows", "append_kv", "rotary_append", "compact_kv")
 _LISTS = ("row_tile_bounds", "list_row_runs")
-_VERIFY = ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras", "sample")
+# The kernels of verification, and the rules by which they differ.
+_VERIFY = {
+    **dict.fromkeys(("scan_chunks", "count_chunks", "gather_chunks"), ("coupled", "coupled extras")),
+    "select_rows": ("coupled",),
+    "race_chunks": ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras"),
+    "decide": ("coupled", "rejection", "sample"),
+}
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
 
 
@@ -92,8 +98,8 @@ def cases(chip: configs.Chip) -> list[Case]:
     small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
     found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
     found += [Case(kernel, str(chip), "bfloat16", 128) for kernel in _LISTS]
-    found += [Case("verify_rows", str(chip), "bfloat16", variant=variant) for variant in _VERIFY]
-    found += [Case("count_accepted", str(chip), "bfloat16", variant="coupled")]
+    for kernel, variants in _VERIFY.items():
+        found += [Case(kernel, str(chip), "bfloat16", variant=variant) for variant in variants]
     for dtype, role in itertools.product(("bfloat16", "float32"), ROLES):
         found.append(Case(kernel_of(role), str(chip), dtype, variant=role))
     return sorted(found)
@@ -220,7 +226,7 @@ def _caches(case: Case, device: torch.device) -> list[Launch]:
 
 
 def _verify(case: Case, device: torch.device) -> list[Launch]:
-    """One binary serves every vocabulary. "extras": seen tokens for the penalty, and mixed logits."""
+    """One binary serves all vocabularies of 128k to 256k tokens. "extras": seen tokens for the penalty, and mixed logits."""
     rule, _, extras = case.variant.partition(" ")
     logits = _operand(device, 2, 8, VOCABULARY, dtype=case.torch_dtype)
     integers = _operand(device, 2, dtype=torch.int64)
@@ -256,7 +262,7 @@ def _linear(case: Case, device: torch.device) -> list[Launch]:
 _PLANS: dict[str, Callable[[Case, torch.device], list[Launch]]] = {
     **dict.fromkeys(("sound_keys", "step_attention", "combine_splits"), _step),
     **dict.fromkeys(("attention_forward", "attention_rows", "attention_dq", "attention_dkdv", *_LISTS), _attention),
-    **dict.fromkeys(("verify_rows", "count_accepted"), _verify),
+    **dict.fromkeys(_VERIFY, _verify),
     **dict.fromkeys(("linear", "gated_rows", "gated_sum"), _linear),
     **dict.fromkeys(("append_kv", "compact_kv", "rotary_append"), _caches),
 }

@@ -44,8 +44,12 @@ SAMPLES = (
     Case("append_kv", "90", "bfloat16", 128),
     Case("compact_kv", "90", "bfloat16", 128),
     Case("rotary_append", "90", "bfloat16", 128),
-    Case("verify_rows", "90", "bfloat16", variant="coupled"),
-    Case("count_accepted", "90", "bfloat16", variant="coupled"),
+    Case("scan_chunks", "90", "bfloat16", variant="coupled"),
+    Case("count_chunks", "90", "bfloat16", variant="coupled"),
+    Case("gather_chunks", "90", "bfloat16", variant="coupled"),
+    Case("select_rows", "90", "bfloat16", variant="coupled"),
+    Case("race_chunks", "90", "bfloat16", variant="coupled"),
+    Case("decide", "90", "bfloat16", variant="coupled"),
     Case("linear", "90", "bfloat16", variant="narrow"),
     Case("gated_rows", "120", "bfloat16", variant="down"),
     Case("gated_sum", "gfx942", "bfloat16", variant="sum"),
@@ -189,13 +193,13 @@ APPEND = [case for case in cases(90) if case.kernel == "append_kv"]
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """Compiled cases, without compiling them; `count_accepted` fails."""
+    """Compiled cases, without compiling them; `select_rows` fails."""
     done: list[Case] = []
 
     def attempt(case: Case) -> dict[str, Any] | str:
         done.append(case)
         row = {**dataclasses.asdict(case), "config": {}, **NOTHING, "fingerprint": fingerprint(launch(case))}
-        return "no" if case.kernel == "count_accepted" else row
+        return "no" if case.kernel == "select_rows" else row
 
     monkeypatch.setattr(static_report, "_attempt", attempt)
     return done
@@ -233,7 +237,7 @@ def test_the_command(
 ) -> None:
     path = tmp_path / "report.json"
     chosen = ["--out", str(path), "--chips", "90", "--jobs", "1"]
-    assert static_report.main([*chosen, "--kernels", "append_kv,count_accepted"]) == 1
+    assert static_report.main([*chosen, "--kernels", "append_kv,select_rows"]) == 1
     out, err = capsys.readouterr()
     assert f"{len(APPEND)} entries, 1 failed" in out
     assert "no\n" in err

@@ -346,6 +346,33 @@ def test_cpu_path_of_many_decisions(rule: Any, shaping: dict[str, Any], monkeypa
     assert tokens.tolist() == sample(logits, positions, params, seen=seen, backend="eager").tolist()
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("rule", RULES)
+def test_chunks_are_one_vocabulary(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four chunks of 16 tokens and of two tiles each: the same decisions, with ties and lists across chunks."""
+    from tidar_kernels.ops.verify import triton
+
+    monkeypatch.setattr(triton, "CHUNK", 16)
+    monkeypatch.setattr(triton, "BLOCK_V", 8)
+    monkeypatch.setattr(triton, "BLOCK_L", 4)
+    generator = torch.Generator().manual_seed(2)
+    shapings: list[dict[str, Any]] = [
+        {}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.6}, {"min_p": 0.3}, {"top_k": 1}, {"top_p": 0.999},
+        {"top_k": 49, "min_p": 0.01},
+    ]  # fmt: skip
+    params = [SamplingParams(0.9, **shaping, seed=seed) for seed, shaping in enumerate(shapings)]
+    logits = torch.randn(len(params), 2, 50, generator=generator).mul(2).round(decimals=1)
+    logits[..., ::9] = -math.inf
+    draft_logits, positions = logits.roll(1, 1).mul(0.9), torch.arange(len(params))
+    options: dict[str, Any] = {"rule": rule} | ({"draft_logits": draft_logits} if rule == "rejection" else {})
+    picks = sample(logits, positions, params, backend="eager")
+    assert sample(logits, positions, params).tolist() == picks.tolist()
+    for drafts in (picks.roll(1, 1), draft_logits.argmax(-1)):
+        found = verify(logits, drafts, positions, params, **options)
+        expected = verify(logits, drafts, positions, params, backend="eager", **options)
+        assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+
+
 def operands(vocab: int, rows: int, dtype: torch.dtype, seed: int, device: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 

@@ -193,6 +193,22 @@ def _kernels() -> Any:
     return triton
 
 
+def _verify_cpu(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
+    (logits, mix, beta), (drafts, draft_logits, rule) = target, drafted
+    if logits.shape[-1] > cpu.SMALL:
+        return cpu.verify(target, drafted, requests)
+    *sampling, seen = requests
+    options: dict[str, Any] = {"draft_logits": draft_logits, "mix": mix, "beta": beta, "seen": seen}
+    return reference.verify(logits, drafts, *sampling, rule=RULES[rule], **options)
+
+
+def _sample_cpu(target: Target, requests: Requests, stream: int) -> Tensor:
+    if target.logits.shape[-1] > cpu.SMALL:
+        return cpu.sample(target, requests, stream)
+    *sampling, seen = requests
+    return reference.sample(target.logits, *sampling, seen=seen, stream=stream)
+
+
 def _verify_fake(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
     accepted, next_tokens, bad_rows = (drafted.drafts.new_empty(drafted.drafts.shape[:1]) for _ in range(3))
     return accepted, next_tokens, bad_rows
@@ -208,7 +224,7 @@ verify_operator = Operator(
     Target,
     Drafted,
     Requests,
-    cpu=cpu.verify,
+    cpu=_verify_cpu,
     kernel=lambda: _kernels().verify,
     fake=_verify_fake,
 )
@@ -216,7 +232,7 @@ sample_operator = Operator(
     "sample(Tensor logits, Tensor positions, Tensor knobs, Tensor seeds, Tensor? seen, int stream) -> Tensor",
     Target,
     Requests,
-    cpu=cpu.sample,
+    cpu=_sample_cpu,
     kernel=lambda: _kernels().sample,
     fake=_sample_fake,
 )

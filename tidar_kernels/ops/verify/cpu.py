@@ -7,7 +7,7 @@ The results are those of the twins (`reference.py`). What makes them cheap:
 - Gumbel noise lies in a known range, so a token too far below the row's largest score cannot win. Noise is computed for
   the others alone; where these are most of the vocabulary, its bits are, and its logarithms for those near the lead.
 
-A small vocabulary is left to the twins: there all rows at once cost less than the calls for one.
+A small vocabulary is left to the twins: all rows of it at once cost less than the calls for one row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import noise, reference
+from . import noise
 from .noise import Stream
 from .operands import RULES, Drafted, Requests, Target
 
@@ -186,9 +186,7 @@ def _token(scores: _Scores, shape: _Shape, seed: Tensor, position: Tensor, strea
 def sample(target: Target, requests: Requests, stream: int) -> Tensor:
     """As `reference.sample`."""
     logits, (positions, knobs, seeds, seen) = target.logits, requests
-    batch, rows, vocab_size = logits.shape
-    if vocab_size <= SMALL:
-        return reference.sample(logits, positions, knobs, seeds, seen=seen, stream=stream)
+    batch, rows, _ = logits.shape
     tokens = torch.full((batch, rows), -1, dtype=torch.int64, device="cpu")
     for b in range(batch):
         shape = _shape_of(knobs[b], logits.dtype)
@@ -201,14 +199,7 @@ def sample(target: Target, requests: Requests, stream: int) -> Tensor:
 
 def verify(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.verify`."""
-    (logits, mix, beta), (drafts, draft_logits, rule) = target, drafted
-    if logits.shape[-1] <= SMALL:
-        positions, knobs, seeds, seen = requests
-        return reference.verify(
-            logits, drafts, positions, knobs, seeds,
-            rule=RULES[rule], draft_logits=draft_logits, mix=mix, beta=beta, seen=seen,
-        )  # fmt: skip
-    found = [_verify_sequence(target, drafted, requests, b) for b in range(len(logits))]
+    found = [_verify_sequence(target, drafted, requests, b) for b in range(len(target.logits))]
     accepted, next_tokens, bad_rows = torch.tensor(found, dtype=torch.int64, device="cpu").unbind(1)
     return accepted.clone(), next_tokens.clone(), bad_rows.clone()
 
