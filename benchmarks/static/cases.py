@@ -226,7 +226,7 @@ def _caches(case: Case, device: torch.device) -> list[Launch]:
 
 
 def _verify(case: Case, device: torch.device) -> list[Launch]:
-    """One binary serves all vocabularies of 128k to 256k tokens. "extras": seen tokens for the penalty, and mixed logits."""
+    """One binary serves all vocabularies of 128k to 256k tokens. "extras": seen tokens (penalty) and mixed logits."""
     rule, _, extras = case.variant.partition(" ")
     logits = _operand(device, 2, 8, VOCABULARY, dtype=case.torch_dtype)
     integers = _operand(device, 2, dtype=torch.int64)
