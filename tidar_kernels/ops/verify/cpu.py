@@ -49,11 +49,15 @@ class _Shape(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """One row: what the softmax is taken of, its largest entry, and the least that is kept."""
+    """One row: what the softmax is taken of, its largest entry, the least that is kept, and where to look for those.
+
+    `tokens` are ascending and hold all that are kept, and maybe others; None for the whole vocabulary.
+    """
 
     x: Tensor
     top: Tensor
     edge: Tensor
+    tokens: Tensor | None = None
 
 
 def _shape_of(knobs: Tensor, dtype: torch.dtype) -> _Shape:
@@ -96,57 +100,54 @@ def _scores(logits: Tensor, shape: _Shape, history: Tensor | None) -> _Scores | 
     if shape.is_greedy:
         return _Scores(x, x[0], x[0])
     x = x * (1.0 / shape.temperature)
-    top = x.amax()
-    return _Scores(x, top, _edge(x, top, shape))
-
-
-def _edge(x: Tensor, top: Tensor, shape: _Shape) -> Tensor:
-    """The least score that top-k, top-p and min-p keep; -inf if they are off."""
-    edge = torch.full_like(top, -math.inf)
+    top, edge, tokens = x.amax(), torch.full_like(x[0], -math.inf), None
     if shape.top_k > 0:
-        edge = _top_k_edge(x, min(shape.top_k, len(x)))
+        edge, tokens = _top_k(x, min(shape.top_k, len(x)))
     if shape.top_p < 1.0:
-        edge = torch.maximum(edge, _top_p_edge(x, top, float(edge), shape.top_p))
+        edge, among = _top_p(x if tokens is None else x[tokens], top, shape.top_p)
+        tokens = among if tokens is None else tokens[among]
     if shape.min_p > 0:
         edge = torch.maximum(edge, top + shape.min_p.log())
-    return edge
+    return _Scores(x, top, edge, tokens)
 
 
-def _top_k_edge(x: Tensor, k: int) -> Tensor:
-    """The k-th largest score."""
-    blocks = len(x) // _BLOCK
+def _top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th largest score, and the tokens from it on."""
+    blocks, least = len(x) // _BLOCK, -math.inf
     if 4 * k < blocks:
         # The k blocks of the largest maxima have k scores from the least of these on.
-        largest = x[: blocks * _BLOCK].view(blocks, _BLOCK).amax(-1)
-        x = x[_at_least(x, float(largest.topk(k).values[-1]))]
-    return x.topk(k).values[-1]
+        least = float(x[: blocks * _BLOCK].view(blocks, _BLOCK).amax(-1).topk(k).values[-1])
+    tokens = _at_least(x, least)
+    largest = x[tokens]
+    edge = largest.topk(k).values[-1]
+    return edge, tokens[_at_least(largest, float(edge))]
 
 
-def _top_p_edge(x: Tensor, top: Tensor, edge: float, top_p: float) -> Tensor:
-    """The least score of the fewest tokens that have at least `top_p` of the mass at or above `edge`."""
-    if edge > -math.inf:
-        x = x[_at_least(x, edge)]
+def _top_p(x: Tensor, top: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The least score of the fewest with at least `top_p` of the mass of all x, and the indices of some from it on."""
     weight = (x - top).exp_()
     total = float(weight.sum(dtype=torch.float64))
     target = top_p * total
-    # Tokens of weight <= cut have no more than the tail's mass together, so this cut loses no token that is kept.
-    # Larger ones are tried while that holds beyond the rounding of these sums.
+    # Scores of weight <= cut have no more than the tail's mass together, so this cut loses none that is kept. Larger
+    # ones are tried while that holds beyond the rounding of these sums.
     cut = (1.0 - top_p) * total / len(x)
     while cut < 0.25 and float(torch.nn.functional.threshold(weight, 4.0 * cut, 0.0).sum()) >= target + 1e-4 * total:
         cut *= 4.0
-    ordered = torch.from_numpy(np.sort(x[_at_least(weight, cut)].numpy())).flip(0)
+    among = _at_least(weight, cut)
+    ordered = torch.from_numpy(np.sort(x[among].numpy())).flip(0)
     mass = (ordered - top).exp_().double().cumsum(0)
-    return ordered[min(int((mass < target).sum()), len(ordered) - 1)]
+    return ordered[min(int((mass < target).sum()), len(ordered) - 1)], among
 
 
 def _winner(scores: _Scores, seed: Tensor, position: Tensor, stream: int) -> int:
     """`argmax(x + noise)` over the tokens at or above the edge, ties to the lowest."""
-    x, top, edge = scores
+    x, top, edge, tokens = scores
     key, at = int(seed), int(position)
     # Scores are rounded when noise is added, to the spacing of floats of their size.
     slack = 1e-3 + 1e-6 * abs(float(top))
     lead = float(top) + noise.LEAST - slack  # the token of the largest score has at least this
-    tokens = _at_least(x, max(float(edge), lead - noise.LARGEST))
+    least = max(float(edge), lead - noise.LARGEST)
+    tokens = _at_least(x, least) if tokens is None else tokens[_at_least(x[tokens], least)]
     if 4 * len(tokens) <= len(x):
         words = _words(key, tokens.numpy() >> 2, at, stream).gather(1, (tokens & 3)[:, None])[:, 0]
         return int(tokens[(x[tokens] + noise.gumbel_of_words(words)).argmax()])
@@ -211,7 +212,6 @@ def _verify_sequence(target: Target, drafted: Drafted, requests: Requests, b: in
     shape, history = _shape_of(requests.knobs[b], logits.dtype), seen
     following: list[int] = [*drafts[b, 1:].tolist(), -1]  # row i decides draft i + 1
     positions = requests.positions[b] + torch.arange(len(following), device="cpu")
-    uniforms = noise.uniform(seed, positions, Stream.ACCEPT)
     i = -1
     while True:  # the last row decides no draft, and returns
         i += 1
@@ -239,7 +239,7 @@ def _verify_sequence(target: Target, drafted: Drafted, requests: Requests, b: in
                 if drawn_from is None:
                     return i + 1, -1, i
                 q = _law(drawn_from)
-            if bool(uniforms[i] * q[draft] < p[draft]):
+            if bool(noise.uniform(seed, positions[i], Stream.ACCEPT) * q[draft] < p[draft]):
                 continue
             rest = (p - q).clamp(min=0)
         return i + 1, _drawn(rest if bool((rest > 0).any()) else p, seed, positions[i], Stream.RESIDUAL), -1

@@ -562,7 +562,11 @@ def plan_verify(
             *(strided(logits), operand(mix, 3), operand(draft_logits, 3), operand(drafts, 2), operand(seen, 2)),
             *(*given, num_rows, vocab_size, beta, stream),
         ),
-        options | _tiles(vocab_size) | {"HAS_MIX": mix is not None, "HAS_SEEN": seen is not None},
+        options
+        | _tiles(vocab_size)
+        | {"HAS_MIX": mix is not None, "HAS_SEEN": seen is not None}
+        # Left alone, the compiler spills two scalars to fit more programs on a multiprocessor.
+        | ({"maxnreg": 255} if rule == REJECTION else {}),
     )
     decide = Launch(
         decide_kernel,
