@@ -26,6 +26,7 @@ IDENTITY = (
     "operator", "implementation", "direction", "mode", "name", "label", "model", "dtype", "batch", "block_size",
     "context_len", "seq_len", "num_heads", "num_kv_heads", "head_dim", "num_rows", "vocab_size", "in_features",
     "out_features", "rank", "nodes", "rows", "temperature", "tokens", "prompts", "prompt_tokens", "new_tokens",
+    "top_k", "top_p", "min_p", "repetition_penalty",
     "threads", "size", "device", "workloads",
 )  # fmt: skip
 

@@ -90,6 +90,8 @@ def _case(row: dict[str, Any]) -> str:
     words = [str(row.get("model", "")), f"{what} {row[field]}" if what[-1] == "=" else f"{row[field]} {what}"]
     if row["operator"] == "verify":
         words = [f"{row['block_size']} drafts, vocabulary {row['vocab_size']}, temperature {row['temperature']:g}"]
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        words += [f"{name.replace('_', '-')} {row[name]:g}" for name in off if row.get(name, off[name]) != off[name]]
     words += [f"batch {row['batch']}"] if row.get("batch", 1) > 1 else []
     return ", ".join(word for word in words if word)
 

@@ -30,8 +30,7 @@ _COUNTERS = 2**12  # of noise at a time, so that their words stay in the cache
 _COUPLED = RULES.index("coupled")
 _BLOCK = 128  # scores whose largest stands for them in the search for the top k
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-_FACTORS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_BUMP = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
+_FACTORS, _BUMP = (np.array(x, np.uint64)[:, None] for x in ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)))
 
 
 class _Shape(NamedTuple):
@@ -79,8 +78,7 @@ def _words(seed: int, counter: np.ndarray, position: int, stream: int) -> Tensor
     even[0], even[1], odd[0] = counter, stream, position & _WORD
     key = np.array([seed & _WORD, (seed >> 32) & _WORD], np.uint64)[:, None]
     for _ in range(10):
-        np.multiply(even[0], _FACTORS[0], out=wide[1])
-        np.multiply(even[1], _FACTORS[1], out=wide[0])
+        np.multiply(even, _FACTORS, out=wide[::-1])
         np.right_shift(wide, _HALF, out=even)
         odd &= _WORD
         even ^= odd
@@ -131,8 +129,8 @@ def _top_p(x: Tensor, top: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     # Scores of weight <= cut have no more than the tail's mass together, so this cut loses none that is kept. Larger
     # ones are tried while that holds beyond the rounding of these sums.
     cut = (1.0 - top_p) * total / len(x)
-    while cut < 0.25 and float(torch.nn.functional.threshold(weight, 4.0 * cut, 0.0).sum()) >= target + 1e-4 * total:
-        cut *= 4.0
+    while cut < 0.05 and float(torch.threshold(weight, 16.0 * cut, 0.0).sum()) >= target + 1e-4 * total:
+        cut *= 16.0
     among = _at_least(weight, cut)
     ordered = torch.from_numpy(np.sort(x[among].numpy())).flip(0)
     mass = (ordered - top).exp_().double().cumsum(0)
