@@ -32,10 +32,10 @@ def live_pairs(pattern: Pattern) -> int:
     return int((pattern.lead[:, 1] - pattern.lead[:, 0] + pattern.own[:, 1] - pattern.own[:, 0]).sum())
 
 
-def workload(name: str, **fields: type | int) -> type[Any]:
-    """A class of workloads, `name` in messages: a type is that of a field, an int the default of one."""
+def workload(name: str, **fields: type | float) -> type[Any]:
+    """A class of workloads, `name` in messages: a type is that of a field, a number the default of one."""
     required = [(key, given) for key, given in fields.items() if isinstance(given, type)]
-    chosen = [(key, int, field(default=given)) for key, given in fields.items() if not isinstance(given, type)]
+    chosen = [(key, type(given), field(default=given)) for key, given in fields.items() if not isinstance(given, type)]
     return make_dataclass(name, [*required, *chosen], frozen=True)
 
 

@@ -47,9 +47,10 @@ SUMMARY = "decode a prompt, several tokens per forward pass"
 USAGE = "(--prompt TEXT | --prompt-file PATH | --demo) [options]"
 
 EPILOG = f"""\
-By default decoding is greedy (--demo samples), and --mode tidar gives what --mode autoregressive
-gives, token for token. At --temperature above 0 the coupled rule still does, for
-each --seed; the two others keep to its distribution, and --beta below 1 to neither.
+By default decoding is greedy, but for --demo, and --mode tidar gives what --mode
+autoregressive gives, token for token. At --temperature above 0 the coupled rule still
+does, for each --seed; the two others keep to its distribution, and --beta below 1 to
+neither.
 --compare runs both modes, and checks outputs that must be identical. Figures count
 decode steps only, after a warm-up; the prompt's forward pass is reported apart.
 

@@ -497,10 +497,8 @@ def _plan_rows(target: Target, drafts: Tensor | None, requests: Requests, needs_
     batch, num_rows, vocab_size = logits.shape
     rows, num_chunks = batch * num_rows, cdiv(vocab_size, CHUNK)
     empty = partial(torch.empty, device=logits.device)
-    found = (
-        empty(rows, num_chunks, dtype=torch.float32),
-        *(empty(rows, num_chunks, dtype=torch.int32) for _ in range(2)),
-    )
+    top_tokens, bad = (empty(rows, num_chunks, dtype=torch.int32) for _ in range(2))
+    found = (empty(rows, num_chunks, dtype=torch.float32), top_tokens, bad)
     bins, listed = empty(rows, num_chunks, BINS.value, dtype=torch.int32), empty(rows, vocab_size, dtype=torch.float32)
     masses, totals = empty(rows, num_chunks, dtype=torch.float32), empty(rows, dtype=torch.float32)
     counts, floors = empty(rows, dtype=torch.int32), empty(rows, dtype=torch.int32)
