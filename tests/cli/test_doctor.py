@@ -43,7 +43,7 @@ def test_doctor_json(run: Run, healthy: None) -> None:
     assert report["versions"] == common.versions()
     assert set(report["operators"]) >= {"step_attention", "append_kv", "attention"}
     assert {check["name"]: check["ok"] for check in report["checks"]} == dict.fromkeys(
-        ["python", "torch", "triton", "shipped model", "append_kv on cpu", "step_attention on cpu"], True
+        ["python", "torch", "triton", "vllm", "shipped model", "append_kv on cpu", "step_attention on cpu"], True
     )
     assert {result["operator"] for result in report["parity"]} == {"append_kv", "step_attention"}
     assert all(result["passed"] and result["device"] == "cpu" for result in report["parity"])
@@ -60,7 +60,7 @@ def test_doctor_text(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"\n  step_attention +PyTorch, .+\n  attention +PyTorch, .+\n  append_kv +PyTorch, ", out)
     assert "\n  none: no kernel is launched on this device\n" in out
     assert re.search(r"\n  ok  step_attention on cpu  6 cases, at most \d+% of the error budget, \d+\.\d s\n", out)
-    assert out.endswith("\nall 6 checks passed\n")
+    assert out.endswith("\nall 7 checks passed\n")
 
 
 def test_doctor_names_the_path_that_runs(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_doctor_finds_a_wrong_operator(run: Run, healthy: None, monkeypatch: pyt
     assert re.search(
         r"\n  FAILED  step_attention on cpu  \d of 6 cases; step_attention, case .+ expected .+ got .+\n", out
     )
-    assert out.endswith("\n1 of 6 checks failed\n")
+    assert out.endswith("\n1 of 7 checks failed\n")
 
 
 def test_doctor_names_what_crashes(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .. import __version__
-from . import bench, convert, doctor, draw, generate, lossless, train, train_adapter
+from . import bench, convert, doctor, draw, generate, lossless, serve, train, train_adapter
 from .common import (
     FAILED,
     INTERRUPTED,
@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": convert,
     "train-adapter": train_adapter,
     "lossless": lossless,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
     "draw": draw,
@@ -55,6 +56,7 @@ examples:
   {PROGRAM} convert ./Qwen3-0.6B ./Qwen3-0.6B-tidar --block-size 8
   {PROGRAM} train-adapter ./Qwen3-0.6B --out runs/adapter
   {PROGRAM} lossless ./Qwen3-0.6B --strategy isd
+  {PROGRAM} serve ./Qwen3-0.6B-tidar --strategy tidar
   {PROGRAM} bench strategies --out results
   {PROGRAM} doctor --parity
   {PROGRAM} draw step --block-size 4

@@ -100,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
         _print_report(terminal, report)
 
     checks = check_versions(report["versions"], needs_triton=report["path"] != "cpu")
+    checks.append(check_vllm())
     if report["gpu"]:
         checks.append(check_capability(report["gpu"]["capability"]))
     checks.append(check_model())
@@ -193,6 +194,18 @@ def check_versions(installed: dict[str, str | None], needs_triton: bool) -> list
             detail = version if ok else f"expected {expected}, got {version}"
         checks.append(Check(name, ok, detail))
     return checks
+
+
+def check_vllm() -> Check:
+    """What `tidar-kernels serve` would find. vLLM may be there for other things, so no version of it is a fault."""
+    from ..integrations.vllm import SUPPORTED as tried
+    from ..integrations.vllm.plugin import installed_version
+
+    version, wanted = installed_version(), ", ".join(f"{release}.x" for release in tried)
+    if version is None:
+        return Check("vllm", True, f"not installed; tidar-kernels serve needs {wanted}")
+    serves = version.startswith(tuple(f"{release}." for release in tried))
+    return Check("vllm", True, version if serves else f"{version}; tidar-kernels serve needs {wanted}")
 
 
 def _dotted(version: tuple[int, int]) -> str:
