@@ -95,7 +95,7 @@ $(VLLM_VENV)/.installed: pyproject.toml setup.py $(wildcard tests/integrations/v
 
 vllm: $(VLLM_VENV)/.installed  ## what vLLM serves with our plug-in against vLLM itself, on a CPU; Python >= 3.11
 	@mkdir -p $(REPORTS)
-	PYTHONPATH=tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
+	PYTHONPATH=$(CURDIR)/tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
 	    -o filterwarnings=default --durations=5 --junitxml=$(REPORTS)/vllm.xml
 
 # A red check has no figures and a red exit code, but the rest is published.
