@@ -19,9 +19,10 @@ from tests.cli.shell import Run
 from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import train
-from tidar_kernels.models import files, load_checkpoint
+from tidar_kernels.models import load_checkpoint
 from tidar_kernels.models.training.config import read_toml
 from tidar_kernels.models.training.trainer import STATE, TrainConfig, Trainer, read_state, weights_sha256
+from tidar_kernels.nn import files
 
 SETTINGS = {
     "steps": 6,

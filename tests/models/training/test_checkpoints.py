@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.models.training.runs import TINY, states_equal
-from tidar_kernels.models import files
 from tidar_kernels.models.training.progress import Progress
 from tidar_kernels.models.training.trainer import Trainer, read_state
+from tidar_kernels.nn import files
 
 # What is on the disk.
 
