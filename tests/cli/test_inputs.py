@@ -161,12 +161,22 @@ def base(tmp_path: Path, checkpoint: Path) -> dict[tuple[str, ...], dict[str, ob
         (data / name).write_text("x = 1\n" * 50)
     (tmp_path / "tiny.toml").write_text("".join(f"{name} = {value}\n" for name, value in TINY.items()))
     (tmp_path / "source").mkdir()
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "config.json").write_text("{}")
     return {
         ("generate",): {"--prompt": "a", "--checkpoint": checkpoint, "--device": "cpu"},
         ("train",): {"--out": "run", "--data": data, "--config": tmp_path / "tiny.toml", "--device": "cpu"},
         ("convert",): {"source": tmp_path / "source", "target": "target", "--block-size": 4},
         ("doctor",): {"--device": "cpu"},
+        ("lossless",): {"model": tmp_path / "source", "--device": "cpu"},
+        ("train-adapter",): {"model": tmp_path / "source", "--out": "run", "--device": "cpu"},
+        ("serve",): {"folder": served},
     }
+
+
+# Their positional arguments may be names on the Hub.
+WITH_TRANSFORMERS = {("convert",), ("lossless",), ("train-adapter",), ("serve",)}
 
 
 def line(words: tuple[str, ...], settings: dict[str, object]) -> list[object]:
@@ -195,15 +205,15 @@ def test_every_option_refuses_what_it_cannot_take(
         for rival in other.option_strings
     }
     settings = {option: value for option, value in base.get(words, {}).items() if option not in rivals}
-    values = [*NUMBERS, *TEXTS, *(paths if action.type or words == ("convert",) else [])]
-    if words == ("convert",):
+    values = [*NUMBERS, *TEXTS, *(paths if action.type or words in WITH_TRANSFORMERS else [])]
+    if words in WITH_TRANSFORMERS:
         pytest.importorskip("transformers")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     answers = {value: begins(*line(words, settings | {name: value})) for value in values}
     if action.choices:
         assert all(isinstance(answer, str) for answer in answers.values())
         assert "invalid choice" in str(answers["abc"])
-    elif name != "--suffix" and action.type not in (None, any_path):
+    elif name not in ("--suffix", "--set") and action.type not in (None, any_path):
         for value in ("", *(() if name == "--kernels" else ("abc", " 7", "７", "0x10", "\udcff", "1e400"))):
             answer = answers[value]
             assert isinstance(answer, str), (name, value)

@@ -496,7 +496,7 @@ def _plan_rows(target: Target, drafts: Tensor | None, requests: Requests, needs_
     (logits, mix, beta), knobs, seen = target, requests.knobs, requests.seen
     batch, num_rows, vocab_size = logits.shape
     rows, num_chunks = batch * num_rows, cdiv(vocab_size, CHUNK)
-    empty = partial(torch.empty, device=logits.device)
+    empty = logits.new_empty
     top_tokens, bad = (empty(rows, num_chunks, dtype=torch.int32) for _ in range(2))
     found = (empty(rows, num_chunks, dtype=torch.float32), top_tokens, bad)
     bins, listed = empty(rows, num_chunks, BINS.value, dtype=torch.int32), empty(rows, vocab_size, dtype=torch.float32)
@@ -535,7 +535,7 @@ def plan_verify(
     (logits, mix, beta), (positions, knobs, seeds, seen) = target, requests
     drafts, draft_logits, rule = (None, None, COUPLED) if drafted is None else drafted
     batch, num_rows, vocab_size = logits.shape
-    num_chunks, empty = cdiv(vocab_size, CHUNK), partial(torch.empty, device=logits.device)
+    num_chunks, empty = cdiv(vocab_size, CHUNK), logits.new_empty
     accepted, next_tokens, bad_rows = (empty(batch, dtype=torch.int64) for _ in range(3))
     tokens = empty(batch, num_rows, dtype=torch.int64)
 
