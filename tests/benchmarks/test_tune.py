@@ -165,12 +165,20 @@ def test_the_search(gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "code", "message"),
     [
         (["--tune"], 2, "--tune: expected --out DIR and no --chip"),
-        (["--tune", "--out", "tuned"], 1, "tune: expected a GPU to time on, got none; --dry-run shows what compiles without one"),
+        (
+            ["--tune", "--out", "tuned"],
+            1,
+            "tune: expected a GPU to time on, got none; --dry-run shows what compiles without one",
+        ),
         (["--tune", "operators"], 2, "--tune: expected no PART, got operators"),
         (["--chip", "90"], 2, "expected with --tune alone"),
         (["--dry-run"], 2, "expected with --tune alone"),
         (["--tune", "--dry-run", "--kernels", "append"], 2, "--kernels: expected some of step_attention"),
-        (["--tune", "--dry-run", "--head-dims", "x"], 2, "--head-dims: expected whole numbers with commas between them, got 'x'"),
+        (
+            ["--tune", "--dry-run", "--head-dims", "x"],
+            2,
+            "--head-dims: expected whole numbers with commas between them, got 'x'",
+        ),
         (["--tune", "--dry-run", "--chip", "91"], 2, "--chip: expected one of 80, "),
     ],
 )
