@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit distributed soak sanitize vllm mutants bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit thorough distributed soak sanitize vllm mutants bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -64,6 +64,10 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 	@$(BIN)/python .ci/summary.py $(REPORTS)/cpu.xml $(REPORTS)/interpreter.xml
 
 # A few minutes; a fast part of it is in `make test`. One test at a time: each has processes of its own.
+# Half of the interpreter's parity cases run in `make test`, so that it stays short; these are the others.
+thorough: $(STAMP)  ## the interpreter's cases that `make test` leaves out
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(PYTEST) -m thorough --thorough
+
 distributed: $(STAMP)  ## training on 2 and 4 processes against one, on gloo: results, losses, checkpoints, killed processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m distributed --distributed tests/distributed tests/benchmarks/test_long_sequences.py
 

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 # Tests of these marks are collected where the option of that name is given, whatever `-m` and `-k` say.
-ON_REQUEST = ("distributed", "models")
+ON_REQUEST = ("distributed", "models", "thorough")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

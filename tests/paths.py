@@ -17,10 +17,18 @@ HERE = DEVICES[:2]
 
 
 def on_every_path(operator: str) -> list[Any]:
-    """`(device, case)` over the tables of `tidar_kernels.testing`."""
+    """`(device, case)` over the tables of `tidar_kernels.testing`; every other one of the interpreter is `thorough`."""
     (suite,) = (suite for suite in testing.SUITES if suite.operator == operator)
     return [
-        pytest.param(device, case, marks=marks, id=f"{path}-{case.id}")
+        pytest.param(
+            device,
+            case,
+            marks=[
+                *([marks] if marks else []),
+                *([pytest.mark.thorough] if path == "interpreter" and index % 2 else []),
+            ],
+            id=f"{path}-{case.id}",
+        )
         for path, device, marks in PATHS
-        for case in suite.cases_on(path)  # type: ignore[arg-type]
+        for index, case in enumerate(suite.cases_on(path))  # type: ignore[arg-type]
     ]
