@@ -8,6 +8,7 @@
     declaration.py    one declaration an operator; who runs what where
     operands.py       the bundles in which operands travel
     checks.py         argument checks
+    paging.py         where a key of the cache lies, and what its value is: the reference
     _cpu.py           what CPU paths share
     _triton/          what kernels share: softmax, tiles, launches, chip tables
 

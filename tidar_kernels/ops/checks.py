@@ -12,6 +12,8 @@ from torch import Tensor
 from ..patterns import Pattern
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of quantised caches
+_CACHES = ("k_cache", "v_cache")
 
 
 def tensor(name: str, value: Any, rank: int) -> None:
@@ -31,12 +33,17 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def same_kind(reference: Tensor, **others: Tensor) -> None:
-    """Every tensor has the float dtype and the device of `reference` (which is called q or k_cache in errors)."""
+    """Every tensor has the float dtype and the device of `reference` (which is called q or k_cache in errors).
+
+    The dtype of a float8 cache is left to `caches`.
+    """
     dtype, device = reference.dtype, reference.device
+    if dtype in FLOAT8_DTYPES:
+        dtype = next((value.dtype for name, value in others.items() if name not in _CACHES), torch.float32)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     for name, value in others.items():
-        if value.dtype != dtype:
+        if value.dtype != dtype and not (name in _CACHES and value.dtype in FLOAT8_DTYPES):
             raise TypeError(f"{name}: expected dtype {dtype} like the other operands, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device} like the other operands, got {value.device}")
@@ -114,14 +121,111 @@ def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, num_keys: 
         raise ValueError(f"k: expected {expected} in-flight keys for {pattern.name}, got {of_keys[2]}")
 
 
-def caches(k_cache: Tensor, v_cache: Tensor, batch: int, num_kv_heads: int, head_dim: int) -> int:
-    """Both caches are `[batch, num_kv_heads, max_len, head_dim]`; returns `max_len`."""
-    expected = (batch, num_kv_heads, k_cache.shape[2], head_dim)
+def caches(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_table: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    *,
+    head_dim_v: int | None = None,
+) -> int:
+    """Both caches are `[batch, num_kv_heads, max_len, head_dim]`, or pages with a table, and float8 ones have scales.
+
+    Args:
+        head_dim_v: of v_cache; default `head_dim`.
+
+    Returns:
+        The capacity: `max_len`, or `max_pages * page_size`.
+    """
+    first, slots = batch, k_cache.shape[2]
+    capacity = slots
+    if block_table is not None:
+        _block_table(block_table, k_cache, batch)
+        first, capacity = k_cache.shape[0], slots * block_table.shape[1]
+    expected = (first, num_kv_heads, slots, head_dim)
     if k_cache.shape != expected:
         shape("k_cache", k_cache, expected)
+    if head_dim_v is not None:
+        expected = (first, num_kv_heads, slots, head_dim_v)
     if v_cache.shape != expected:
         shape("v_cache", v_cache, expected)
-    return expected[2]
+    quantised = k_cache.dtype in FLOAT8_DTYPES
+    if quantised and v_cache.dtype != k_cache.dtype:
+        raise TypeError(f"v_cache: expected dtype {k_cache.dtype} like k_cache, got {v_cache.dtype}")
+    if quantised or k_scale is not None or v_scale is not None:
+        _scale("k_scale", k_scale, k_cache, batch)
+        _scale("v_scale", v_scale, v_cache, batch)
+        if (k_scale.ndim == 3) != (v_scale.ndim == 3):
+            raise ValueError(
+                f"v_scale: expected a scale by slot exactly if k_scale is one, got shapes {list(k_scale.shape)} "
+                f"and {list(v_scale.shape)}"
+            )
+    return capacity
+
+
+def _block_table(value: Any, k_cache: Tensor, batch: int) -> None:
+    """`value` is an int32 tensor `[batch, max_pages]` on the device of pages that have slots."""
+    tensor("block_table", value, 2)
+    if value.dtype != torch.int32:
+        raise TypeError(f"block_table: expected dtype int32, got {value.dtype}")
+    if len(value) != batch:
+        shape("block_table", value, (batch, value.shape[1]))
+    if value.device != k_cache.device:
+        raise ValueError(f"block_table: expected device {k_cache.device} like the other operands, got {value.device}")
+    if k_cache.shape[0] < 1 or k_cache.shape[2] < 1:
+        raise ValueError(
+            f"k_cache: expected at least one page (dimension 0) and a page size of at least 1 (dimension 2), got shape "
+            f"{list(k_cache.shape)}"
+        )
+
+
+def _scale(name: str, value: Any, cache: Tensor, batch: int) -> None:
+    """`value` is the scale of a float8 cache: float32, there, broadcastable to `[batch, kv_heads]` or by slot."""
+    of_cache = f"{name[0]}_cache"
+    if cache.dtype not in FLOAT8_DTYPES:
+        raise TypeError(f"{of_cache}: expected dtype float8_e4m3fn or float8_e5m2 with {name}, got {cache.dtype}")
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor with a {of_cache} of {cache.dtype}, got {type(value).__name__}"
+        )
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype float32, got {value.dtype}")
+    if value.device != cache.device:
+        raise ValueError(f"{name}: expected device {cache.device} like the other operands, got {value.device}")
+    by_request = (batch, cache.shape[1])
+    by_slot = tuple(cache.shape[:3])
+    broadcasts = value.ndim <= 2 and all(
+        size in (1, full) for size, full in zip(reversed(value.shape), reversed(by_request), strict=False)
+    )
+    if not broadcasts and tuple(value.shape) != by_slot:
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to {list(by_request)}, or {list(by_slot)}, got {list(value.shape)}"
+        )
+
+
+def entries(block_table: Tensor | None, k_cache: Tensor, first: Tensor, end: Tensor) -> None:
+    """On the CPU, where reading is free: the table's entries for slots `[first[b], end[b])` name pages of the cache.
+
+    What the other entries hold is nobody's business: they are not looked at.
+    """
+    if block_table is None or block_table.device.type != "cpu" or type(block_table) is not Tensor:
+        return
+    if torch.compiler.is_compiling():
+        return
+    num_pages, page_size = k_cache.shape[0], k_cache.shape[2]
+    start = torch.arange(block_table.shape[1], device="cpu") * page_size
+    needed = (start < end[:, None]) & (start + page_size > first[:, None]) & (first < end)[:, None]
+    wrong = (needed & ((block_table < 0) | (block_table >= num_pages))).nonzero()
+    if len(wrong):
+        sequence, entry = wrong[0].tolist()
+        raise ValueError(
+            f"block_table: expected pages 0 <= page < {num_pages} where slots are used, got "
+            f"{int(block_table[sequence, entry])} in entry {entry} of sequence {sequence}"
+        )
 
 
 def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> Tensor:

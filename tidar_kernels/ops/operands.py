@@ -34,18 +34,30 @@ class Keys(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """Keys and values in the cache.
+    """Keys and values in the cache (`paging.py` says where a key lies and what its value is).
 
     Attributes:
-        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, or pages `[num_pages, kv_heads, page_size, head_dim]`.
         lengths: int32 or int64 `[batch]`, tokens of context of each sequence.
         max_context: an upper bound of `lengths` that the host knows; an operator that has no use for it leaves it 0.
+        block_table: int32 `[batch, max_pages]`, the pages of each sequence in order; None: the cache has no pages.
+        k_scale, v_scale: float32, of a float8 cache, else None: value = stored * scale. Broadcastable to
+            `[batch, kv_heads]`, or by slot, in the shape of the cache without head_dim.
     """
 
     k_cache: Tensor
     v_cache: Tensor
     lengths: Tensor
     max_context: int = 0
+    block_table: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence has room for: `max_len`, or `max_pages * page_size`."""
+        slots = self.k_cache.shape[2]
+        return slots if self.block_table is None else slots * self.block_table.shape[1]
 
 
 class Scores(NamedTuple):

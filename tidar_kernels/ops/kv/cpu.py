@@ -12,7 +12,7 @@ __all__ = ["compact_kv"]
 
 def compact_kv(cached: Cached, path: Tensor) -> None:
     """One gather a sequence."""
-    k_cache, v_cache, lengths, _ = cached
+    k_cache, v_cache, lengths = cached.k_cache, cached.v_cache, cached.lengths
     max_len = k_cache.shape[2]
     for b, (length, nodes) in enumerate(zip(lengths.tolist(), path.tolist(), strict=True)):
         moves = [

@@ -82,7 +82,7 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         seeing = (visible & broken.unsqueeze(2)).any(-1).repeat_interleave(out.shape[1] // broken.shape[1], dim=1)
         return out.masked_fill(seeing.unsqueeze(-1), math.nan), lse.masked_fill(seeing, math.nan)
     (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
-    k_cache, v_cache, lengths, _ = cached
+    k_cache, v_cache, lengths = cached.k_cache, cached.v_cache, cached.lengths
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads

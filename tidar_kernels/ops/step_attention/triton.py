@@ -339,7 +339,7 @@ def plan_step_attention(
         TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
     """
     (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
-    k_cache, v_cache, lengths, max_context = cached
+    k_cache, v_cache, lengths, max_context = cached.k_cache, cached.v_cache, cached.lengths, cached.max_context
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
     group = num_heads // num_kv_heads

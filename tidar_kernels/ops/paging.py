@@ -1,0 +1,106 @@
+"""Where a key of the cache lies, and what its value is: the reference for pages and quantised caches.
+
+    page = block_table[b, n // page_size],  slot = n % page_size        of key n of sequence b
+    value = stored * scale                                              of a float8 cache
+
+A cache without pages is one page a sequence: page = b, slot = n. What slots outside the context hold, and entries of
+the table that no key of the context needs, never matters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operands import Cached
+
+__all__ = ["Places", "dense", "dequantise", "locate", "quantise", "scales_at", "slot_scales"]
+
+# The least normal number of float32: a token of zeros has this scale by slot, so that nothing is divided by zero.
+SMALLEST_SCALE = 2.0**-126
+
+
+class Places(NamedTuple):
+    """Where keys lie, `[batch, n]` each.
+
+    Attributes:
+        page, slot: int64; 0 where there is no such place.
+        exists: bool; the position is in `[0, capacity)`, and the table names one of the pages.
+    """
+
+    page: Tensor
+    slot: Tensor
+    exists: Tensor
+
+
+def locate(cached: Cached, positions: Tensor) -> Places:
+    """The places of the keys at `positions`, any integers `[batch, n]` on the device of the cache."""
+    pages, page_size = cached.k_cache.shape[0], cached.k_cache.shape[2]
+    exists = (positions >= 0) & (positions < cached.capacity)
+    positions = torch.where(exists, positions, 0).long()
+    sequence = torch.arange(len(positions), device=positions.device)[:, None]
+    if cached.block_table is None:
+        return Places(torch.where(exists, sequence, 0), positions, exists)
+    if not cached.capacity:  # a table without columns
+        return Places(positions, positions, exists)
+    page = cached.block_table[sequence, positions // page_size].long()
+    exists = exists & (page >= 0) & (page < pages)
+    return Places(torch.where(exists, page, 0), torch.where(exists, positions % page_size, 0), exists)
+
+
+def slot_scales(scale: Tensor | None) -> bool:
+    """Whether every slot has a scale of its own, which is written with it; else the scale is the caller's."""
+    return scale is not None and scale.ndim == 3
+
+
+def scales_at(scale: Tensor, places: Places, num_kv_heads: int) -> Tensor:
+    """The scales of the keys at `places`, float32 `[batch, kv_heads, n]`."""
+    batch, n = places.page.shape
+    if slot_scales(scale):
+        return scale[places.page, :, places.slot].transpose(1, 2)
+    return scale.expand(batch, num_kv_heads)[:, :, None].expand(-1, -1, n)
+
+
+def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(stored, scale)` of values `[.., head_dim]`: `x / scale`, rounded to the nearest float8, ties to even.
+
+    What is too large becomes the largest number of the dtype, as the instructions of GPUs have it; NaN stays NaN.
+
+    Args:
+        scale: float32 `[..]`, positive; or None: that of every token and head, its largest value / the dtype's largest.
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+    """
+    largest = torch.finfo(dtype).max
+    values = x.to(torch.float32)
+    if scale is None:
+        scale = (values.abs().amax(-1) / largest).clamp(min=SMALLEST_SCALE)
+    # torch's own conversion makes NaN or infinity of what is too large
+    return (values / scale.unsqueeze(-1)).clamp(-largest, largest).to(dtype), scale
+
+
+def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`stored * scale` of values `[.., head_dim]` and scales `[..]`: a product in float32, rounded to `dtype`."""
+    return (stored.to(torch.float32) * scale.unsqueeze(-1)).to(dtype)
+
+
+def dense(cached: Cached, n: int | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the context as `[batch, kv_heads, n, head_dim]`: without pages, and dequantised.
+
+    Args:
+        n: slots of the result, default the capacity. Those at and past `lengths[b]` are 0.
+        dtype: of the result; default that of the cache, float32 of a float8 cache.
+    """
+    n = cached.capacity if n is None else n
+    position = torch.arange(n, device=cached.lengths.device)
+    # Outside of the context a position is none, and what is there is never looked at.
+    places = locate(cached, torch.where(position < cached.lengths[:, None], position, -1))
+    found = []
+    for cache, scale in ((cached.k_cache, cached.k_scale), (cached.v_cache, cached.v_scale)):
+        values = cache[places.page, :, places.slot].transpose(1, 2)
+        if scale is not None:
+            values = dequantise(values, scales_at(scale, places, cache.shape[1]))
+        values = values if dtype is None else values.to(dtype)
+        found.append(values.masked_fill(~places.exists[:, None, :, None], 0))
+    return found[0], found[1]
