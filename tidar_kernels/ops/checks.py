@@ -212,9 +212,7 @@ def entries(block_table: Tensor | None, k_cache: Tensor, first: Tensor, end: Ten
 
     What the other entries hold is nobody's business: they are not looked at.
     """
-    if block_table is None or block_table.device.type != "cpu" or type(block_table) is not Tensor:
-        return
-    if torch.compiler.is_compiling():
+    if block_table is None or not readable(block_table):
         return
     num_pages, page_size = k_cache.shape[0], k_cache.shape[2]
     start = torch.arange(block_table.shape[1], device="cpu") * page_size
@@ -228,10 +226,12 @@ def entries(block_table: Tensor | None, k_cache: Tensor, first: Tensor, end: Ten
         )
 
 
-def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str) -> Tensor:
+def lengths(
+    value: Any, batch: int, device: torch.device, limit: int, what: str, new: tuple[int, ...] | None = None
+) -> Tensor:
     """`value` is an integer tensor `[batch]`; on the CPU, where reading it is free, in `[0, limit]` too.
 
-    Returns it as the kernels read it: contiguous.
+    `new`: tokens that each sequence needs room for besides.
     """
     if not isinstance(value, Tensor) or value.ndim != 1:
         tensor("lengths", value, 1)
@@ -241,14 +241,47 @@ def lengths(value: Any, batch: int, device: torch.device, limit: int, what: str)
         shape("lengths", value, (batch,))
     if value.device != device:
         raise ValueError(f"lengths: expected device {device} like the other operands, got {value.device}")
-    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
+    if readable(value):
         for sequence, length in enumerate(value.tolist()):
-            if not 0 <= length <= limit:
+            room = limit - (new[sequence] if new else 0)
+            if not 0 <= length <= room:
+                what = f"{what} - {new[sequence]} new tokens" if new else what
                 raise ValueError(
-                    f"lengths: expected 0 <= length <= {what} = {limit}, got {length} in sequence {sequence}"
+                    f"lengths: expected 0 <= length <= {what} = {room}, got {length} in sequence {sequence}"
                 )
     contiguous: Tensor = value.contiguous()
     return contiguous
+
+
+def cu_rows(value: Any, batch: int, rows: int, device: torch.device) -> None:
+    """`value` is an int32 tensor `[batch + 1]`; on the CPU it ascends from 0 to the number of rows too."""
+    tensor("cu_rows", value, 1)
+    if value.dtype != torch.int32:
+        raise TypeError(f"cu_rows: expected dtype int32, got {value.dtype}")
+    shape("cu_rows", value, (batch + 1,))
+    if value.device != device:
+        raise ValueError(f"cu_rows: expected device {device} like the other operands, got {value.device}")
+    if readable(value):
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != rows or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"cu_rows: expected to ascend from 0 to the number of rows = {rows}, got {ends}")
+
+
+def kept(value: Any, batch: int, device: torch.device) -> None:
+    """`value` is an int32 tensor `[batch]`; on the CPU not negative too."""
+    tensor("keep", value, 1)
+    if value.dtype != torch.int32:
+        raise TypeError(f"keep: expected an int, or dtype int32, got {value.dtype}")
+    shape("keep", value, (batch,))
+    if value.device != device:
+        raise ValueError(f"keep: expected device {device} like the other operands, got {value.device}")
+    if readable(value) and bool((value < 0).any()):
+        raise ValueError(f"keep: expected >= 0 rows, got {value.tolist()}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the host reads the values of a tensor without waiting for anything, and outside of a graph."""
+    return value.device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling()
 
 
 def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> None:
@@ -261,7 +294,7 @@ def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> Non
         raise ValueError(f"path: expected shape [{len(lengths)}, n <= {nodes_max}], got {list(value.shape)}")
     if value.device != device:
         raise ValueError(f"path: expected device {device} like the other operands, got {value.device}")
-    if device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling():
+    if readable(value):
         for sequence, (nodes, length) in enumerate(zip(value.tolist(), lengths.tolist(), strict=True)):
             count = nodes.index(-1) if -1 in nodes else len(nodes)
             ascending = [-1, *nodes[:count]]

@@ -35,12 +35,16 @@ class Places(NamedTuple):
     exists: Tensor
 
 
-def locate(cached: Cached, positions: Tensor) -> Places:
-    """The places of the keys at `positions`, any integers `[batch, n]` on the device of the cache."""
+def locate(cached: Cached, positions: Tensor, sequence: Tensor | None = None) -> Places:
+    """The places of the keys at `positions`, any integers `[batch, n]` on the device of the cache.
+
+    `sequence`, integers of the same shape, says whose keys they are; default those of sequence b in row b.
+    """
     pages, page_size = cached.k_cache.shape[0], cached.k_cache.shape[2]
     exists = (positions >= 0) & (positions < cached.capacity)
     positions = torch.where(exists, positions, 0).long()
-    sequence = torch.arange(len(positions), device=positions.device)[:, None]
+    if sequence is None:
+        sequence = torch.arange(len(positions), device=positions.device)[:, None]
     if cached.block_table is None:
         return Places(torch.where(exists, sequence, 0), positions, exists)
     if not cached.capacity:  # a table without columns
@@ -75,7 +79,8 @@ def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     largest = torch.finfo(dtype).max
     values = x.to(torch.float32)
     if scale is None:
-        scale = (values.abs().amax(-1) / largest).clamp(min=SMALLEST_SCALE)
+        # of numbers: NaN counts as 0, infinity as the largest number
+        scale = (values.abs().nan_to_num().amax(-1) / largest).clamp(min=SMALLEST_SCALE)
     # torch's own conversion makes NaN or infinity of what is too large
     return (values / scale.unsqueeze(-1)).clamp(-largest, largest).to(dtype), scale
 

@@ -1,4 +1,4 @@
-"""`tk.append_kv`, `tk.compact_kv`, `tk.rotary_append`: api, reference, cpu (compaction alone), triton."""
+"""`tk.append_kv`, `tk.compact_kv`, `tk.rotary_append`: api, reference, triton."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
 from ..operands import Cached, Keys
-from . import cpu, reference
-from .operands import Turned
+from . import reference
+from .operands import Turned, Written
 
 __all__ = ["append_kv", "compact_kv", "rotary_append"]
 
@@ -23,71 +23,115 @@ def append_kv(
     v: Tensor,
     lengths: Tensor,
     *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
+    keep: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Write new keys and values after the committed ones, in place; commits nothing.
 
-    Token j of sequence b lands in slot `lengths[b] + j`, bit for bit. Every other slot keeps its bits. On CUDA, where
-    `lengths` is not read by the host, slots outside `[0, max_len)` are dropped by the kernel; `KVCache` raises first.
+    Token j of sequence b lands in slot `lengths[b] + j`, bit for bit, or in a float8 cache as `x / scale`, rounded to
+    nearest, ties to even, and saturated. Every other slot keeps its bits. On CUDA, where `lengths` is not read by the
+    host, slots outside `[0, max_len)` are dropped by the kernel, and so are those whose entry of the table names no
+    page; `KVCache` raises first.
 
     Args:
-        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place.
-        k, v: `[batch, kv_heads, n, head_dim]`, same dtype and device.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place. With a
+            block table `[num_pages, kv_heads, page_size, head_dim]`, any strides: K and V may be halves of one tensor.
+        k, v: `[batch, kv_heads, n, head_dim]`, same dtype and device; v and v_cache may have a head_dim of their own.
         lengths: int32 or int64 `[batch]`, on the same device.
+        block_table: int32 `[batch, max_pages]`: slot n of sequence b is slot `n % page_size` of page
+            `block_table[b, n // page_size]`. Entries that no new token needs are not read.
+        k_scale, v_scale: float32, for caches of float8_e4m3fn or float8_e5m2 and for no others: value = stored * scale.
+            Broadcastable to `[batch, kv_heads]`, and read; or by slot, `[num_pages, kv_heads, page_size]`, and written:
+            that of a token and head makes its largest value the largest of the dtype.
+        cu_rows: int32 `[batch + 1]`, for ragged rows: k, v are `[rows, kv_heads, head_dim]`, and those of sequence b
+            are `[cu_rows[b], cu_rows[b + 1])`. Rows past the last entry are nobody's.
+        keep: int32 `[batch]`, the leading rows of each sequence to write; default all.
         backend: None picks by device; "triton" or "eager" by name.
 
     Raises:
         TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices or lengths do not fit; on the CPU also
-            `lengths[b] + n > max_len`. Nothing is written then.
+            `lengths[b] + n > max_len`, and an entry that is needed and names no page. Nothing is written then.
 
     Twin: `tidar_kernels.eager.append_kv`. Kernel: `triton.py` beside this file.
     """
+    if cu_rows is not None:
+        k, v = _ragged(k=k, v=v)
     checks.operands(4, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
-    batch, num_kv_heads, max_len, head_dim = k_cache.shape
-    num_new = k.shape[2]
-    checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
-    checks.shape("k", k, (batch, num_kv_heads, num_new, head_dim))
-    checks.shape("v", v, tuple(k.shape))
-    lengths = checks.lengths(lengths, batch, k_cache.device, max_len - num_new, f"max_len - {num_new} new tokens")
+    batch = _batch(k_cache, k, lengths, block_table, cu_rows)
+    num_kv_heads, head_dim, num_new = k_cache.shape[1], k_cache.shape[3], k.shape[2]
+    capacity = checks.caches(
+        k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
+    )
+    checks.shape("k", k, (k.shape[0] if cu_rows is not None else batch, num_kv_heads, num_new, head_dim))
+    checks.shape("v", v, (*k.shape[:3], v_cache.shape[3]))
+    written = Written(cu_rows, keep)
+    cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
+    cached, written = _checked_target(cached, written, num_new, num_new, capacity)
     check_backend(backend, k_cache.device)
     if backend == "eager":
-        reference.append_kv(k_cache, v_cache, k, v, lengths)
+        reference.append_kv(k_cache, v_cache, k, v, cached.lengths, block_table, k_scale, v_scale, *written)
         return
-    append_operator(Cached(k_cache, v_cache, lengths), Keys(k, v))
+    operator = scaling_append_operator if _by_slot(k_scale) else append_operator
+    operator(cached, Keys(k, v), written)
 
 
 def compact_kv(
-    k_cache: Tensor, v_cache: Tensor, lengths: Tensor, path: Tensor, *, backend: Backend | None = None
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    path: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> None:
     """Move an accepted path of a token tree together, in place: slot `lengths[b] + i` gets that of node `path[b, i]`.
 
     A step over a tree (`tidar_kernels.patterns.tree`) writes the K/V of node j into slot `lengths[b] + j`. After the
     move those of the path are the first ones there, bit for bit, so that they are committed by length. Every other slot
-    keeps its bits. On CUDA, where the host reads neither `lengths` nor `path`, slots outside `[0, max_len)` are left
-    out.
+    keeps its bits. On CUDA, where the host reads neither `lengths` nor `path`, slots outside `[0, max_len)`, and those
+    whose entry of the table names no page, are left out.
 
     Args:
-        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place. With a
+            block table `[num_pages, kv_heads, page_size, head_dim]`.
         lengths: int32 or int64 `[batch]`, on the same device.
         path: int32 or int64 `[batch, n]`, n <= 1024, on the same device: nodes in ascending order, then -1.
+        block_table: int32 `[batch, max_pages]`, as in `append_kv`.
+        k_scale, v_scale: of float8 caches, as in `append_kv`; by slot they move with their slots.
         backend: None picks by device; "triton" or "eager" by name.
 
     Raises:
         TypeError: a non-tensor, or a dtype. ValueError: shapes, devices or lengths do not fit; on the CPU also a path
-            that does not ascend, or leaves the cache. Nothing is written then.
+            that does not ascend, or leaves the cache, and an entry that is needed and names no page. Nothing is written
+            then.
 
     Twin: `tidar_kernels.eager.compact_kv`. Kernel: `triton.py` beside this file.
     """
     checks.operands(4, k_cache=k_cache, v_cache=v_cache)
-    batch, num_kv_heads, _, head_dim = k_cache.shape
-    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
-    lengths = checks.lengths(lengths, batch, k_cache.device, max_len, "max_len")
-    checks.path(path, lengths, k_cache.device, max_len)
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    batch = _batch(k_cache, k_cache, lengths, block_table, block_table)
+    capacity = checks.caches(
+        k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
+    )
+    what = "max_len" if block_table is None else "max_pages * page_size"
+    lengths = checks.lengths(lengths, batch, k_cache.device, capacity, what)
+    checks.path(path, lengths, k_cache.device, capacity)
+    if block_table is not None and checks.readable(path):
+        nodes = path.amax(1) + 1 if path.shape[1] else torch.zeros_like(lengths)
+        checks.entries(block_table, k_cache, lengths, lengths + nodes)
     check_backend(backend, k_cache.device)
     if backend == "eager":
-        reference.compact_kv(k_cache, v_cache, lengths, path)
+        reference.compact_kv(k_cache, v_cache, lengths, path, block_table, k_scale, v_scale)
         return
-    compact_operator(Cached(k_cache, v_cache, lengths), path=path)
+    cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
+    operator = scaling_compact_operator if _by_slot(k_scale) else compact_operator
+    operator(cached, path=path)
 
 
 def rotary_append(
@@ -98,58 +142,126 @@ def rotary_append(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    keep: int,
+    keep: int | Tensor,
     *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k, and write the first `keep` rows' k and v after the committed ones; commits nothing.
 
-    What a layer of a decode step does before its attention, in one launch. v goes into the cache bit for bit, as by
-    `append_kv`; k with the bits of the rotated k that is returned. It has no gradient: a backward pass through it is a
-    RuntimeError; `backend="eager"` has one.
+    What a layer of a decode step does before its attention, in one launch. v goes into the cache as by `append_kv`; k
+    as the rotated k that is returned would. It has no gradient: a backward pass through it is a RuntimeError;
+    `backend="eager"` has one.
 
     Args:
         q: `[batch, heads, rows, head_dim]`, any float dtype, any strides, as for all operands.
-        k, v: `[batch, kv_heads, rows, head_dim]`.
+        k, v: `[batch, kv_heads, rows, head_dim]`; v and v_cache may have a head_dim of their own.
         rotary: `(cos, sin)` from `RotaryEmbedding`: `[batch, rows, 1, head_dim]`, or without the batch.
-        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`; written in place.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`; written in place. With a block table
+            `[num_pages, kv_heads, page_size, head_dim]`.
         lengths: int32 or int64 `[batch]`, on the same device.
-        keep: rows to write, 0 .. rows.
+        keep: rows to write, 0 .. rows; or those of each sequence, int32 `[batch]` on the same device.
+        block_table, k_scale, v_scale: as in `append_kv`.
+        cu_rows: int32 `[batch + 1]`, for ragged rows: q is `[rows, heads, head_dim]`, k and v likewise, cos and sin
+            `[rows, 1, head_dim]`, and those of sequence b are `[cu_rows[b], cu_rows[b + 1])`.
         backend: None picks by device; "triton" or "eager" by name.
 
     Returns:
-        `(rotated q, rotated k)`, in the layout of q and k.
+        `(rotated q, rotated k)`, in the shape and layout of q and k.
 
     Raises:
         TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, `keep` or lengths do not fit; on the CPU
-            also `lengths[b] + keep > max_len`. Nothing is written then.
+            also `lengths[b] + keep > max_len`, and an entry that is needed and names no page. Nothing is written then.
 
     Twin: `tidar_kernels.eager.rotary_append`. Kernel: `triton.py` beside this file.
     """
+    if cu_rows is not None:
+        q, k, v = _ragged(q=q, k=k, v=v)
     cos, sin = (x if x.ndim == 4 else x.unsqueeze(0) for x in rotary)
     checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
-    batch, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
+    of_rows, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
     if head_dim % 2:
         raise ValueError(f"q: expected an even head_dim for rotary positions, got {head_dim}")
     checks.heads(q, num_kv_heads)
-    checks.shape("k", k, (batch, num_kv_heads, rows, head_dim))
-    checks.shape("v", v, tuple(k.shape))
+    checks.shape("k", k, (of_rows, num_kv_heads, rows, head_dim))
+    checks.shape("v", v, (*k.shape[:3], v_cache.shape[3]))
     for name, value in (("cos", cos), ("sin", sin)):
-        checks.shape(name, value, (value.shape[0] if value.shape[0] == 1 else batch, rows, 1, head_dim))
-    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
-    if not 0 <= keep <= rows:
+        checks.shape(name, value, (value.shape[0] if value.shape[0] == 1 else of_rows, rows, 1, head_dim))
+    batch = of_rows if cu_rows is None else _batch(k_cache, k, lengths, block_table, cu_rows)
+    capacity = checks.caches(
+        k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
+    )
+    most = rows if isinstance(keep, Tensor) else keep
+    if not 0 <= most <= rows:
         raise ValueError(f"keep: expected 0 <= keep <= {rows} rows, got {keep}")
-    lengths = checks.lengths(lengths, batch, q.device, max_len - keep, f"max_len - {keep} new tokens")
+    written = Written(cu_rows, keep if isinstance(keep, Tensor) else None)
+    cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
+    cached, written = _checked_target(cached, written, rows, most, capacity)
     check_backend(backend, q.device)
     cos, sin = cos.squeeze(2), sin.squeeze(2)
     if backend == "eager":
-        return reference.rotary_append(q, k, v, cos, sin, k_cache, v_cache, lengths, keep)
-    turned: tuple[Tensor, Tensor] = rotary_operator(
-        Turned(q, cos, sin), Keys(k, v), Cached(k_cache, v_cache, lengths), keep=keep
-    )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        turned = _WithoutGradient.apply(*turned, q, k)
-    return turned
+        turned = reference.rotary_append(
+            q, k, v, cos, sin, k_cache, v_cache, cached.lengths, most, block_table, k_scale, v_scale, *written
+        )
+    else:
+        operator = scaling_rotary_operator if _by_slot(k_scale) else rotary_operator
+        turned = operator(Turned(q, cos, sin), Keys(k, v), cached, written, keep=most)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            turned = _WithoutGradient.apply(*turned, q, k)
+    return turned if cu_rows is None else (turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1))
+
+
+def _ragged(**values: Tensor) -> list[Tensor]:
+    """Ragged rows `[rows, heads, d]` as the operators take them, `[1, heads, rows, d]`: views."""
+    for name, value in values.items():
+        checks.tensor(name, value, 3)
+    return [value.transpose(0, 1).unsqueeze(0) for value in values.values()]
+
+
+def _batch(k_cache: Tensor, k: Tensor, lengths: Any, block_table: Any, ragged: Any) -> int:
+    """The number of sequences that the operands are held to: that of the cache, of k, or of the lengths."""
+    if block_table is None:
+        return k_cache.shape[0]
+    if ragged is None:
+        return k.shape[0]
+    checks.tensor("lengths", lengths, 1)
+    return len(lengths)
+
+
+def _checked_target(cached: Cached, written: Written, rows: int, keep: int, capacity: int) -> tuple[Cached, Written]:
+    """Both, if the lengths leave room for the first `keep` of the rows, and the entries that these need name pages; with
+    tensors of one dimension as the kernels read them."""
+    k_cache, lengths, block_table = cached.k_cache, cached.lengths, cached.block_table
+    batch = k_cache.shape[0] if block_table is None else len(block_table)
+    what = "max_len" if block_table is None else "max_pages * page_size"
+    if written.cu_rows is None and written.kept is None:
+        lengths = checks.lengths(lengths, batch, k_cache.device, capacity - keep, f"{what} - {keep} new tokens")
+        new: Tensor | int = keep
+    else:
+        if written.cu_rows is not None:
+            checks.cu_rows(written.cu_rows, batch, rows, k_cache.device)
+        if written.kept is not None:
+            checks.kept(written.kept, batch, k_cache.device)
+        checks.tensor("lengths", lengths, 1)
+        counts: tuple[int, ...] | None = None
+        new = 0
+        if checks.readable(lengths):
+            new = torch.full((batch,), rows, device="cpu") if written.cu_rows is None else written.cu_rows.diff()
+            new = new.clamp(max=keep) if written.kept is None else torch.minimum(new, written.kept).clamp(max=keep)
+            counts = tuple(new.tolist())
+        lengths = checks.lengths(lengths, batch, k_cache.device, capacity, what, counts)
+        written = Written(*(None if x is None else x.contiguous() for x in written))
+    if block_table is not None and checks.readable(block_table):
+        checks.entries(block_table, k_cache, lengths, lengths + new)
+    return cached._replace(lengths=lengths), written
+
+
+def _by_slot(k_scale: Tensor | None) -> bool:
+    """Whether there are scales by slot, which are written too. The others are only read, and may be expanded."""
+    return k_scale is not None and k_scale.ndim == 3
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -177,31 +289,45 @@ def _nothing(*bundles: Any, **others: Any) -> None:
     return None
 
 
-def _rotary_fake(turned: Turned, keys: Keys, cached: Cached, keep: int) -> tuple[Tensor, Tensor]:
+def _rotary_fake(turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(turned.q), torch.empty_like(keys.k)
 
 
-append_operator = Operator(
-    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths) -> ()",
+def _pair(schema: str, *bundles: Any, **faces: Any) -> tuple[Operator, Operator]:
+    """An operator, and the one that writes the scales too: what an operator writes is part of its schema."""
+    name, arguments = schema.split("(", 1)
+    scaling = arguments.replace("Tensor? k_scale=None", "Tensor(c!)? k_scale=None")
+    scaling = scaling.replace("Tensor? v_scale=None", "Tensor(d!)? v_scale=None")
+    return Operator(schema, *bundles, **faces), Operator(f"{name}_scaling({scaling}", *bundles, **faces)
+
+
+append_operator, scaling_append_operator = _pair(
+    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, "
+    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "Tensor? cu_rows=None, Tensor? kept=None) -> ()",
     Cached,
     Keys,
+    Written,
     reference=reference.append_kv,
     kernel=lambda: _kernels().append_kv,
     fake=_nothing,
 )
-compact_operator = Operator(
-    "compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor path) -> ()",
+compact_operator, scaling_compact_operator = _pair(
+    "compact_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor path, "
+    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
     Cached,
-    cpu=cpu.compact_kv,
+    reference=reference.compact_kv,
     kernel=lambda: _kernels().compact_kv,
     fake=_nothing,
 )
-rotary_operator = Operator(
+rotary_operator, scaling_rotary_operator = _pair(
     "rotary_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor lengths, int keep) -> (Tensor, Tensor)",
+    "Tensor lengths, int keep, Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "Tensor? cu_rows=None, Tensor? kept=None) -> (Tensor, Tensor)",
     Turned,
     Keys,
     Cached,
+    Written,
     reference=reference.rotary_append,
     kernel=lambda: _kernels().rotary_append,
     fake=_rotary_fake,

@@ -6,10 +6,16 @@ compact_kv       k_cache[b, h, lengths[b] + i] = k_cache[b, h, lengths[b] + path
 rotary_append    rotated[d] = x[d] * cos[d] + x[d'] * sin[d]  of q and k, with d' = (d + D/2) mod D; sin carries the
                  sign. Then append_kv of rotated k, and of v, for j < keep
 
+With a block table slot n of sequence b is slot n % page_size of page block_table[b, n // page_size]; entries that name
+no page are skipped. Into a float8 cache goes x / scale, rounded (`_triton/paging.py`). With scales by slot an append
+also writes the scale of each token and head, and a compaction moves it.
+
 Twins: `reference.py`. Values are copied bit for bit. Every slot not named above is left as it was.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,57 +23,156 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.launch import Launch, block_dim, cdiv, next_power_of_2, strided
+from .._triton.paging import MANTISSA_BITS, page_of, pages, quantised, scale_of_rows, scale_operand, stored
 from ..operands import Cached, Keys
-from .operands import Turned
+from .operands import Turned, Written
 
+EVERY_ROW = Written()
 BLOCK_T = 16  # a step appends B = 4..32 tokens: one or two programs a head
 
 
-@triton.jit(do_not_specialize=["num_new", "num_kv_heads", "max_len"], do_not_specialize_on_alignment=["lengths"])
-def append_kv_kernel(
-    k_cache, v_cache, k, v, lengths, num_new, num_kv_heads, max_len,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+class Ragged(NamedTuple):
+    """`cu_rows` as a kernel operand, with the number of sequences."""
+
+    ptr: Any
+    batch: int
+
+
+def _targets(cached: Cached, written: Written) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands and constants that say where rows go: `pages .. kept` of the kernels below."""
+    batch, num_kv_heads = len(cached.lengths), cached.k_cache.shape[1]
+    scales = (scale_operand(scale, batch, num_kv_heads) for scale in (cached.k_scale, cached.v_scale))
+    ragged = None if written.cu_rows is None else Ragged(written.cu_rows, batch)
+    constants = {
+        "PAGE_SIZE": 0 if cached.block_table is None else cached.k_cache.shape[2],
+        "MANTISSA": MANTISSA_BITS.get(cached.k_cache.dtype, 0),
+        "SCALE_BY_SLOT": cached.k_scale is not None and cached.k_scale.ndim == 3,
+    }
+    return (pages(cached), *scales, ragged, written.kept), constants
+
+
+@triton.jit
+def _pointers(x, b, h, row, dim):
+    """Pointers `[len(row), len(dim)]` into head h of sequence b of an operand `[batch, heads, rows, head_dim]`.
+
+    b is a number, or a column `[len(row), 1]`: the page of each row.
+    """
+    return x.ptr + b * x.stride[0] + h * x.stride[1] + row[:, None] * x.stride[2] + dim[None, :] * x.stride[3]
+
+
+@triton.jit
+def _sequence_of(row, ragged):
+    """`(sequence, token)` of ragged rows: as many sequences as end at or before a row come before its own."""
+    sequence = tl.zeros_like(row)
+    for first in range(0, ragged.batch, 64):
+        i = first + tl.arange(0, 64)
+        end = tl.load(ragged.ptr + 1 + i, mask=i < ragged.batch, other=2147483647).to(tl.int64)
+        sequence += tl.sum((end[None, :] <= row[:, None]).to(tl.int64), axis=1)
+    return sequence, row - tl.load(ragged.ptr + sequence, mask=sequence < ragged.batch, other=0)
+
+
+@triton.jit
+def _target(row, b, keep, lengths, max_len, pages, ragged, kept, PAGE_SIZE: tl.constexpr):
+    """Where the first `keep` rows of a sequence, and no more than `kept`, go: `(sequence, page, slot, written)`."""
+    if ragged is None:
+        sequence, token = b, row
+        written = token < keep
+        length = tl.load(lengths + sequence).to(tl.int64)
+    else:
+        sequence, token = _sequence_of(row, ragged)
+        written = (sequence < ragged.batch) & (token < keep)
+        length = tl.load(lengths + sequence, mask=written, other=0).to(tl.int64)
+    if kept is not None:
+        if ragged is None:
+            written = written & (token < tl.load(kept + sequence))
+        else:
+            written = written & (token < tl.load(kept + sequence, mask=written, other=0))
+    slot = length + token
+    written = written & (slot >= 0) & (slot < max_len)
+    page = sequence
+    if pages is not None:
+        page, slot, written = page_of(sequence, slot, written, pages, PAGE_SIZE)
+    if pages is not None or ragged is not None:
+        page = page[:, None]
+    return sequence, page, slot, written
+
+
+@triton.jit
+def _store(
+    cache, scale, x, sequence, page, h, slot, dim, written, in_bounds, ragged,
+    MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
 ):  # fmt: skip
-    """Copies BLOCK_T tokens of k, v `[batch, kv_heads, num_new, d]` into the caches: one kv head of one sequence."""
+    """Rows x `[len(slot), len(dim)]` of one head into the cache, as it holds them, where `written` and `in_bounds`."""
+    if SCALE_BY_SLOT:
+        factor = scale_of_rows(x, MANTISSA)
+        by_row = tl.reshape(page * scale.stride[0] + h * scale.stride[1] + slot[:, None] * scale.stride[2], slot.shape)
+        tl.store(scale.ptr + by_row, factor, mask=written)
+        x = quantised(x, factor[:, None], MANTISSA)
+    elif scale is not None:
+        if ragged is None:
+            factor = tl.load(scale.ptr + sequence * scale.stride[0] + h * scale.stride[1])
+            x = quantised(x, factor, MANTISSA)
+        else:
+            of_row = scale.ptr + sequence * scale.stride[0] + h * scale.stride[1]
+            x = quantised(x, tl.load(of_row, mask=written, other=1.0)[:, None], MANTISSA)
+    tl.store(_pointers(cache, page, h, slot, dim), x, mask=written[:, None] & in_bounds)
+
+
+@triton.jit(do_not_specialize=["rows", "num_kv_heads", "max_len"], do_not_specialize_on_alignment=["lengths", "kept"])
+def append_kv_kernel(
+    k_cache, v_cache, k, v, lengths, rows, num_kv_heads, max_len, pages, k_scale, v_scale, ragged, kept,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
+):  # fmt: skip
+    """Writes BLOCK_T rows of k, v `[batch, kv_heads, rows, d]` into the caches: one kv head."""
     b = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     h = (tl.program_id(0) % num_kv_heads).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slot = tl.load(lengths + b).to(tl.int64) + token
-    dim = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
-    mask = ((token < num_new) & (slot >= 0) & (slot < max_len))[:, None] & (dim < HEAD_DIM)
-    token, slot = token[:, None], slot[:, None]
-    k_tile = tl.load(k.ptr + b * k.stride[0] + h * k.stride[1] + token * k.stride[2] + dim * k.stride[3], mask=mask)
-    v_tile = tl.load(v.ptr + b * v.stride[0] + h * v.stride[1] + token * v.stride[2] + dim * v.stride[3], mask=mask)
-    k_offset = b * k_cache.stride[0] + h * k_cache.stride[1] + slot * k_cache.stride[2] + dim * k_cache.stride[3]
-    v_offset = b * v_cache.stride[0] + h * v_cache.stride[1] + slot * v_cache.stride[2] + dim * v_cache.stride[3]
-    tl.store(k_cache.ptr + k_offset, k_tile, mask=mask)
-    tl.store(v_cache.ptr + v_offset, v_tile, mask=mask)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sequence, page, slot, written = _target(row, b, rows, lengths, max_len, pages, ragged, kept, PAGE_SIZE)
+    dim, dim_v = tl.arange(0, BLOCK_D).to(tl.int64), tl.arange(0, BLOCK_DV).to(tl.int64)
+    in_k, in_v = (dim < HEAD_DIM)[None, :], (dim_v < HEAD_DIM_V)[None, :]
+    # Where the scale is that of the whole row, what is out of bounds must be 0.
+    other: tl.constexpr = 0.0 if SCALE_BY_SLOT else None
+    k_tile = tl.load(_pointers(k, b, h, row, dim), mask=written[:, None] & in_k, other=other)
+    v_tile = tl.load(_pointers(v, b, h, row, dim_v), mask=written[:, None] & in_v, other=other)
+    _store(k_cache, k_scale, k_tile, sequence, page, h, slot, dim, written, in_k, ragged, MANTISSA, SCALE_BY_SLOT)
+    _store(v_cache, v_scale, v_tile, sequence, page, h, slot, dim_v, written, in_v, ragged, MANTISSA, SCALE_BY_SLOT)
 
 
-def plan_append_kv(cached: Cached, keys: Keys) -> Launch:
-    """Lay out the launch of one append: a program copies BLOCK_T tokens of K and V of one kv head."""
-    batch, num_kv_heads, max_len, head_dim = cached.k_cache.shape
-    num_new = keys.k.shape[2]
+def plan_append_kv(cached: Cached, keys: Keys, written: Written = EVERY_ROW) -> Launch:
+    """Lay out the launch of one append: a program copies BLOCK_T rows of K and V of one kv head."""
+    batch, num_kv_heads, rows, head_dim = keys.k.shape
+    head_dim_v = keys.v.shape[3]
+    targets, constants = _targets(cached, written)
     return Launch(
         append_kv_kernel,
-        (batch * num_kv_heads, cdiv(num_new, BLOCK_T)),
+        (batch * num_kv_heads, cdiv(rows, BLOCK_T)),
         (
-            *map(strided, (cached.k_cache, cached.v_cache, *keys)),
-            *(cached.lengths, num_new, num_kv_heads, max_len),
+            *(stored(cached.k_cache), stored(cached.v_cache), *map(strided, keys)),
+            *(cached.lengths, rows, num_kv_heads, cached.capacity, *targets),
         ),
-        {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_T": BLOCK_T, "num_warps": 4},
+        {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_D": block_dim(head_dim),
+            "BLOCK_DV": block_dim(head_dim_v),
+            "BLOCK_T": BLOCK_T,
+            **constants,
+            "num_warps": 4,
+        },
     )
 
 
-def append_kv(cached: Cached, keys: Keys) -> None:
+def append_kv(cached: Cached, keys: Keys, written: Written) -> None:
     """Run the kernel; arguments are checked."""
-    plan_append_kv(cached, keys).run()
+    plan_append_kv(cached, keys, written).run()
 
 
 @triton.jit(do_not_specialize=["nodes", "num_kv_heads", "max_len"], do_not_specialize_on_alignment=["lengths"])
 def compact_kv_kernel(
-    k_cache, v_cache, lengths, path, nodes, num_kv_heads, max_len,
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    k_cache, v_cache, lengths, path, nodes, num_kv_heads, max_len, pages, k_scale, v_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     """All moves of BLOCK_C columns of one kv head of one sequence; BLOCK_T holds the `nodes` of `path [batch, nodes]`.
 
@@ -81,33 +186,53 @@ def compact_kv_kernel(
     target = tl.load(lengths + b).to(tl.int64) + i
     source = target + node - i
     moves = (node >= 0) & (target >= 0) & (target < max_len) & (source >= 0) & (source < max_len)
-    dim = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-    mask = moves[:, None] & (dim < HEAD_DIM)
-    target, source = target[:, None], source[:, None]
-    k_ptrs = k_cache.ptr + b * k_cache.stride[0] + h * k_cache.stride[1] + dim * k_cache.stride[3]
-    v_ptrs = v_cache.ptr + b * v_cache.stride[0] + h * v_cache.stride[1] + dim * v_cache.stride[3]
-    k_tile = tl.load(k_ptrs + source * k_cache.stride[2], mask=mask)
-    v_tile = tl.load(v_ptrs + source * v_cache.stride[2], mask=mask)
+    to, of = b, b
+    if pages is not None:
+        to, target, moves = page_of(b, target, moves, pages, PAGE_SIZE)
+        of, source, moves = page_of(b, source, moves, pages, PAGE_SIZE)
+        to, of = to[:, None], of[:, None]
+    dim = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    k_mask, v_mask = moves[:, None] & (dim < HEAD_DIM)[None, :], moves[:, None] & (dim < HEAD_DIM_V)[None, :]
+    k_tile = tl.load(_pointers(k_cache, of, h, source, dim), mask=k_mask)
+    v_tile = tl.load(_pointers(v_cache, of, h, source, dim), mask=v_mask)
+    if SCALE_BY_SLOT:
+        first = moves[:, None] & (dim == 0)[None, :]  # one column of one program moves the scales
+        k_factor = tl.load(_pointers(k_scale, of, h, source, dim), mask=first)
+        v_factor = tl.load(_pointers(v_scale, of, h, source, dim), mask=first)
     tl.debug_barrier()
-    tl.store(k_ptrs + target * k_cache.stride[2], k_tile, mask=mask)
-    tl.store(v_ptrs + target * v_cache.stride[2], v_tile, mask=mask)
+    tl.store(_pointers(k_cache, to, h, target, dim), k_tile, mask=k_mask)
+    tl.store(_pointers(v_cache, to, h, target, dim), v_tile, mask=v_mask)
+    if SCALE_BY_SLOT:
+        tl.store(_pointers(k_scale, to, h, target, dim), k_factor, mask=first)
+        tl.store(_pointers(v_scale, to, h, target, dim), v_factor, mask=first)
 
 
 def plan_compact_kv(cached: Cached, path: Tensor) -> Launch:
     """Lay out the launch of one compaction."""
-    batch, num_kv_heads, max_len, head_dim = cached.k_cache.shape
-    nodes = path.shape[1]
+    num_kv_heads, head_dim, head_dim_v = cached.k_cache.shape[1], cached.k_cache.shape[3], cached.v_cache.shape[3]
+    batch, nodes = path.shape
     slots = next_power_of_2(max(nodes, 1))
     # 4096 values of K and as many of V: at 4 bytes 64 registers a thread.
-    columns = min(block_dim(head_dim), max(4, 4096 // slots))
+    columns = min(block_dim(max(head_dim, head_dim_v)), max(4, 4096 // slots))
+    by_slot = cached.k_scale is not None and cached.k_scale.ndim == 3
+    # Scales of another kind stay where they are. A scale by slot is moved as a row of one column.
+    scales = (strided(x.unsqueeze(-1)) if by_slot and x is not None else None for x in (cached.k_scale, cached.v_scale))
     return Launch(
         compact_kv_kernel,
-        (batch * num_kv_heads if nodes else 0, cdiv(head_dim, columns)),
+        (batch * num_kv_heads if nodes else 0, cdiv(max(head_dim, head_dim_v), columns)),
         (
-            *map(strided, (cached.k_cache, cached.v_cache)),
-            *(cached.lengths, strided(path), nodes, num_kv_heads, max_len),
+            *(stored(cached.k_cache), stored(cached.v_cache), cached.lengths, strided(path)),
+            *(nodes, num_kv_heads, cached.capacity, pages(cached), *scales),
         ),
-        {"HEAD_DIM": head_dim, "BLOCK_T": slots, "BLOCK_C": columns, "num_warps": 4},
+        {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_T": slots,
+            "BLOCK_C": columns,
+            "PAGE_SIZE": 0 if cached.block_table is None else cached.k_cache.shape[2],
+            "SCALE_BY_SLOT": by_slot,
+            "num_warps": 4,
+        },
     )
 
 
@@ -116,20 +241,15 @@ def compact_kv(cached: Cached, path: Tensor) -> None:
     plan_compact_kv(cached, path).run()
 
 
-@triton.jit
-def _pointers(x, b, h, row, dim):
-    """Pointers `[len(row), len(dim)]` into head h of sequence b of an operand `[batch, heads, rows, head_dim]`."""
-    return x.ptr + b * x.stride[0] + h * x.stride[1] + row[:, None] * x.stride[2] + dim[None, :] * x.stride[3]
-
-
 @triton.jit(
     do_not_specialize=["rows", "num_heads", "num_kv_heads", "keep", "max_len"],
-    do_not_specialize_on_alignment=["lengths"],
+    do_not_specialize_on_alignment=["lengths", "kept"],
 )
 def rotary_append_kernel(
     q, k, v, cos, sin, k_cache, v_cache, lengths, q_out, k_out,
-    rows, num_heads, num_kv_heads, keep, max_len,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    rows, num_heads, num_kv_heads, keep, max_len, pages, k_scale, v_scale, ragged, kept,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T rows of one head: the heads of q, then those of k, then those of v.
 
@@ -140,13 +260,16 @@ def rotary_append_kernel(
     b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
-    slot = tl.load(lengths + b).to(tl.int64) + row
-    cached = mask & ((row < keep) & (slot >= 0) & (slot < max_len))[:, None]
+    in_bounds = (dim < HEAD_DIM)[None, :]
+    mask = (row < rows)[:, None] & in_bounds
+    sequence, page, slot, written = _target(row, b, keep, lengths, max_len, pages, ragged, kept, PAGE_SIZE)
     if h >= num_heads + num_kv_heads:
         h -= num_heads + num_kv_heads
-        value = tl.load(_pointers(v, b, h, row, dim), mask=cached)
-        tl.store(_pointers(v_cache, b, h, slot, dim), value, mask=cached)
+        dim_v = tl.arange(0, BLOCK_DV).to(tl.int64)
+        in_v = (dim_v < HEAD_DIM_V)[None, :]
+        other_v: tl.constexpr = 0.0 if SCALE_BY_SLOT else None
+        value = tl.load(_pointers(v, b, h, row, dim_v), mask=written[:, None] & in_v, other=other_v)
+        _store(v_cache, v_scale, value, sequence, page, h, slot, dim_v, written, in_v, ragged, MANTISSA, SCALE_BY_SLOT)
     else:
         other = (dim + HEAD_DIM // 2) % HEAD_DIM
         offset = b * cos.stride[0] + row[:, None] * cos.stride[1] + dim[None, :] * cos.stride[2]
@@ -164,31 +287,45 @@ def rotary_append_kernel(
             y = tl.load(_pointers(k, b, h, row, other), mask=mask, other=0.0).to(tl.float32)
             rotated = tl.fma(x, c, y * s).to(k_out.ptr.dtype.element_ty)
             tl.store(_pointers(k_out, b, h, row, dim), rotated, mask=mask)
-            tl.store(_pointers(k_cache, b, h, slot, dim), rotated, mask=cached)
+            _store(
+                k_cache, k_scale, rotated, sequence, page, h, slot, dim, written, in_bounds, ragged,
+                MANTISSA, SCALE_BY_SLOT,
+            )  # fmt: skip
 
 
-def plan_rotary_append(turned: Turned, keys: Keys, cached: Cached, keep: int) -> tuple[Launch, Tensor, Tensor]:
+def plan_rotary_append(
+    turned: Turned, keys: Keys, cached: Cached, keep: int, written: Written = EVERY_ROW
+) -> tuple[Launch, Tensor, Tensor]:
     """Allocate the results and lay out the launch: `(launch, rotated q, rotated k)`."""
     q, k = turned.q, keys.k
     batch, num_heads, rows, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    num_kv_heads, head_dim_v = k.shape[1], keys.v.shape[3]
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     cos, sin = (x.expand(batch, rows, head_dim) for x in (turned.cos, turned.sin))
+    targets, constants = _targets(cached, written)
     launch = Launch(
         rotary_append_kernel,
         (batch * (num_heads + 2 * num_kv_heads), cdiv(rows, BLOCK_T)),
         (
-            *map(strided, (q, *keys, cos, sin, cached.k_cache, cached.v_cache)),
-            *(cached.lengths, strided(q_out), strided(k_out)),
-            *(rows, num_heads, num_kv_heads, keep, cached.k_cache.shape[2]),
+            *map(strided, (q, *keys, cos, sin)),
+            *(stored(cached.k_cache), stored(cached.v_cache), cached.lengths, strided(q_out), strided(k_out)),
+            *(rows, num_heads, num_kv_heads, keep, cached.capacity, *targets),
         ),
-        {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_T": BLOCK_T, "num_warps": 4},
+        {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_D": block_dim(head_dim),
+            "BLOCK_DV": block_dim(head_dim_v),
+            "BLOCK_T": BLOCK_T,
+            **constants,
+            "num_warps": 4,
+        },
     )
     return launch, q_out, k_out
 
 
-def rotary_append(turned: Turned, keys: Keys, cached: Cached, keep: int) -> tuple[Tensor, Tensor]:
+def rotary_append(turned: Turned, keys: Keys, cached: Cached, written: Written, *, keep: int) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments are checked. Returns `(rotated q, rotated k)`."""
-    launch, q_out, k_out = plan_rotary_append(turned, keys, cached, keep)
+    launch, q_out, k_out = plan_rotary_append(turned, keys, cached, keep, written)
     launch.run()
     return q_out, k_out
