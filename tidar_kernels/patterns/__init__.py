@@ -8,10 +8,12 @@ dflash             DFlash: training
 jacobi_forcing     Jacobi forcing: training
 tree               token trees
 packing            several patterns as one
+batch              ragged batches: every request its pattern and number of rows (`PatternBatch`)
 """
 
 from __future__ import annotations
 
+from .batch import PatternBatch, PatternTable, batch
 from .block_diffusion import block_diffusion_training, block_step, set_block_training
 from .causal import causal
 from .dflash import dflash_training
@@ -25,7 +27,10 @@ from .tree import tree
 
 __all__ = [
     "Pattern",
+    "PatternBatch",
+    "PatternTable",
     "Role",
+    "batch",
     "block_diffusion_training",
     "block_step",
     "causal",
