@@ -96,3 +96,43 @@ def test_a_cache_without_room() -> None:
     with pytest.raises(ValueError, match=r"^path: expected nodes below max_len - length = 2, got 2 in sequence 0$"):
         cache.compact(torch.tensor([[0, 2]]))
     assert torch.equal(cache.k, before)
+
+
+@pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_opcheck_with_pages(path: str, by_slot: bool) -> None:
+    k_cache, v_cache = torch.randn(2, 5, 2, 4, 8)
+    given = {"k_cache": k_cache, "v_cache": v_cache, "lengths": torch.tensor([1, 2])}
+    given |= {"path": torch.tensor([[0, 2, 3], [1, -1, -1]])}
+    given |= {"block_table": torch.tensor([[4, 0], [2, 1]], dtype=torch.int32)}
+    if by_slot:  # the scales of an operator below its checks may be those of any dtype
+        given |= {name: torch.rand(5, 2, 4) for name in ("k_scale", "v_scale")}
+    op = torch.ops.tidar_kernels.compact_kv_scaling if by_slot else torch.ops.tidar_kernels.compact_kv
+    torch.library.opcheck(op.default, (), given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"block_table": torch.zeros(2, 2)}, TypeError, r"^block_table: expected dtype int32"),
+        ({"block_table": torch.zeros(2, 1).int()}, ValueError, r"^path: expected nodes below max_len - length = 3"),
+        (
+            {"block_table": torch.tensor([[4, 5], [2, 9]]).int()},
+            ValueError,
+            r"^block_table: .* got 5 in entry 1 of seq",
+        ),
+        ({"k_scale": torch.ones(())}, TypeError, r"^k_cache: expected dtype float8_e4m3fn or float8_e5m2 with k_scale"),
+        (
+            {"lengths": torch.tensor([1, 9])},
+            ValueError,
+            r"^lengths: .* max_pages \* page_size = 8, got 9 in sequence 1$",
+        ),
+    ],
+)
+def test_bad_pages_move_nothing(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    k_cache, v_cache = torch.ones(2, 5, 2, 4, 8)
+    given = {"lengths": torch.tensor([1, 2]), "path": torch.tensor([[0, 2, 3], [1, -1, -1]])}
+    given |= {"block_table": torch.tensor([[4, 0], [2, 9]], dtype=torch.int32)} | changes
+    with pytest.raises(error, match=message):
+        ops.compact_kv(k_cache, v_cache, **given)
+    assert bool((k_cache == 1).all())

@@ -101,3 +101,103 @@ def test_a_backward_pass_is_an_error_by_name() -> None:
     turned, _ = rotary_append(q, k, k, rotary, cache, cache.clone(), lengths, 2, backend="eager")
     turned.sum().backward()
     assert q.grad is not None
+
+
+def paged(**changes: Any) -> dict[str, Any]:
+    """Valid arguments: two sequences of two pages of five slots each, float8 with scales; with changes."""
+    eight = torch.float8_e4m3fn
+    caches = {name: torch.ones(5, 2, 5, 8).to(eight) for name in ("k_cache", "v_cache")}
+    table = torch.tensor([[4, 0], [2, 1]], dtype=torch.int32)
+    scales = {name: torch.ones(2, 2) for name in ("k_scale", "v_scale")}
+    return {**arguments(), **caches, "block_table": table, **scales, **changes}
+
+
+@pytest.mark.parametrize("path", ["cpu", pytest.param("interpreter", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("scale", [None, (), (5, 2, 5)])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_opcheck_with_pages_and_scales(path: str, scale: tuple[int, ...] | None, ragged: bool) -> None:
+    batch, rows = (1, 6) if ragged else (2, 3)
+    given = {"q": torch.randn(batch, 4, rows, 8), "k": torch.randn(batch, 2, rows, 8)}
+    given |= {"v": torch.randn(batch, 2, rows, 8), "cos": torch.randn(1, rows, 8), "sin": torch.randn(1, rows, 8)}
+    given |= {name: value for name, value in paged().items() if "c" in name or "lengths" in name}
+    given |= {"keep": 2, "k_scale": None, "v_scale": None}
+    if scale is not None:
+        given |= {name: torch.ones(scale) for name in ("k_scale", "v_scale")}
+    if ragged:
+        given |= {"cu_rows": torch.tensor([0, 2, 6]).int(), "kept": torch.tensor([1, 2]).int()}
+    tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if scale is None:  # on the CPU torch cannot compare float8, which `test_schema` does
+        given |= {name: torch.ones(5, 2, 5, 8) for name in ("k_cache", "v_cache")}
+        tests.append("test_schema")
+    by_slot = scale is not None and len(scale) == 3
+    op = torch.ops.tidar_kernels.rotary_append_scaling if by_slot else torch.ops.tidar_kernels.rotary_append
+    torch.library.opcheck(op.default, (), given, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [(), (5, 2, 5)])
+def test_fullgraph_with_pages_and_scales(device: str, scale: tuple[int, ...]) -> None:
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return rotary_append(**given)
+
+    torch.manual_seed(0)
+    drawn = {name: torch.randn_like(x) for name, x in arguments().items() if name in "qkv"}
+    given = paged(**drawn, k_scale=torch.full(scale, 0.5), v_scale=torch.full(scale, 0.5))
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    given["rotary"] = tuple(x.to(device) for x in given["rotary"])
+    plain = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+    for one, other in zip(run(given), rotary_append(**plain), strict=True):
+        assert torch.equal(one, other)
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        assert torch.equal(given[name].float(), plain[name].float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"block_table": torch.zeros(2, 2)}, TypeError, r"^block_table: expected dtype int32, got torch.float32$"),
+        ({"block_table": torch.zeros(1, 2).int()}, ValueError, r"^block_table: expected shape \[2, 2\], got \[1, 2\]$"),
+        (
+            {"block_table": torch.tensor([[4, 9], [2, 5]]).int()},
+            ValueError,
+            r"^block_table: expected pages 0 <= page < 5 .*, got 5 in entry 1 of sequence 1$",
+        ),
+        ({"block_table": torch.zeros(2, 1).int()}, ValueError, r"^lengths: expected .* - 3 new tokens = 2, got 6"),
+        ({"k_scale": None}, TypeError, r"^k_scale: expected a torch.Tensor"),
+        ({"keep": torch.ones(3).int()}, ValueError, r"^keep: expected shape \[2\], got \[3\]$"),
+        ({"keep": torch.ones(2).long()}, TypeError, r"^keep: expected an int, or dtype int32, got torch.int64$"),
+        (
+            {"cu_rows": torch.tensor([0, 1, 3]).int()},
+            ValueError,
+            r"^q: expected 3 dimensions, got shape \[2, 4, 3, 8\]$",
+        ),
+    ],
+)
+def test_bad_pages_and_scales_write_nothing(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = paged(**changes)
+    with pytest.raises(error, match=message):
+        rotary_append(**given)
+    assert all(bool((given[name].float() == 1).all()) for name in ("k_cache", "v_cache"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ragged_rows_are_those_of_each_sequence_alone(device: str) -> None:
+    rows, cu_rows = 7, torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
+    q, k, v = torch.randn(rows, 4, 16, device=device), *torch.randn(2, rows, 2, 16, device=device)
+    rotary = RotaryEmbedding(16).to(device)(torch.tensor([5, 6, 7, 0, 1, 1, 2], device=device), q.dtype)
+    k_cache, v_cache = torch.zeros(2, 3, 2, 12, 16, device=device)
+    lengths, keep = torch.tensor([5, 0, 0], device=device), torch.tensor([3, 0, 2], dtype=torch.int32, device=device)
+    turned = rotary_append(q, k, v, rotary, k_cache, v_cache, lengths, keep, cu_rows=cu_rows)
+    assert [x.shape for x in turned] == [q.shape, k.shape]
+    for b, (first, end) in ((0, (0, 3)), (2, (3, 7))):
+        caches = torch.zeros(2, 1, 2, 12, 16, device=device)
+        alone = rotary_append(
+            *(x[first:end].transpose(0, 1)[None] for x in (q, k, v)), tuple(x[first:end] for x in rotary),
+            *caches, lengths[b : b + 1], int(keep[b]),
+        )  # fmt: skip
+        assert torch.equal(alone[0][0].transpose(0, 1), turned[0][first:end])
+        assert torch.equal(alone[1][0].transpose(0, 1), turned[1][first:end])
+        assert torch.equal(caches[0][0], k_cache[b])
+        assert torch.equal(caches[1][0], v_cache[b])
+    assert not k_cache[1].any()

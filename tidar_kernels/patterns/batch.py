@@ -68,8 +68,8 @@ class PatternBatch(_Derived):
         table: the rows of the patterns, on the same device (`PatternTable`).
 
     Raises:
-        TypeError: a field has another type or dtype. ValueError: shapes or devices disagree, there is no pattern, or one
-            does not have as many keys as rows.
+        TypeError: a field has another type or dtype. ValueError: shapes or devices disagree, there is no pattern, or
+            one does not have as many keys as rows.
     """
 
     patterns: tuple[Pattern, ...]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from .. import ops
-from .caches import check_caches, random_bits, slots_of
-from .harness import Guarded, ParityResult, bits, guarded
+from .caches import CacheKind, make_cache
+from .harness import ParityResult, bits, generator_of, guarded, naming, result_of
 
 __all__ = ["COMPACT_CASES", "COMPACT_CASES_LARGE", "CompactCase", "check_compact_kv"]
 
@@ -24,7 +23,7 @@ class CompactCase:
         paths: the accepted nodes of each, without the padding after them.
         width: entries of a path with its padding.
         num_kv_heads, head_dim, dtype, max_len: of the cache.
-        layout: strides of the caches (`tidar_kernels.testing.LAYOUTS`).
+        cache: pages, layout, dtype and scales of the cache.
         index_dtype: of lengths and paths.
     """
 
@@ -36,7 +35,7 @@ class CompactCase:
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     max_len: int = 40
-    layout: str = "bhnd"
+    cache: CacheKind = field(default=CacheKind())
     index_dtype: torch.dtype = torch.int32
 
     @property
@@ -46,9 +45,10 @@ class CompactCase:
 
     @property
     def fits(self) -> bool:
-        """All slots lie in the cache."""
+        """All slots lie in the cache, in pages of it."""
         ends = [length + max(path, default=-1) for length, path in zip(self.lengths, self.paths, strict=True)]
-        return all(length >= 0 and end < self.max_len for length, end in zip(self.lengths, ends, strict=True))
+        fit = (length >= 0 and end < self.max_len for length, end in zip(self.lengths, ends, strict=True))
+        return not self.cache.bad_entries and all(fit)
 
 
 _CASE = CompactCase("compact", (0, 7, 25), ((0, 2, 3, 9), (0, 1), (0, 4, 5, 11, 13, 14)))
@@ -62,14 +62,24 @@ COMPACT_CASES: tuple[CompactCase, ...] = (
     replace(_CASE, name="no_nodes", width=0, paths=((), (), ())),
     replace(_CASE, name="one_node", width=1, paths=((0,), (3,), ())),
     replace(_CASE, name="int64", index_dtype=torch.int64, head_dim=96, num_kv_heads=3, dtype=torch.bfloat16),
-    replace(_CASE, name="gaps", layout="gaps", head_dim=5, dtype=torch.bfloat16),
-    replace(_CASE, name="bnhd", layout="bnhd", dtype=torch.float16),
-    replace(_CASE, name="strided_heads", layout="bhdn", head_dim=16, dtype=torch.float64),
+    replace(_CASE, name="gaps", cache=CacheKind(layout="gaps"), head_dim=5, dtype=torch.bfloat16),
+    replace(_CASE, name="bnhd", cache=CacheKind(layout="bnhd"), dtype=torch.float16),
+    replace(_CASE, name="strided_heads", cache=CacheKind(layout="bhdn"), head_dim=16, dtype=torch.float64),
     replace(_CASE, name="head_dim_256", head_dim=256, num_kv_heads=1, dtype=torch.bfloat16),
     _LONG,
     # Below the checks: nothing lands outside the cache, and what is inside lands where it should.
     replace(_CASE, name="outside", lengths=(36, -2, 60)),
     replace(_CASE, name="int64_extremes", lengths=(2**62, -(2**62), 2**32 + 3), index_dtype=torch.int64),
+    replace(_CASE, name="pages", cache=CacheKind(16, "packed_hnd"), dtype=torch.bfloat16),
+    replace(_CASE, name="pages_of_1", cache=CacheKind(1, "nhd"), dtype=torch.float16, head_dim=80),
+    replace(_CASE, name="pages_of_3", cache=CacheKind(3, "packed_nhd")),
+    replace(_CASE, name="pages_of_64", cache=CacheKind(64, "tokens"), index_dtype=torch.int64),
+    replace(_LONG, name="long_pages", cache=CacheKind(16, "pair_nhd")),
+    replace(_CASE, name="bad_entries", cache=CacheKind(2, "hnd", bad_entries=True)),
+    replace(_CASE, name="pages_outside", lengths=(36, -2, 60), cache=CacheKind(8, "nhd")),
+    replace(_CASE, name="e4m3", cache=CacheKind(16, "hnd", torch.float8_e4m3fn, "head")),
+    replace(_CASE, name="e5m2_slot", cache=CacheKind(0, "bnhd", torch.float8_e5m2, "slot"), head_dim=80),
+    replace(_CASE, name="e4m3_slot", cache=CacheKind(16, "packed_nhd", torch.float8_e4m3fn, "slot")),
 )  # fmt: skip
 COMPACT_CASES_LARGE: tuple[CompactCase, ...] = (
     CompactCase("large", tuple(range(0, 8192, 512)), ((0, 2, 5, 9, 17, 33, 40, 63),) * 16, 12, 8, 128,
@@ -83,22 +93,39 @@ def check_compact_kv(
 ) -> ParityResult:
     """`compact_kv` moves exactly the slots of the path, bit for bit, and nothing else.
 
-    Raises: as `caches.check_caches`.
+    Values are random bit patterns, NaN payloads included. All of the memory is compared, slot by slot from the
+    operator's definition: slots of the path and others, what lies between strided slots, and guard bands.
+
+    Raises:
+        ParityError: any bit differs.
+        ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
     """
-    caches = [guarded(cache, case.layout) for cache in random_bits(case, device, case.max_len, case.max_len)]
+    if backend is not None and not case.fits:
+        raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
+    draw, batch = generator_of(case), len(case.lengths)
     padded = [[*path, *[-1] * (case.width - len(path))] for path in case.paths]
     lengths = guarded(torch.tensor(case.lengths, dtype=case.index_dtype, device=device))
-    path = guarded(torch.tensor(padded, dtype=case.index_dtype, device=device).view(len(case.lengths), case.width))
-    expected = [_compacted(case, cache) for cache in caches]
-    return check_caches("compact_kv", case, device, backend, caches, expected, {"lengths": lengths, "path": path})
-
-
-def _compacted(case: CompactCase, cache: Guarded) -> Tensor:
-    """The bits of a cache's whole buffer after the move, slot by slot from the operator's definition."""
-    memory = bits(cache.buffer).clone()
-    old, new = slots_of(cache, bits(cache.buffer)), slots_of(cache, memory)
-    for b, (length, nodes) in enumerate(zip(case.lengths, case.paths, strict=True)):
-        for i, node in enumerate(nodes):
-            if length + i >= 0 and length + node < case.max_len:
-                new[b, :, length + i] = old[b, :, length + node]
-    return memory
+    path = guarded(torch.tensor(padded, dtype=case.index_dtype, device=device).view(batch, case.width))
+    needed = [
+        (length, length + max(nodes, default=-1) + 1) for length, nodes in zip(case.lengths, case.paths, strict=True)
+    ]
+    shape = (case.num_kv_heads, case.max_len, case.head_dim)
+    cache = make_cache(case.cache, lengths.tensor, needed, shape, case.dtype, draw, device)
+    names = ["k_cache", "v_cache", *(("k_scale", "v_scale") if case.cache.scale == "slot" else ())]
+    for name in names:
+        old, new = bits(getattr(cache.cached, name)), bits(cache.expected(name))
+        for b, (length, nodes) in enumerate(zip(case.lengths, case.paths, strict=True)):
+            for i, node in enumerate(nodes):
+                to, of = cache.place(b, length + i), cache.place(b, length + node)
+                if to is not None and of is not None:
+                    new[to[0], :, to[1]] = old[of[0], :, of[1]]
+    operands = (cache.cached.k_cache, cache.cached.v_cache, lengths.tensor, path.tensor)
+    with naming("compact_kv", case, device):
+        if case.fits:
+            ops.compact_kv(*operands, **cache.options, backend=backend)
+        else:
+            torch.ops.tidar_kernels.compact_kv(*operands, **cache.options)
+        cache.check()
+        lengths.check("lengths")
+        path.check("path")
+    return result_of("compact_kv", case, device)
