@@ -131,9 +131,9 @@ def check_rotary_append(
         cos, sin = rotary
         return apply_rotary(x.to(dtype).transpose(1, 2), (cos.to(dtype), sin.to(dtype))).transpose(1, 2)
 
-    operands, cu_rows = [q.tensor, k.tensor, v.tensor], None
+    rows, cu_rows = (q.tensor, k.tensor, v.tensor), None
     if case.ragged is not None:
-        operands = [x[0].transpose(0, 1) for x in operands]
+        rows = (q.tensor[0].transpose(0, 1), k.tensor[0].transpose(0, 1), v.tensor[0].transpose(0, 1))
         cu_rows = torch.tensor([0, *case.ragged], device=device).cumsum(0).to(torch.int32)
     kept = case.keep if case.kept is None else torch.tensor(case.kept, dtype=torch.int32, device=device)
     caches = (cache.cached.k_cache, cache.cached.v_cache)
@@ -142,11 +142,11 @@ def check_rotary_append(
             if kind.bad_entries:  # below the checks, which on the CPU read the table
                 tables = (x.squeeze(-2).expand(batch, case.rows, case.head_dim) for x in rotary)
                 turned = torch.ops.tidar_kernels.rotary_append(
-                    *operands, *tables, *caches, lengths, case.keep, **cache.options
+                    *rows, *tables, *caches, lengths, case.keep, **cache.options
                 )
             else:
                 turned = rotary_append(
-                    *operands[:3], rotary, *caches, lengths, kept, **cache.options, cu_rows=cu_rows, backend=backend
+                    *rows, rotary, *caches, lengths, kept, **cache.options, cu_rows=cu_rows, backend=backend
                 )
         if case.ragged is not None:
             turned = tuple(x.transpose(0, 1)[None] for x in turned)
