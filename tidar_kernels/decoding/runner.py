@@ -6,11 +6,12 @@ what was accepted. On CUDA the whole step is captured once as a graph and replay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class StepRunner:
     """The slots of a batch on the device. One call at a time: the session sees to that.
 
     Args:
-        model, config, batch_size, max_len, cuda_graph: as for `Session`.
+        model, config, batch_size, max_len, cuda_graph, page_size, num_pages: as for `Session`.
 
     Attributes:
         cache: the K/V of all slots.
@@ -94,7 +95,14 @@ class StepRunner:
     """
 
     def __init__(
-        self, model: DecoderModel, config: StepConfig, batch_size: int, max_len: int, cuda_graph: bool | None
+        self,
+        model: DecoderModel,
+        config: StepConfig,
+        batch_size: int,
+        max_len: int,
+        cuda_graph: bool | None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
     ) -> None:
         weight, shape = next(iter(model.parameters())), model.config
         self.model, self.config = model, config
@@ -107,8 +115,14 @@ class StepRunner:
             max_len=max_len,
             dtype=weight.dtype,
             device=weight.device,
+            page_size=page_size,
+            num_pages=num_pages,
         )
+        for slot in range(batch_size):
+            self.cache.release(slot)
         self.lengths = [0] * batch_size
+        self._prompts: list[Any] = [None] * batch_size  # int64 arrays of tokens whose K/V is in the cache
+        self._begun = [0] * batch_size  # tokens that a slot shares, or has copied, from another one
         self.forwards = self.prefill_forwards = 0
         self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         drafts = torch.full((batch_size, config.drafts), -1, device=self.device)
@@ -133,17 +147,60 @@ class StepRunner:
 
     # A prompt joins and leaves.
 
+    def pages_for(self, prompt: list[int], num_tokens: int, without: Collection[int] = ()) -> int:
+        """Free pages that a request needs, of `num_tokens` with its prompt and its drafts: those that it shares are
+        there. 0 without pages.
+
+        `without` are slots that it cannot share with, for they are about to be left.
+        """
+        size = self.cache.page_size
+        return 0 if size is None else self.cache.pages_for(num_tokens) - self._shared(prompt, without)[1] // size
+
+    def _shared(self, prompt: list[int], without: Collection[int] = ()) -> tuple[int, int]:
+        """`(slot, tokens)`: the running request whose prompt begins as this one does for the longest, and for how long.
+
+        At least one token is left to compute, for its logits. Where bits count, tokens are shared that the prompt would
+        compute in the same whole chunks by itself.
+        """
+        best, longest, tokens = 0, 0, np.asarray(prompt)
+        for slot, other in enumerate(self._prompts):
+            if other is None or slot in without:
+                continue
+            n = min(len(tokens), len(other))
+            differs = np.flatnonzero(tokens[:n] != other[:n])
+            n = min(int(differs[0]) if len(differs) else n, len(tokens) - 1)
+            if self.config.exact:
+                n = min(n, len(other) - 1) // self.config.prefill_chunk * self.config.prefill_chunk
+            if n > longest:
+                best, longest = slot, n
+        return best, longest
+
+    def reserve(self, slot: int, prompt: list[int], num_tokens: int) -> bool:
+        """Take the pages of a request, with those that it shares; returns whether there are enough. Without pages there
+        are."""
+        if self.cache.page_size is None:
+            return True
+        if self.pages_for(prompt, num_tokens) > self.cache.free_pages:
+            return False
+        donor, tokens = self._shared(prompt)
+        if tokens:
+            self.cache.share(slot, donor, tokens)
+        self._begun[slot] = tokens
+        self.cache.reserve(slot, num_tokens)
+        return True
+
     def join(self, slot: int, tokens: list[int], params: SamplingParams, known: int = 0) -> bool:
         """Commit tokens into a slot and make the first draft after them; it comes with the last chunk's forward pass.
 
-        The first `known` of them are in the cache already: 0 for a prompt into a free slot; else the others are decoded
-        tokens, and so they are computed.
+        The first `known` of them are in the cache already: 0 for a prompt into a free slot, of which what it shares is
+        there; else the others are decoded tokens, and so they are computed.
 
         Returns whether the logits after the tokens give one; the slot is inactive if not, or if this raises.
         """
         self._make_room_for(params)
         one = replace(self._batch.sequence(slot), exact=self.config.exact and known > 0)
         self._active[slot] = 0
+        known = known or self._begun[slot]
         self._set_length(one, slot, known)
         try:
             with self._inference():
@@ -152,6 +209,8 @@ class StepRunner:
             self._set_length(one, slot, known)
             raise
         self.lengths[slot] = len(tokens)
+        if self._prompts[slot] is None:
+            self._prompts[slot] = np.asarray(tokens)
         self._active[slot] = int(has_token)
         return has_token
 
@@ -161,9 +220,15 @@ class StepRunner:
         one.cache.lengths_known([length])
 
     def leave(self, slot: int) -> None:
-        """Stop computing a slot. Its K/V and length stay, as committed, until the next request joins there."""
+        """Stop computing a slot. Its K/V and length stay, as committed, until the next request joins there; with pages
+        they go."""
         self._active[slot] = 0
-        self.cache.lengths[slot] = self.lengths[slot]
+        self._prompts[slot], self._begun[slot] = None, 0
+        if self.cache.page_size is None:
+            self.cache.lengths[slot] = self.lengths[slot]
+        else:
+            self.cache.release(slot)
+            self.lengths[slot] = 0
 
     def _join(self, one: Batch, tokens: list[int], params: SamplingParams, known: int) -> bool:
         for held, value in zip(one.state, sampling_tensors([params], self.device), strict=True):

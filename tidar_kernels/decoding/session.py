@@ -30,7 +30,7 @@ import contextvars
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,6 +64,11 @@ class Session:
         batch_size: slots; every step computes all of them, taken or not.
         max_len: cache slots per sequence: prompt, new tokens and the drafts of a step must fit.
         cuda_graph: capture the step as one CUDA graph; default where there is a GPU.
+        page_size: keep the cache in pages of so many tokens (`KVCache`), None for `max_len` slots a sequence. A request
+            joins if there are pages for its prompt, its new tokens and the drafts of a step, and gives them back when
+            it ends; requests that run and whose prompts begin alike share the pages of that beginning, and it is
+            computed once.
+        num_pages: pages in all; default enough for `batch_size` requests of `max_len`.
 
     Attributes:
         requests: the requests that run, or wait for a step to end so that they can, by id.
@@ -72,10 +77,18 @@ class Session:
     """
 
     def __init__(
-        self, model: DecoderModel, step: StepConfig, batch_size: int, max_len: int, *, cuda_graph: bool | None = None
+        self,
+        model: DecoderModel,
+        step: StepConfig,
+        batch_size: int,
+        max_len: int,
+        *,
+        cuda_graph: bool | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
     ) -> None:
         self.model, self.step_config = model, step
-        self._runner = StepRunner(model, step, batch_size, max_len, cuda_graph)
+        self._runner = StepRunner(model, step, batch_size, max_len, cuda_graph, page_size, num_pages)
         self.device, self.vocab_size = self._runner.device, self._runner.vocab_size
         self.cache = self._runner.cache
         self.seconds = self.prefill_seconds = 0.0
@@ -123,14 +136,46 @@ class Session:
         stops = as_stop_tokens(stop_tokens, self.vocab_size)
         tokens = as_prompt("prompt", prompt, self.vocab_size)
         # A step appends its drafts after every sequence, also after one that has ended while others go on.
-        needed = len(tokens) + max_new_tokens + self.step_config.slots
+        needed = self._tokens_of(tokens, max_new_tokens)
+        of = f"(prompt {len(tokens)} + max_new_tokens {max_new_tokens} + {self.step_config.slots} drafts)"
         if needed > self.cache.max_len:
+            raise ValueError(f"max_len: expected >= {needed} {of}, got {self.cache.max_len}")
+        pool = self.cache.pool
+        if pool is not None and self.cache.pages_for(needed) > pool.num_pages:
             raise ValueError(
-                f"max_len: expected >= {needed} (prompt {len(tokens)} + max_new_tokens {max_new_tokens} + "
-                f"{self.step_config.slots} drafts), got {self.cache.max_len}"
+                f"num_pages: expected >= {self.cache.pages_for(needed)} for {needed} tokens {of}, got {pool.num_pages}"
             )
         check_positions(self.model, len(tokens), max_new_tokens)
         return tokens, stops
+
+    def _tokens_of(self, prompt: list[int], max_new_tokens: int) -> int:
+        """The most cache slots that a request fills."""
+        return len(prompt) + max_new_tokens + self.step_config.slots
+
+    def _check_pages(self, prompt: list[int], max_new_tokens: int) -> None:
+        """Raise ValueError if there are too few pages for one more request: those that wait come first, and those of
+        requests that have ended are free."""
+        pool = self.cache.pool
+        if pool is None:
+            return
+
+        ended = {
+            slot
+            for slot, request in enumerate(self._slots)
+            if request is not None and request.finish_reason is not None
+        }
+
+        def pages_for(prompt: list[int], max_new_tokens: int) -> int:
+            return self._runner.pages_for(prompt, self._tokens_of(prompt, max_new_tokens), ended)
+
+        needed = pages_for(prompt, max_new_tokens)
+        waiting = [request for request in self._waiting if request.finish_reason is None]
+        promised = sum(pages_for(request.prompt, request.max_new_tokens) for request in waiting)
+        users = Counter(page for slot in ended for page in self.cache.pages_of(slot))
+        freed = sum(pool.users(page) == count for page, count in users.items())
+        free = pool.free_pages + freed - promised
+        if needed > free:
+            raise ValueError(f"prompt: expected {needed} free pages, got {max(0, free)} of {pool.num_pages}")
 
     def check_model(self) -> None:
         """Raise if the model is no longer what the session was made for; asked once a run, see `DecoderModel`.
@@ -181,8 +226,8 @@ class Session:
         If `decode` or `on_tokens` raises, this request ends with "error" and keeps what was raised; others go on.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, no slot is free, or the model has changed since the session
-                was made; nothing is written then.
+            TypeError, ValueError: an argument does not fit, no slot is free, or too few pages, or the model has changed
+                since the session was made; nothing is written then.
         """
         tokens, stops = self._checked(prompt, max_new_tokens, stop_tokens)
         if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
@@ -200,6 +245,7 @@ class Session:
             with self._mutex:
                 if not self.free_slots:
                     raise ValueError(f"prompt: expected a free slot, got {len(self._slots)} requests running")
+                self._check_pages(tokens, max_new_tokens)
                 request = Request(
                     self._next_id, tokens, max_new_tokens, params, stops, tuple(stop_strings), decode, on_tokens
                 )
@@ -448,11 +494,18 @@ class Session:
         for _ in range(len(self._waiting)):  # those that come meanwhile wait for the next step
             with self._mutex:
                 self._free_slots_of_ended()
-                request = self._waiting.popleft()
-                if request.finish_reason is not None:  # removed before it joined
+                request = self._waiting[0]
+                if request.finish_reason is None:  # else removed before it joined
+                    slot = self._slots.index(None)
+                    needed = self._tokens_of(request.prompt, request.max_new_tokens)
+                    with self._tearing():
+                        has_pages = self._runner.reserve(slot, request.prompt, needed)
+                    if not has_pages:
+                        break  # it was to share pages of one that has ended: it waits until enough are free
+                    self._slots[slot] = request
+                self._waiting.popleft()
+                if request.finish_reason is not None:
                     continue
-                slot = self._slots.index(None)
-                self._slots[slot] = request
             started = time.perf_counter()
             try:
                 self._compute(slot, request)
@@ -513,10 +566,11 @@ class Session:
             self.requests.pop(request.id, None)
 
     def _free_slots_of_ended(self) -> None:
-        for slot, request in enumerate(self._slots):
-            if request is not None and request.finish_reason is not None:
-                self._runner.leave(slot)
-                self._slots[slot] = None
+        with self._mutex:
+            for slot, request in enumerate(self._slots):
+                if request is not None and request.finish_reason is not None:
+                    self._runner.leave(slot)
+                    self._slots[slot] = None
 
 
 def __getattr__(name: str) -> Any:

@@ -120,5 +120,6 @@ class TiDARAttention(nn.Module):
             else:
                 q, k = cache.rotary_append(self.layer_idx, q, k, v, rotary, keep)
             k_cache, v_cache = cache.layer(self.layer_idx)
-            out = ops.step_attention(q, k, v, k_cache, v_cache, cache.lengths, pattern)
+            options = cache.options(self.layer_idx)
+            out = ops.step_attention(q, k, v, k_cache, v_cache, cache.lengths, pattern, **options)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))

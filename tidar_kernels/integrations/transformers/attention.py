@@ -237,8 +237,10 @@ def tidar_attention_forward(
         elif tidar_cache is None:
             out = ops.attention(query, key, value, pattern, **numbers)
         else:
-            cached = _append(tidar_cache, _layer_index(module, tidar_cache), key, value, pattern.kept_len)
-            out = ops.step_attention(query, key, value, *cached, pattern, **numbers)
+            index = _layer_index(module, tidar_cache)
+            k_cache, v_cache, options = _append(tidar_cache, index, key, value, pattern.kept_len)
+            lengths = tidar_cache.lengths
+            out = ops.step_attention(query, key, value, k_cache, v_cache, lengths, pattern, **numbers, **options)
         return _as_rows(out[..., :width]), None
 
     mask = attention_mask.dense() if isinstance(attention_mask, StructureMask) else attention_mask
@@ -313,13 +315,18 @@ def _as_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return query, key, value
 
 
-def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the first `keep` keys and values after a layer's committed ones; `(k_cache, v_cache, lengths)` of it."""
+def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Write the first `keep` keys and values after a layer's committed ones.
+
+    Returns:
+        `(k_cache, v_cache, options)` of it, as `step_attention` takes them.
+    """
     heads, width = key.shape[1], key.shape[3]
     k_cache, v_cache = (buffer[:, :heads, :, :width] for buffer in cache.layer(layer))
+    options = {name: x[:, :heads] if x.ndim == 3 else x for name, x in cache.options(layer).items()}  # scales by slot
     cache.check_room(keep)
-    ops.append_kv(k_cache, v_cache, key[:, :, :keep], value[:, :, :keep], cache.lengths)
-    return k_cache, v_cache, cache.lengths
+    ops.append_kv(k_cache, v_cache, key[:, :, :keep], value[:, :, :keep], cache.lengths, **options)
+    return k_cache, v_cache, options
 
 
 def _warn_of_leaks(positions: Any, mask: Tensor | None, rows: int, keys: int) -> None:
