@@ -1,4 +1,4 @@
-"""Sessions on pages: the tokens of a contiguous cache, admission by pages, and prompts that share what they begin with."""
+"""Sessions on pages: the tokens of a contiguous cache, admission by pages, and prompts that begin alike."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Ordinary use behaves as under `"sdpa"`, and no mask is ever dropped. Which path 
     `tidar_pattern`                                       `tidar_kernels.attention`, cut to the layer's window
     `tidar_pattern`, a `ContextParallel`                  its `attention`, the same over the keys of several ranks
     `tidar_pattern`, `tidar_cache`                        `tidar_kernels.append_kv`, then `step_attention`
+    a cache of continuous batching                        `tidar_kernels.step_attention` on its pages (`continuous.py`)
     no mask, causal, as many keys as rows                 `tidar_kernels.attention`, plainly causal
     no mask, causal, more keys (unfilled static cache)    the same, on the first keys
     no mask, one row, inference (a growing cache)         `tidar_kernels.step_attention`, all keys but the last cached
@@ -46,6 +47,7 @@ from ...distributed import ContextParallel
 from ...ops.attention import reference
 from ...patterns import Pattern
 from ..causal import causal
+from . import continuous
 
 __all__ = ["LayerCalls", "StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
 
@@ -209,6 +211,10 @@ def tidar_attention_forward(
         TypeError, ValueError: dropout, attention weights, head masks and position biases, which this cannot do; a mask
             or a transformers cache beside a pattern; masks of a wrong shape.
     """
+    if isinstance(kwargs.get("cache"), continuous.PagedAttentionCache):
+        numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        numbers["sliding_window"] = sliding_window
+        return continuous.attend(module, query, key, value, **numbers, **kwargs), None
     if dropout > 0.0:
         raise ValueError(f'dropout: expected 0 under attn_implementation="tidar", got {dropout}')
     for name in ("output_attentions", "head_mask", "layer_head_mask", "position_bias", "cache"):
@@ -227,7 +233,7 @@ def tidar_attention_forward(
         scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         width = value.shape[-1]
         query, key, value = _as_wide(query, key, value)
-        numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        numbers = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
         if isinstance(pattern, ContextParallel):
             if tidar_cache is not None:
                 raise TypeError(
@@ -412,6 +418,8 @@ def _layer_index(module: nn.Module, cache: KVCache) -> int:
 
 
 def register() -> None:
-    """Make `attn_implementation="tidar"` known to transformers: attention and masks. Importing the package does."""
+    """Make `attn_implementation="tidar"` known to transformers: attention, masks and continuous batching. Importing the
+    package does."""
+    continuous.accept(NAME)
     AttentionInterface.register(NAME, tidar_attention_forward)
     AttentionMaskInterface.register(NAME, tidar_mask)

@@ -232,7 +232,7 @@ def _batch(k_cache: Tensor, k: Tensor, lengths: Any, block_table: Any, ragged: A
 
 
 def _checked_target(cached: Cached, written: Written, rows: int, keep: int, capacity: int) -> tuple[Cached, Written]:
-    """Both, if the lengths leave room for the first `keep` of the rows, and the entries that these need name pages; with
+    """Both, if the lengths leave room for the first `keep` of the rows and the entries that these need name pages; with
     tensors of one dimension as the kernels read them."""
     k_cache, lengths, block_table = cached.k_cache, cached.lengths, cached.block_table
     batch = k_cache.shape[0] if block_table is None else len(block_table)
