@@ -204,3 +204,36 @@ def test_values_may_be_narrower_than_keys(device: str, backend: ops.Backend | No
         expected = torch.zeros_like(cache)
         expected[4, :, :3], expected[1, :, :3] = x[0], x[1]
         assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize(
+    ("chip", "eight"), [(80, EIGHT), (80, torch.float8_e5m2), (90, None), (90, EIGHT), (100, EIGHT)]
+)
+def test_pages_and_float8_compile_for_every_chip(chip: int, eight: torch.dtype | None) -> None:
+    """Also where no instruction converts to float8; a table, scales by slot and ragged rows at once."""
+    pytest.importorskip("triton")
+    from benchmarks.static.compilation import compile_report
+    from tidar_kernels.ops.kv.operands import Turned, Written
+    from tidar_kernels.ops.kv.triton import plan_append_kv, plan_compact_kv, plan_rotary_append
+    from tidar_kernels.ops.operands import Cached, Keys
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def integers(*shape: int) -> torch.Tensor:
+        return meta(*shape, dtype=torch.int32)
+
+    cache, scale = meta(500, 8, 16, 128, dtype=eight or torch.bfloat16), None
+    if eight is not None:
+        scale = meta(500, 8, 16, dtype=torch.float32)
+    cached = Cached(cache, cache, integers(4), 0, integers(4, 64), scale, scale)
+    k = meta(1, 72, 8, 128).transpose(1, 2)
+    turned = Turned(meta(1, 72, 32, 128).transpose(1, 2), meta(1, 72, 128), meta(1, 72, 128))
+    written = Written(integers(5), integers(4))
+    for launch in (
+        plan_append_kv(cached, Keys(k, k), written),
+        plan_rotary_append(turned, Keys(k, k), cached, 72, written)[0],
+        plan_compact_kv(cached, integers(4, 12)),
+    ):
+        report = compile_report(launch, chip)
+        assert (report.stack_bytes, report.local_accesses, report.spill_bytes) == (0, 0, 0)

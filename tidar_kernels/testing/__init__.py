@@ -22,6 +22,7 @@ from __future__ import annotations
 from .append_kv import APPEND_CASES, APPEND_CASES_LARGE, AppendCase, check_append_kv
 from .attention import ATTENTION_CASES, ATTENTION_CASES_LARGE, AttentionCase, check_attention, check_attention_repeats
 from .builders import irregular_pattern, pairwise, random_tree
+from .caches import PAGED_LAYOUTS, CacheKind, GuardedCache, make_cache
 from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, CompactCase, check_compact_kv
 from .harness import (
     LAYOUTS,
@@ -67,6 +68,7 @@ __all__ = [
     "LAYOUTS",
     "LINEAR_CASES",
     "LINEAR_CASES_LARGE",
+    "PAGED_LAYOUTS",
     "ROTARY_CASES",
     "ROTARY_CASES_LARGE",
     "STEP_CASES",
@@ -76,9 +78,11 @@ __all__ = [
     "VERIFY_CASES_LARGE",
     "AppendCase",
     "AttentionCase",
+    "CacheKind",
     "CompactCase",
     "Fault",
     "Guarded",
+    "GuardedCache",
     "LinearCase",
     "Measure",
     "ParityError",
@@ -104,6 +108,7 @@ __all__ = [
     "check_verify",
     "guarded",
     "irregular_pattern",
+    "make_cache",
     "mark_unwritten",
     "pairwise",
     "path_of",

@@ -148,9 +148,19 @@ APPEND_CASES: tuple[AppendCase, ...] = (
         dtype=torch.bfloat16,
     ),
 )
+_LARGE = AppendCase("large", tuple(range(0, 8192, 512)), 16, 8, 128, torch.bfloat16, max_len=8300)
 APPEND_CASES_LARGE: tuple[AppendCase, ...] = (
-    AppendCase("large", tuple(range(0, 8192, 512)), 16, 8, 128, torch.bfloat16, max_len=8300),
+    _LARGE,
     AppendCase("large_prefill", (0, 1, 4000), 4096, 8, 128, torch.float16, max_len=8300),
+    replace(_LARGE, name="large_pages", cache=CacheKind(16, "packed_nhd")),
+    replace(_LARGE, name="large_e4m3", cache=CacheKind(64, "packed_hnd", torch.float8_e4m3fn, "head")),
+    replace(
+        _LARGE,
+        name="large_ragged_e4m3",
+        rows=(512, 16, 0, 1) * 4,
+        keep=(512, 8, 8, 8) * 4,
+        cache=CacheKind(1, "nhd", torch.float8_e4m3fn, "slot"),
+    ),
 )
 
 

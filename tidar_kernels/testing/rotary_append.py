@@ -99,6 +99,8 @@ _LARGE = RotaryCase("large_B8", (4000, 17, 0, 4088), 72, 8, 32, 8, 128, torch.bf
 ROTARY_CASES_LARGE: tuple[RotaryCase, ...] = (
     _LARGE,
     replace(_LARGE, name="large_fp32", dtype=torch.float32),
+    replace(_LARGE, name="large_pages", cache=CacheKind(16, "packed_nhd")),
+    replace(_LARGE, name="large_e4m3", cache=CacheKind(64, "packed_hnd", torch.float8_e4m3fn, "slot")),
     replace(_LARGE, name="large_B16", lengths=(100,), rows=272, keep=16, num_heads=28, num_kv_heads=4),
 )
 

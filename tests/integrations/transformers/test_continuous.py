@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers.generation import ContinuousBatchingConfig
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import tidar_kernels.integrations.transformers  # noqa: F401  # registers "tidar"
 from tidar_kernels import ops
