@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -162,3 +163,35 @@ def test_a_prompt_that_fails_gives_its_pages_back(model: Transformer) -> None:
     given.step()
     assert given.cache.free_pages == free
     assert tokens_of(given) == tokens_of(session(model))
+
+
+@pytest.mark.parametrize("name", ["tidar", "tree"])
+def test_ctrl_c_in_any_forward_pass_leaves_pages_whole(model: Transformer, name: str) -> None:
+    """In prefills of prompts that share pages, and in steps: what is shared is not computed again, nor written."""
+    expected = tokens_of(session(model, name, prefill_chunk=5), 4)
+    passes = 0
+
+    def interrupted(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes % 11 == 5:
+            raise KeyboardInterrupt
+
+    given = session(model, name, prefill_chunk=5, page_size=4)
+    waiting, found = list(enumerate(PROMPTS)), []
+    handle = model.register_forward_hook(interrupted)
+    for _ in range(100):
+        with suppress(KeyboardInterrupt):
+            while waiting and given.free_slots:
+                index, prompt = waiting[0]
+                found.append(given.requests[given.add(prompt, 4, PARAMS[index % 3])])
+                waiting.pop(0)  # what was interrupted is cancelled, and asked for again
+            given.step()
+        if not waiting and not given.requests:
+            break
+    handle.remove()
+    assert passes > 10
+    assert [request.tokens for request in found] == expected
+    given.step()
+    assert given.cache.pool is not None
+    assert given.cache.free_pages == given.cache.pool.num_pages
