@@ -168,6 +168,12 @@ def append_kv(cached: Cached, keys: Keys, written: Written) -> None:
     plan_append_kv(cached, keys, written).run()
 
 
+@triton.jit
+def _columns(x, page, h, dim):
+    """Pointers to columns `dim [1, columns]` of a head's slots 0: a row of them, or where page is a column a tile."""
+    return x.ptr + page * x.stride[0] + h * x.stride[1] + dim * x.stride[3]
+
+
 @triton.jit(do_not_specialize=["nodes", "num_kv_heads", "max_len"], do_not_specialize_on_alignment=["lengths"])
 def compact_kv_kernel(
     k_cache, v_cache, lengths, path, nodes, num_kv_heads, max_len, pages, k_scale, v_scale,
@@ -191,20 +197,21 @@ def compact_kv_kernel(
         to, target, moves = page_of(b, target, moves, pages, PAGE_SIZE)
         of, source, moves = page_of(b, source, moves, pages, PAGE_SIZE)
         to, of = to[:, None], of[:, None]
-    dim = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    k_mask, v_mask = moves[:, None] & (dim < HEAD_DIM)[None, :], moves[:, None] & (dim < HEAD_DIM_V)[None, :]
-    k_tile = tl.load(_pointers(k_cache, of, h, source, dim), mask=k_mask)
-    v_tile = tl.load(_pointers(v_cache, of, h, source, dim), mask=v_mask)
+    dim = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    source, target = source[:, None], target[:, None]
+    k_mask, v_mask = moves[:, None] & (dim < HEAD_DIM), moves[:, None] & (dim < HEAD_DIM_V)
+    k_tile = tl.load(_columns(k_cache, of, h, dim) + source * k_cache.stride[2], mask=k_mask)
+    v_tile = tl.load(_columns(v_cache, of, h, dim) + source * v_cache.stride[2], mask=v_mask)
     if SCALE_BY_SLOT:
-        first = moves[:, None] & (dim == 0)[None, :]  # one column of one program moves the scales
-        k_factor = tl.load(_pointers(k_scale, of, h, source, dim), mask=first)
-        v_factor = tl.load(_pointers(v_scale, of, h, source, dim), mask=first)
+        first = moves[:, None] & (dim == 0)  # one column of one program moves the scales
+        k_factor = tl.load(_columns(k_scale, of, h, dim) + source * k_scale.stride[2], mask=first)
+        v_factor = tl.load(_columns(v_scale, of, h, dim) + source * v_scale.stride[2], mask=first)
     tl.debug_barrier()
-    tl.store(_pointers(k_cache, to, h, target, dim), k_tile, mask=k_mask)
-    tl.store(_pointers(v_cache, to, h, target, dim), v_tile, mask=v_mask)
+    tl.store(_columns(k_cache, to, h, dim) + target * k_cache.stride[2], k_tile, mask=k_mask)
+    tl.store(_columns(v_cache, to, h, dim) + target * v_cache.stride[2], v_tile, mask=v_mask)
     if SCALE_BY_SLOT:
-        tl.store(_pointers(k_scale, to, h, target, dim), k_factor, mask=first)
-        tl.store(_pointers(v_scale, to, h, target, dim), v_factor, mask=first)
+        tl.store(_columns(k_scale, to, h, dim) + target * k_scale.stride[2], k_factor, mask=first)
+        tl.store(_columns(v_scale, to, h, dim) + target * v_scale.stride[2], v_factor, mask=first)
 
 
 def plan_compact_kv(cached: Cached, path: Tensor) -> Launch:
