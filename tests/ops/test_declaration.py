@@ -22,7 +22,6 @@ LISTED = {
     "ops/step_attention/reference.py:step_attention": "the twin is read alone",
     "ops/step_attention/triton.py:step_attention_kernel": "the arguments of a Triton kernel",
 }
-NO_OPERANDS = ("block_table", "k_scale", "v_scale")  # fields that a step does not take
 OPERANDS = {"q", "k", "v", "k_cache", "v_cache", "lengths"}
 
 
@@ -49,7 +48,7 @@ def test_the_operands_of_a_step_are_listed_where_they_must_be() -> None:
 
 def test_every_operand_is_in_one_bundle() -> None:
     fields = [name for bundle in (Rows, Keys, Cached, Scores) for name in bundle._fields]
-    assert sorted(fields) == sorted([*step_operator.operands, *NO_OPERANDS])
+    assert sorted(fields) == sorted(step_operator.operands)
 
 
 class Pair(NamedTuple):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tidar_kernels as tk
 from tidar_kernels import patterns, testing
+from tidar_kernels.testing.caches import CacheKind
 
 MAX_LEN = 20
 STEP = patterns.tidar_step(2)
@@ -25,6 +26,11 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 both_paths = pytest.mark.usefixtures("path")
+
+
+TABLE = torch.tensor([[0], [1]], dtype=torch.int32)
+FLOAT8 = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(2, 2, MAX_LEN, 16, dtype=torch.float8_e4m3fn))
+SCALES = {"k_scale": torch.ones(2, 2), "v_scale": torch.ones(2)}
 
 
 def operands(**changes: Any) -> dict[str, Any]:
@@ -175,6 +181,29 @@ BAD_STEPS: list[Bad] = [
     ({}, {"max_context": 21}, ValueError, "max_context", "0 <= max_context <= max_len = 20", "21"),
     ({}, {"max_context": -1}, ValueError, "max_context", "0 <= max_context <= max_len = 20", "-1"),
     ({}, {"max_context": 13}, ValueError, "lengths", "0 <= length <= max_context = 13", "14 in sequence 1"),
+    ({}, {"block_table": [[0], [1]]}, TypeError, "block_table", "a torch.Tensor", "list"),
+    ({}, {"block_table": TABLE.long()}, TypeError, "block_table", "dtype int32", "torch.int64"),
+    ({}, {"block_table": TABLE[0]}, ValueError, "block_table", "2 dimensions", "shape [1]"),
+    ({}, {"block_table": TABLE[:1]}, ValueError, "block_table", "shape [2, 1]", "[1, 1]"),
+    ({}, {"block_table": TABLE.to("meta")}, ValueError, "block_table", "device cpu", "meta"),
+    ({}, {"block_table": TABLE[:, :0]}, ValueError, "lengths", "0 <= length <= max_context = 0", "3 in sequence 0"),
+    ({}, {"block_table": TABLE + 1}, ValueError, "block_table", "0 <= page < 2", "2 in entry 0 of sequence 1"),
+    (
+        dict.fromkeys(("k_cache", "v_cache"), torch.randn(2, 2, 0, 16)),
+        {"block_table": TABLE},
+        *(ValueError, "k_cache", "a page size of at least 1", "shape [2, 2, 0, 16]"),
+    ),
+    (
+        dict.fromkeys(("k_cache", "v_cache"), torch.randn(1, 2, 10, 16)),
+        {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
+        *(ValueError, "lengths", "0 <= length <= max_context = 10", "14 in sequence 1"),
+    ),
+    (FLOAT8, {}, TypeError, "k_scale", "a torch.Tensor with a k_cache of torch.float8_e4m3fn", "NoneType"),
+    (FLOAT8, SCALES | {"v_scale": torch.ones(3)}, ValueError, "v_scale", "broadcastable to [2, 2]", "[3]"),
+    (FLOAT8, SCALES | {"k_scale": torch.ones(2).half()}, TypeError, "k_scale", "dtype float32", "torch.float16"),
+    (FLOAT8 | {"v_cache": torch.randn(2, 2, 20, 16)}, SCALES, TypeError, "v_cache", "torch.float8_e4m3fn", "float32"),
+    ({}, SCALES, TypeError, "k_cache", "dtype float8_e4m3fn or float8_e5m2 with k_scale", "torch.float32"),
+    ({"v": torch.randn(2, 2, 6, 24)}, {}, ValueError, "v_cache", "shape [2, 2, 20, 24]", "[2, 2, 20, 16]"),
 ]
 BAD_APPENDS: list[Bad] = [
     *BAD_OPERANDS,
@@ -195,6 +224,26 @@ def check_refused(call: Any, bad: Bad) -> None:
     assert "\n" not in str(raised.value)
     for key, x in before.items():
         assert x.is_meta or torch.equal(arguments[key], x)
+
+
+@both_paths
+@pytest.mark.parametrize(
+    "kind", [CacheKind(8, "packed_nhd"), CacheKind(8, "hnd", torch.float8_e4m3fn, "slot")], ids=str
+)
+def test_opcheck_and_compiled_with_pages_and_scales(kind: CacheKind) -> None:
+    case = testing.StepCase("opcheck", STEP, (3, 14), 4, 2, 16, max_len=MAX_LEN, cache=kind)
+    memory, (lead, own, _) = testing.step_operands(case), STEP.on("cpu")
+    options, operator = memory.options, torch.ops.tidar_kernels.step_attention.default
+    named = options | {"kept_len": 2 if kind.dtype else 0}
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += [] if kind.dtype else ["test_schema"]  # which compares operands, and torch cannot compare float8
+    torch.library.opcheck(operator, (*memory.tensors, lead, own, 0.25, 24), named, test_utils=checks)
+
+    def layer(q: Tensor, *others: Tensor) -> Tensor:
+        return 2.0 * tk.step_attention(q, *others, STEP, **options)
+
+    expected = layer(*memory.tensors)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(*memory.tensors), expected)
 
 
 @both_paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from tests.paths import DEVICES, KERNELS, on_every_path
 from tidar_kernels import eager, ops, patterns, testing
+from tidar_kernels.ops import paging
+from tidar_kernels.testing.caches import CacheKind
 
 
 @pytest.mark.parametrize(("device", "case"), on_every_path("step_attention"))
@@ -121,6 +124,63 @@ def test_offsets_past_2_31_elements(device: str, tmp_path: Path) -> None:
     near = (q, k, v, *new)
     reference = eager.step_attention(*(x.double() for x in near), lengths, pattern)
     testing.budget(out, reference, eager.step_attention(*near, lengths, pattern))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page_size", [1, 16, 64, 70, 256])
+def test_where_keys_lie_changes_no_bit(device: str, page_size: int) -> None:
+    """Pages in any order; entries that no key needs name none, and slots that none needs hold NaN."""
+    case = testing.StepCase("pages", patterns.tidar_step(4), (64, 0, 131), 4, 2, 16, max_len=280)
+    q, k, v, *caches, lengths = testing.step_operands(case, device).tensors
+    columns = -(-280 // page_size)
+    table = torch.full((3, columns), -(2**31), dtype=torch.int32)
+    pages = torch.full((2, 3 * columns, 2, page_size, 16), torch.nan)
+    order = iter(torch.randperm(3 * columns).tolist())
+    for b, length in enumerate(case.lengths):
+        for column in range(-(-length // page_size)):
+            table[b, column] = page = next(order)
+            slots = slice(column * page_size, min((column + 1) * page_size, length))
+            for to, cache in zip(pages, caches, strict=True):
+                to[page, :, : slots.stop - slots.start] = cache[b, :, slots]
+    expected = ops.step_attention(q, k, v, *caches, lengths, case.pattern, return_lse=True)
+    found = ops.step_attention(
+        *(q, k, v, *pages.to(device), lengths, case.pattern), block_table=table.to(device), return_lse=True
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_that_stay_are_seen_as_a_float8_cache_will_hold_them(device: str) -> None:
+    """Drafts with their rounding, masks as they were computed."""
+    case = testing.StepCase("kept", patterns.tidar_step(3), (0, 20), 2, 1, 16)
+    kind = CacheKind(0, "bhnd", torch.float8_e4m3fn, "head")
+    memory = testing.step_operands(replace(case, cache=kind), device)
+    q, k, v, k_cache, v_cache, lengths = memory.tensors
+    scales = {name: x for name, x in memory.options.items() if name != "sinks"}
+    expected = ops.step_attention(q, k, v, k_cache, v_cache, lengths, case.pattern, **scales)
+
+    def rounded(x: Tensor, name: str) -> Tensor:
+        scale = scales[f"{name}_scale"]
+        assert scale is not None
+        stored, of_rows = paging.quantise(x, scale[:, :, None].expand(x.shape[:3]), torch.float8_e4m3fn)
+        return paging.dequantise(stored, of_rows, x.dtype)
+
+    drafts = [torch.cat([rounded(x[:, :, :3], n), x[:, :, 3:]], 2) for x, n in ((k, "k"), (v, "v"))]
+    everything = [rounded(x, n) for x, n in ((k, "k"), (v, "v"))]
+    again = ops.step_attention(q, *drafts, k_cache, v_cache, lengths, case.pattern, **scales)
+    assert torch.equal(again, expected)
+    masks_too = ops.step_attention(q, *everything, k_cache, v_cache, lengths, case.pattern, **scales)
+    assert torch.equal(masks_too[:, :, :3], expected[:, :, :3])
+    assert not torch.equal(masks_too[:, :, 3:], expected[:, :, 3:])
+
+
+def test_a_grid_that_no_chip_launches_is_refused() -> None:
+    launch = import_module("tidar_kernels.ops._triton.launch")
+    kernel = SimpleNamespace(__name__="some_kernel")
+    for grid in ((1, 65_536), (2**31,), (1, 1, 70_000)):
+        with pytest.raises(ValueError, match=r"^some_kernel: expected a grid of at most .*, got \["):
+            launch.Launch(kernel, grid, (), {}).run()
 
 
 @pytest.mark.parametrize("device", KERNELS)

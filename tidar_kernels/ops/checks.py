@@ -101,8 +101,14 @@ def sinks(value: Any, q: Tensor) -> Tensor | None:
     return value
 
 
-def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, num_keys: int | None = None) -> None:
-    """q, k and v, 4-D tensors of one kind, fit each other and the pattern; `num_keys` where k and v have not all."""
+def attention_operands(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Any, num_keys: int | None = None, *, head_dim_v: int | None = None
+) -> None:
+    """q, k and v, 4-D tensors of one kind, fit each other and the pattern.
+
+    Args:
+        num_keys: where k and v have not all the pattern's keys. head_dim_v: of v; default that of k.
+    """
     batch, num_heads, q_len, head_dim = q.shape
     of_keys = k.shape
     num_kv_heads = of_keys[1]
@@ -110,8 +116,9 @@ def attention_operands(q: Tensor, k: Tensor, v: Tensor, pattern: Any, num_keys: 
         heads(q, num_kv_heads)
     if of_keys[0] != batch or of_keys[3] != head_dim:
         shape("k", k, (batch, num_kv_heads, of_keys[2], head_dim))
-    if v.shape != of_keys:
-        shape("v", v, tuple(of_keys))
+    of_values = of_keys if head_dim_v is None else (*of_keys[:3], head_dim_v)
+    if v.shape != of_values:
+        shape("v", v, tuple(of_values))
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
     if q_len != pattern.q_len:
@@ -153,10 +160,9 @@ def caches(
         expected = (first, num_kv_heads, slots, head_dim_v)
     if v_cache.shape != expected:
         shape("v_cache", v_cache, expected)
-    quantised = k_cache.dtype in FLOAT8_DTYPES
-    if quantised and v_cache.dtype != k_cache.dtype:
+    if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"v_cache: expected dtype {k_cache.dtype} like k_cache, got {v_cache.dtype}")
-    if quantised or k_scale is not None or v_scale is not None:
+    if k_cache.dtype in FLOAT8_DTYPES or k_scale is not None or v_scale is not None:
         _scale("k_scale", k_scale, k_cache, batch)
         _scale("v_scale", v_scale, v_cache, batch)
         if (k_scale.ndim == 3) != (v_scale.ndim == 3):

@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values in flight, `[batch, kv_heads, kv_len, head_dim]`."""
+    """Keys and values in flight, `[batch, kv_heads, kv_len, head_dim]`; values of a step may be `[.., head_dim_v]`."""
 
     k: Tensor
     v: Tensor
@@ -43,6 +43,8 @@ class Cached(NamedTuple):
         block_table: int32 `[batch, max_pages]`, the pages of each sequence in order; None: the cache has no pages.
         k_scale, v_scale: float32, of a float8 cache, else None: value = stored * scale. Broadcastable to
             `[batch, kv_heads]`, or by slot, in the shape of the cache without head_dim.
+        kept_len: of the keys in flight the first ones, which enter the cache: beside a float8 cache they are seen with
+            the values that it will hold. An operator that has no use for it leaves it 0.
     """
 
     k_cache: Tensor
@@ -52,6 +54,7 @@ class Cached(NamedTuple):
     block_table: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    kept_len: int = 0
 
     @property
     def capacity(self) -> int:

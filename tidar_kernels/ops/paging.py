@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operands import Cached
+from .operands import Cached, Keys, Rows
 
-__all__ = ["Places", "dense", "dequantise", "locate", "quantise", "scales_at", "slot_scales"]
+__all__ = ["Places", "dense", "dequantise", "locate", "of_one_width", "plain", "quantise", "scales_at", "slot_scales"]
 
 # The least normal number of float32: a token of zeros has this scale by slot, so that nothing is divided by zero.
 SMALLEST_SCALE = 2.0**-126
@@ -109,3 +109,39 @@ def dense(cached: Cached, n: int | None = None, dtype: torch.dtype | None = None
         values = values if dtype is None else values.to(dtype)
         found.append(values.masked_fill(~places.exists[:, None, :, None], 0))
     return found[0], found[1]
+
+
+def plain(keys: Keys, cached: Cached, n: int | None = None) -> tuple[Keys, Cached]:
+    """The same keys without pages or float8: in flight as the cache will hold them, cached as they are worth.
+
+    Args:
+        n: slots of the dense cache; default as many as the longest context needs, for which the lengths are read.
+    """
+    if cached.block_table is None and cached.k_scale is None:
+        return keys, cached
+    if cached.k_scale is not None:
+        kept = Keys(*(x[:, :, : cached.kept_len] for x in keys))
+        seen = zip(keys, map(_as_cached, kept, cached[:2], (cached.k_scale, cached.v_scale)), strict=True)
+        keys = Keys(*(torch.cat([held, x[:, :, cached.kept_len :]], dim=2) for x, held in seen))
+    if n is None:
+        n = min(max(0, *cached.lengths.tolist()), cached.capacity) if len(cached.lengths) else 0
+    values = dense(cached, n, keys.k.dtype)
+    return keys, Cached(*values, cached.lengths, min(cached.max_context, n))
+
+
+def of_one_width(rows: Rows, keys: Keys, cached: Cached) -> tuple[Rows, Keys, Cached]:
+    """The operands of a step with zeros after the narrower of q, k and v, whose products they leave as they are."""
+    width = max(rows.q.shape[3], keys.v.shape[3])
+
+    def widened(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[3]))
+
+    cached = cached._replace(k_cache=widened(cached.k_cache), v_cache=widened(cached.v_cache))
+    return rows._replace(q=widened(rows.q)), Keys(*map(widened, keys)), cached
+
+
+def _as_cached(x: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:
+    """Keys or values `[batch, kv_heads, rows, d]`, quantised as `cache` is and back."""
+    by_row = None if scale is None or slot_scales(scale) else scale.expand(x.shape[:2])[:, :, None].expand(x.shape[:3])
+    stored, by_row = quantise(x, by_row, cache.dtype)
+    return dequantise(stored, by_row, x.dtype)

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from .. import eager, ops, patterns
+from ..ops import paging
+from ..ops.operands import Cached, Keys
+from ..ops.paging import plain
 from ..patterns import Pattern
 from .builders import irregular_pattern, pairwise, random_tree
+from .caches import CacheKind, make_cache
 from .harness import (
     Guarded,
     ParityError,
     ParityResult,
+    bits,
     budget,
     check_equal,
     generator_of,
@@ -55,7 +60,9 @@ class StepCase:
         num_heads, num_kv_heads, head_dim, dtype: of the operands.
         max_len: slots of the cache; None for the longest context and the causal rows after it, exactly.
         layout: strides of q, k and v (`tidar_kernels.testing.LAYOUTS`).
-        cache_layout: strides of the caches.
+        cache_layout: strides of the caches, where `cache` does not say them.
+        cache: pages, float8 and scales of the caches; None for contiguous ones of the operands' dtype.
+        head_dim_v: of the values; None for `head_dim`.
         lengths_dtype: int32 or int64.
         scale: of the scores; None for the default.
         max_context: as in `step_attention`.
@@ -80,6 +87,8 @@ class StepCase:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    cache: CacheKind | None = None
+    head_dim_v: int | None = None
 
     @property
     def id(self) -> str:
@@ -210,8 +219,53 @@ _HAND_MADE_STEPS = (
     # Splits are merged some at a time; several times as many lie before the window.
     replace(_STEP, name="window_far", lengths=(530, 290, 130, 40), window=20),
     replace(_STEP, name="head_dim_256_all", head_dim=256, softcap=2.0, sinks=True, window=30, dtype=torch.float16),
+    replace(_STEP, name="head_dim_192_128", head_dim=192, head_dim_v=128, dtype=torch.float16),
+    replace(_STEP, name="head_dim_16_40", head_dim=16, head_dim_v=40, lengths=(0, 140), window=50, sinks=True),
+    # Nodes of several sizes, that programs in turn take whole and in part.
+    replace(_STEP, name="long", lengths=(1500, 3, 700), num_heads=2, head_dim=16),
 )
-STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS, *_feature_cases())
+
+
+def _cache_cases() -> Iterator[StepCase]:
+    """Every two of: page size and layout, float8 and scales, context lengths, heads, head dim, pattern, dtype.
+
+    The interpreter's tiles are 16 keys: pages are smaller, one tile, several, no multiple of it, and the capacity.
+    """
+    rows = pairwise(
+        pages=(
+            (1, "nhd"),
+            (16, "packed_hnd"),
+            (16, "pair_nhd"),
+            (24, "hnd"),
+            (32, "tokens"),
+            (64, "packed_nhd"),
+            (256, "hnd"),
+            (0, "bnhd"),
+        ),
+        stored=(None, (torch.float8_e4m3fn, "tensor"), (torch.float8_e4m3fn, "slot"), (torch.float8_e5m2, "head")),
+        lengths=((0, 37), (130,), (16, 63, 5)),
+        heads=((2, 2), (4, 1), (6, 1), (7, 1)),
+        head_dim=(16, 64, 72, 80),
+        pattern=(patterns.tidar_step(4), patterns.causal(1), patterns.tidar_prefill(19, 4), random_tree(13)),
+        window=(None, 20),
+        dtype=(torch.float32, torch.float16),
+    )
+    for row in rows:
+        (num_heads, num_kv_heads), (page_size, layout), stored = row.pop("heads"), row.pop("pages"), row.pop("stored")
+        if not page_size and stored is None:
+            continue
+        kind = "own" if stored is None else f"{str(stored[0]).removeprefix('torch.float8_')}-{stored[1]}"
+        yield StepCase(
+            name=f"{layout}{page_size}-{kind}-h{num_heads}_{num_kv_heads}-d{row['head_dim']}-w{row['window']}"
+            f"-{row['pattern'].name}-P{'_'.join(map(str, row['lengths']))}",
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            cache=CacheKind(page_size, layout, *(stored or ())),
+            **row,
+        )
+
+
+STEP_CASES: tuple[StepCase, ...] = (*_covering_cases(), *_HAND_MADE_STEPS, *_feature_cases(), *_cache_cases())
 
 # A GPU's tiles are 64 keys and its splits 512 to 4096 keys: edges lie elsewhere, and only real dtypes show the rest.
 _LARGE = StepCase("large", patterns.tidar_step(16), (8192, 0, 511), 32, 8, 128, torch.bfloat16, max_len=8300)
@@ -241,6 +295,15 @@ STEP_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_LARGE, name="tree_64_d64", pattern=random_tree(64, 2), head_dim=64, lengths=(1500, 63), sinks=True),
     replace(_LARGE, name="tree_fp32", pattern=random_tree(64, 2), num_heads=8, dtype=torch.float32, lengths=(1500,)),
     replace(_LARGE, name="tree_mask", pattern=irregular_pattern(90, 300, 8, with_tree_mask=True), lengths=(511, 0)),
+    replace(_LARGE, name="pages_of_16", cache=CacheKind(16, "packed_nhd")),
+    replace(_LARGE, name="pages_of_64", cache=CacheKind(64, "hnd"), num_heads=28, num_kv_heads=4),
+    replace(_LARGE, name="pages_of_1", cache=CacheKind(1, "nhd"), pattern=patterns.tidar_step(4), window=1024),
+    replace(_LARGE, name="pages_of_256_d64", cache=CacheKind(256, "packed_hnd"), head_dim=64),
+    replace(_LARGE, name="float8", cache=CacheKind(0, "bhnd", torch.float8_e4m3fn, "head")),
+    replace(_LARGE, name="float8_pages", cache=CacheKind(16, "packed_hnd", torch.float8_e4m3fn, "slot")),
+    replace(_LARGE, name="float8_e5m2", cache=CacheKind(64, "nhd", torch.float8_e5m2), dtype=torch.float16),
+    replace(_LARGE, name="head_dim_192_128", head_dim=192, head_dim_v=128, lengths=(1500, 449)),
+    replace(_LARGE, name="head_dim_72", head_dim=72, lengths=(1500, 449)),
     replace(_LARGE, name="long_context", pattern=patterns.tidar_step(4), lengths=(130_000, 70_001), max_len=131_072),
 )
 
@@ -279,6 +342,17 @@ BITS_CASES: tuple[StepCase, ...] = (
     ),
     replace(_BITS, name="B2_softcap_sinks", softcap=2.0, sinks=True, lengths=(0, 14, 15, 16, 63, 64, 65)),
     replace(_BITS, name="prefill_window", pattern=patterns.tidar_prefill(20, 4), lengths=(13, 60), window=11),
+    replace(_BITS, name="pages", pattern=patterns.tidar_step(4), lengths=(14, 63), cache=CacheKind(16, "packed_nhd")),
+    replace(_BITS, name="pages_fp16", lengths=(15, 130), cache=CacheKind(3, "hnd"), window=20, dtype=torch.float16),
+    replace(_BITS, name="float8", lengths=(14, 63), cache=CacheKind(0, "bhnd", torch.float8_e4m3fn, "head")),
+    replace(
+        _BITS,
+        name="float8_pages",
+        pattern=patterns.tidar_step(4),
+        lengths=(13, 62),
+        cache=CacheKind(16, "tokens", torch.float8_e5m2, "slot"),
+        dtype=torch.float16,
+    ),
 )
 _BITS_LARGE = StepCase("large", patterns.tidar_step(16), (), 32, 8, 128, torch.bfloat16, max_len=8300)
 _EDGES = (0, 1, 63, 64, 65, 505, 511, 512, 513, 1020, 4095, 8192)
@@ -290,11 +364,23 @@ BITS_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_BITS_LARGE, name="large_B8_d256", pattern=patterns.tidar_step(8), lengths=_EDGES, head_dim=256),
     replace(_BITS_LARGE, name="large_B16_window", lengths=(0, 1023, 1535, 5000, 8192), window=1024, sinks=True),
     replace(_BITS_LARGE, name="large_B8_softcap", pattern=patterns.tidar_step(8), lengths=_EDGES, softcap=50.0),
+    replace(_BITS_LARGE, name="large_B8_pages", lengths=_EDGES, cache=CacheKind(16, "packed_nhd")),
+    replace(
+        _BITS_LARGE,
+        name="large_B8_float8",
+        pattern=patterns.tidar_step(8),
+        lengths=_EDGES,
+        cache=CacheKind(64, "hnd", torch.float8_e4m3fn, "slot"),
+    ),
     replace(_BITS_LARGE, name="large_B8_group_7", pattern=patterns.tidar_step(8), lengths=_EDGES, num_heads=56),
 )
 
 # Launch bits: what a launch can vary without varying a row's bits.
+_LAUNCH = StepCase("launch", patterns.tidar_step(4), (66, 3), 4, 2, 16)
 LAUNCH_CASES: tuple[StepCase, ...] = (
+    replace(_LAUNCH, name="pages", cache=CacheKind(16, "packed_hnd")),
+    replace(_LAUNCH, name="float8", cache=CacheKind(16, "nhd", torch.float8_e4m3fn, "slot")),
+    replace(_LAUNCH, name="float8_heads", cache=CacheKind(0, "bhnd", torch.float8_e5m2, "head")),
     StepCase("step_B4", patterns.tidar_step(4), (3, 64, 20), 4, 2, 16, max_len=80),
     StepCase("step_B4_single_split", patterns.tidar_step(4), (3, 20), 6, 2, 16, torch.float16, max_len=40),
     StepCase("step_B8", patterns.tidar_step(8), (66, 0), 4, 2, 64, torch.float16, max_len=80),
@@ -311,9 +397,16 @@ LAUNCH_CASES: tuple[StepCase, ...] = (
 )
 
 
+_NAMES = ("q", "k", "v", "k_cache", "v_cache", "lengths")
+_OPTIONS = ("sinks", "block_table", "k_scale", "v_scale")
+
+
 @dataclass(frozen=True)
 class StepOperands:
-    """The operands of one step, each between guard bands; cache slots past the length hold NaN; sinks may be None."""
+    """The operands of one step, each between guard bands; sinks, the table and scales may be None.
+
+    Cache slots past the length hold NaN, and those of a cache with pages or scales random bits.
+    """
 
     q: Guarded
     k: Guarded
@@ -322,16 +415,24 @@ class StepOperands:
     v_cache: Guarded
     lengths: Guarded
     sinks: Guarded | None = None
+    block_table: Guarded | None = None
+    k_scale: Guarded | None = None
+    v_scale: Guarded | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the operator's arguments, but sinks, which go by name."""
-        return tuple(memory.tensor for name, memory in vars(self).items() if name != "sinks")
+        """In the order of the operator's arguments, but for `options`."""
+        return tuple(memory.tensor for name, memory in vars(self).items() if name not in _OPTIONS)
 
     @property
-    def options(self) -> dict[str, Tensor | None]:
-        """Sinks, as the operator takes them."""
-        return {"sinks": None if self.sinks is None else self.sinks.tensor}
+    def options(self) -> dict[str, Any]:
+        """Sinks, the block table and scales, as the operator takes them."""
+        return {name: None if (memory := getattr(self, name)) is None else memory.tensor for name in _OPTIONS}
+
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """The block table and scales."""
+        return {name: value for name, value in self.options.items() if name != "sinks"}
 
     def check_untouched(self) -> None:
         """Raise `ParityError` if an operand, or the memory around it, was written to."""
@@ -344,12 +445,14 @@ def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOpe
     """Fresh random operands of a case."""
     draw, batch = generator_of(case), len(case.lengths)
 
-    def normal(heads: int, rows: int) -> Tensor:
-        shape = batch, heads, rows, case.head_dim
+    head_dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
+
+    def normal(heads: int, rows: int, head_dim: int = case.head_dim) -> Tensor:
+        shape = batch, heads, rows, head_dim
         return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(case.dtype)
 
-    def cache() -> Tensor:
-        values = normal(case.num_kv_heads, case.cache_len)
+    def cache(head_dim: int = case.head_dim) -> Tensor:
+        values = normal(case.num_kv_heads, case.cache_len, head_dim)
         for sequence, length in enumerate(case.lengths):
             values[sequence, :, length:] = torch.nan
         return values
@@ -360,17 +463,61 @@ def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOpe
     def place(values: Tensor, layout: str) -> Guarded:
         return guarded(values.to(device), layout)
 
+    q = place(normal(case.num_heads, case.pattern.q_len), q_layout)
+    k = place(normal(case.num_kv_heads, case.pattern.kv_len), case.layout)
+    v = place(normal(case.num_kv_heads, case.pattern.kv_len, head_dim_v), case.layout)
+    lengths = guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device))
+    if case.cache is None:
+        caches = {"k_cache": place(cache(), case.cache_layout), "v_cache": place(cache(head_dim_v), case.cache_layout)}
+    else:
+        caches = _caches(case, case.cache, (cache(), cache()), lengths.tensor, draw, device)
     return StepOperands(
-        q=place(normal(case.num_heads, case.pattern.q_len), q_layout),
-        k=place(normal(case.num_kv_heads, case.pattern.kv_len), case.layout),
-        v=place(normal(case.num_kv_heads, case.pattern.kv_len), case.layout),
-        k_cache=place(cache(), case.cache_layout),
-        v_cache=place(cache(), case.cache_layout),
-        lengths=guarded(torch.tensor(case.lengths, dtype=case.lengths_dtype, device=device)),
+        q=q,
+        k=k,
+        v=v,
+        lengths=lengths,
+        **caches,
         sinks=guarded(torch.randn(case.num_heads, generator=draw, device="cpu").to(device, case.dtype))
         if case.sinks
         else None,
     )
+
+
+def _caches(
+    case: StepCase,
+    kind: CacheKind,
+    values: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    draw: torch.Generator,
+    device: torch.device | str,
+) -> dict[str, Guarded]:
+    """Caches of a kind that hold `values [batch, kv_heads, cache_len, head_dim]` below `lengths`, and what they need.
+
+    There are pages for the context and the causal rows after it, no more.
+    """
+    needed = [(0, length + case.pattern.causal_len) for length in case.lengths]
+    shape = (case.num_kv_heads, case.cache_len, case.head_dim)
+    made = make_cache(kind, lengths, needed, shape, case.dtype, draw, device)
+    position = torch.arange(case.cache_len, device=device)
+    places = paging.locate(made.cached, torch.where(position < lengths[:, None], position, -1))
+    found = {}
+    for name, value in zip("kv", values, strict=True):
+        cache, scale = getattr(made.cached, f"{name}_cache"), getattr(made.cached, f"{name}_scale")
+        stored = value.to(device).transpose(1, 2)[places.exists]  # [keys, kv_heads, head_dim]
+        page, slot = places.page[places.exists], places.slot[places.exists]
+        if scale is not None:
+            of_keys = None if scale.ndim == 3 else scale.expand(len(lengths), case.num_kv_heads)
+            of_keys = None if of_keys is None else of_keys[places.exists.nonzero()[:, 0]]
+            stored, of_keys = paging.quantise(stored, of_keys, cache.dtype)
+            if scale.ndim == 3:
+                scale[page, :, slot] = of_keys
+            found[f"{name}_scale"] = guarded(scale)
+        bits(cache)[page, :, slot] = bits(stored)
+    for name, memory in zip("kv", made.memories, strict=False):
+        found[f"{name}_cache"] = Guarded(memory.tensor, memory.buffer, memory.buffer.clone())
+    if made.cached.block_table is not None:
+        found["block_table"] = guarded(made.cached.block_table)
+    return found
 
 
 def _step(
@@ -391,7 +538,8 @@ def check_step_attention(
     """`step_attention` against its eager twin in float64, by the budget rule; out, its worst row, and lse.
 
     Also: every output finite where it should be; rows without a key exactly 0; nothing read past a sequence's length
-    (NaN lies there); nothing written but the outputs.
+    (NaN lies there); nothing written but the outputs. With pages or scales, the bits are those of a contiguous cache of
+    what the keys are worth.
 
     Raises:
         ParityError: any of it fails.
@@ -403,12 +551,13 @@ def check_step_attention(
         pattern, sinks = case.windowed(case.pattern), operands.options["sinks"]
 
         def twin(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            q, k, v, k_cache, v_cache, lengths = (x.to(dtype) if x.is_floating_point() else x for x in operands.tensors)
+            q, k, v, k_cache, v_cache, lengths = (x.to(dtype) if x.dtype == case.dtype else x for x in operands.tensors)
             return eager.step_attention(
                 *(q, k, v, k_cache, v_cache, lengths, pattern, case.scale),
                 softcap=case.softcap,
                 sinks=None if sinks is None else sinks.to(dtype),
                 return_lse=True,
+                **operands.cache_options,
             )
 
         (reference, reference_lse), (plain, plain_lse) = twin(torch.float64), twin(case.dtype)
@@ -421,7 +570,20 @@ def check_step_attention(
         )
         empty = (reference == 0.0).all(-1)
         check_equal(out[empty], torch.zeros_like(out[empty]), "rows of out that see no key")
+        if case.cache is not None:
+            alike, alike_lse = _step(case, _plain(case, operands), backend, sinks=sinks, max_context=None)
+            check_equal(out, alike, "out, against a contiguous cache")
+            check_equal(lse, alike_lse, "lse, against a contiguous cache")
     return result_of("step_attention", case, device, measures)
+
+
+def _plain(case: StepCase, operands: StepOperands) -> tuple[Tensor, ...]:
+    """The operands that a contiguous cache of the dtype of q would have: `plain` of the reference."""
+    q, k, v, k_cache, v_cache, lengths = operands.tensors
+    kept_len = 0 if operands.k_scale is None else case.windowed(case.pattern).kept_len
+    cached = Cached(k_cache, v_cache, lengths, case.cache_len, **operands.cache_options, kept_len=kept_len)
+    keys, cached = plain(Keys(k, v), cached)
+    return q, *keys, cached.k_cache, cached.v_cache, lengths
 
 
 def check_row_bits(
@@ -442,7 +604,8 @@ def check_row_bits(
     q, k, v, k_cache, v_cache, lengths = operands.tensors
     with naming("row bits", case, device):
         out, lse = _step(case, operands.tensors, backend, **operands.options)
-        ops.append_kv(k_cache, v_cache, k[:, :, :causal_len], v[:, :, :causal_len], lengths, backend=backend)
+        new, options = (k[:, :, :causal_len], v[:, :, :causal_len]), operands.cache_options
+        ops.append_kv(k_cache, v_cache, *new, lengths, **options, backend=backend)
         decode = patterns.causal(1)
         for m in range(causal_len):
             row = [x[:, :, m : m + 1] for x in (q, k, v)]
@@ -465,27 +628,34 @@ def check_launch_bits(
         ParityError: a bit differs.
     """
     memory = step_operands(case, device)
-    operands, sinks = memory.tensors, memory.options["sinks"]
+    operands, sinks, paged = memory.tensors, memory.options["sinks"], memory.cache_options.items()
     group = case.num_heads // case.num_kv_heads
 
     def compare(what: str, at: tuple[slice, ...], tensors: Iterable[Tensor], **changes: Any) -> None:
-        changed, changed_lse = _step(case, tensors, backend, **({"sinks": sinks} | changes))
+        changed, changed_lse = _step(case, tensors, backend, **(memory.options | changes))
         check_equal(changed, out[at], f"out {what}")
         check_equal(changed_lse, lse[at], f"lse {what}")
 
     with naming("launch bits", case, device):
-        out, lse = _step(case, operands, backend, sinks=sinks)
+        out, lse = _step(case, operands, backend, **memory.options)
         for b in range(len(case.lengths)):
             one = slice(b, b + 1)
-            compare(f"of sequence {b} alone", (one,), [x[one] for x in operands])
+            # Pages are everybody's; what there is one of a sequence is taken apart.
+            whose = {"k_cache", "v_cache", "k_scale", "v_scale"} if memory.block_table is not None else set()
+            part = [x if name in whose else x[one] for name, x in zip(_NAMES, operands, strict=True)]
+            own = {
+                name: x if x is None or not x.ndim or (name in whose and x.ndim == 3) else x[one] for name, x in paged
+            }
+            compare(f"of sequence {b} alone", (one,), part, **own)
         for h in range(case.num_heads):
             head, kv_head = slice(h, h + 1), slice(h // group, h // group + 1)
             part = [operands[0][:, head], *(x[:, kv_head] for x in operands[1:5]), operands[5]]
-            own = None if sinks is None else sinks[head]
-            compare(f"of head {h} alone", (slice(None), head), part, sinks=own)
+            own = {name: x[:, kv_head] for name, x in paged if x is not None and name != "block_table" and x.ndim}
+            own |= {} if sinks is None else {"sinks": sinks[head]}
+            compare(f"of head {h} alone", (slice(None), head), part, **own)
         compare("with max_context", (), operands, max_context=max(case.lengths))
         compare("with int64 lengths", (), [*operands[:5], operands[5].long()])
         for layout in ("bhnd", "gaps", "bhdn"):
-            moved = [guarded(x, layout).tensor for x in operands[:5]]
+            moved = [guarded(x, layout).tensor if x.dtype == case.dtype else x for x in operands[:5]]
             compare(f"in layout {layout}", (), [*moved, operands[5]])
     return result_of("launch_bits", case, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 # Triton reads the same variable when a kernel is decorated, that is when these modules are imported.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
 IS_AMD = torch.version.hip is not None
+MOST_PROGRAMS, MOST_PROGRAMS_ACROSS = 2**31 - 1, 65_535
 
 if INTERPRET:  # every module with kernels imports this one: whoever has a kernel has the mended interpreter
     from .interpreter import mend
@@ -37,6 +38,8 @@ def strided(tensor: Tensor) -> Strided:
 class Launch(NamedTuple):
     """One kernel with its grid and arguments. `options` holds constexpr arguments, `num_warps` and `num_stages`.
 
+    A grid may have 2^31 - 1 programs along its first axis and 65,535 along the others.
+
     A named tuple, because one is made for every launch: a frozen dataclass takes three times as long.
     """
 
@@ -46,9 +49,18 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
     def run(self) -> None:
-        """Launch on the current stream of the operands' device; nothing to do for an empty grid."""
+        """Launch on the current stream of the operands' device; nothing to do for an empty grid.
+
+        Raises:
+            ValueError: the grid is larger than a chip can launch.
+        """
         if 0 in self.grid:
             return
+        if self.grid[0] > MOST_PROGRAMS or (len(self.grid) > 1 and max(self.grid[1:]) > MOST_PROGRAMS_ACROSS):
+            raise ValueError(
+                f"{self.kernel.__name__}: expected a grid of at most {MOST_PROGRAMS} programs along its first axis and "
+                f"{MOST_PROGRAMS_ACROSS} along the others, got {list(self.grid)}: too many rows, heads or sequences"
+            )
         first = self.args[0]
         tensor = first.ptr if isinstance(first, Strided) else first
         options = _options(self.options, IS_AMD) if IS_AMD else self.options

@@ -32,6 +32,9 @@ def step_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | Any:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
@@ -44,8 +47,11 @@ def step_attention(
 
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
-        k, v: `[batch, kv_heads, kv_len, head_dim]`, the in-flight keys and values; `kv_heads` divides `heads`.
-        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`; slots at and past `lengths[b]` are never read.
+        k, v: `[batch, kv_heads, kv_len, head_dim]`, the in-flight keys and values; `kv_heads` divides `heads`. Values
+            may have another width, `head_dim_v`.
+        k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, or with `block_table` pages
+            `[num_pages, kv_heads, page_size, head_dim]`; slots at and past `lengths[b]` are never read. Values as v. Of
+            the dtype of q, or with scales float8_e4m3fn or float8_e5m2.
         lengths: int32 or int64 `[batch]`, tokens of context in each sequence; stays on the device.
         pattern: `pattern.q_len` and `pattern.kv_len` match q and k.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
@@ -56,33 +62,53 @@ def step_attention(
             (GPT-OSS); lse has it too. Default none.
         return_lse: also return the log-sum-exp (natural log, float32) of every row, `[batch, heads, q_len]`.
         backend: None picks by device; "triton" or "eager" by name.
+        block_table: int32 `[batch, max_pages]`: key n of sequence b lies in slot `n % page_size` of page
+            `block_table[b, n // page_size]`, and `max_len` is `max_pages * page_size`. Where keys lie does not change a
+            bit. What entries hold that no key below `lengths[b]` needs does not matter. Default: no pages. The kernels
+            gather pages and float8 into a contiguous copy of the capacity first.
+        k_scale, v_scale: float32, positive, of a float8 cache: the value of a slot is `stored * scale`, rounded to the
+            dtype of q. Broadcastable to `[batch, kv_heads]`, or one a slot, in the shape of the cache without head_dim.
+            In-flight rows that may enter the cache (`pattern.kept_len`) are seen with the values that it will hold.
 
     Returns:
-        `[batch, heads, q_len, head_dim]` in the dtype of q; a row that sees no key is 0 with lse = -inf
+        `[batch, heads, q_len, head_dim_v]` in the dtype of q; a row that sees no key is 0 with lse = -inf
         (its head's sink, with sinks).
 
     Raises:
-        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths or backend do not fit.
+        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths, the entries of a table on the
+            CPU, or backend do not fit.
 
     Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
     """
     checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    checks.attention_operands(q, k, v, pattern)
+    checks.attention_operands(q, k, v, pattern, head_dim_v=v.shape[3])
     batch, num_kv_heads, _, head_dim = k.shape
-    max_len = checks.caches(k_cache, v_cache, batch, num_kv_heads, head_dim)
+    max_len = checks.caches(
+        *(k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale), head_dim_v=v.shape[3]
+    )
     if max_context is None:
         max_context = max_len
     elif not 0 <= max_context <= max_len:
         raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
     lengths = checks.lengths(lengths, batch, q.device, max_context, "max_context")
+    if block_table is not None:
+        checks.entries(block_table, k_cache, torch.zeros_like(lengths), lengths)
     scores = Scores(checks.scale(scale, head_dim), checks.softcap(softcap), checks.sinks(sinks, q))
     check_backend(backend, q.device)
     if backend == "eager":
         return reference.step_attention(
-            q, k, v, k_cache, v_cache, lengths, pattern, scale, softcap=softcap, sinks=sinks, return_lse=return_lse
+            *(q, k, v, k_cache, v_cache, lengths, pattern, scale),
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+            block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     rows = Rows(q, *pattern.rows_on(q.device))
-    out, lse = operator(rows, Keys(k, v), Cached(k_cache, v_cache, lengths, max_context), scores)
+    kept_len = 0 if k_scale is None else pattern.kept_len
+    cached = Cached(k_cache, v_cache, lengths, max_context, block_table, k_scale, v_scale, kept_len)
+    out, lse = operator(rows, Keys(k, v), cached, scores)
     return (out, lse) if return_lse else out
 
 
@@ -94,13 +120,15 @@ def _kernel() -> Callable[..., Any]:
 
 def _fake(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     q = rows.q
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((*q.shape[:3], keys.v.shape[3])), lse
 
 
 operator = Operator(
     "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor lead, Tensor own, float scale, int max_context, "
-    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? tree_mask=None) -> (Tensor, Tensor)",
+    "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? tree_mask=None, "
+    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, int kept_len=0) -> (Tensor, Tensor)",
     Rows,
     Keys,
     Cached,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...patterns.rows import unpack_tree_mask
 from .._cpu import TensorMemo, add_sinks, broken_keys, capped_attention, share, unit_stride, without
 from ..operands import Cached, Keys, Rows, Scores
+from ..paging import of_one_width, plain
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -74,6 +75,12 @@ def _attend(
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
+    keys, cached = plain(keys, cached)
+    head_dim, head_dim_v = rows.q.shape[3], keys.v.shape[3]
+    if head_dim != head_dim_v:  # ATen knows one width
+        rows, keys, cached = of_one_width(rows, keys, cached)
+        out, lse = step_attention(rows, keys, cached, scores)
+        return out[..., :head_dim_v].contiguous(), lse
     broken = broken_keys(keys)
     if broken is not None:
         out, lse = step_attention(rows, without(keys, broken), cached, scores)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operands import Cached, Keys, Rows, Scores
+from ..paging import plain
 from . import cpu
 
 __all__ = ["step_attention"]
@@ -24,6 +25,7 @@ def step_attention(
     That call has one sequence and one row, and finds its keys in one piece of memory: its bits cannot depend on how the
     token came to be computed. The other rows are one call for all, as in `cpu.step_attention`.
     """
+    keys, cached = plain(keys, cached)
     q, batch = rows.q, len(rows.q)
     alone = []
     for b, length in enumerate(cached.lengths.tolist() if causal_rows else []):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...patterns import Pattern
 from ..attention.reference import masked_attention
+from ..operands import Cached, Keys
+from ..paging import plain
 
 __all__ = ["step_attention"]
 
@@ -26,8 +28,14 @@ def step_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Any:
     """Eager twin of `tidar_kernels.step_attention`; same arguments, same results."""
+    kept_len = 0 if k_scale is None else pattern.kept_len
+    cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale, kept_len)
+    (k, v), (k_cache, v_cache, *_) = plain(Keys(k, v), cached)
     outs, lses = [], []
     for b, length in enumerate(lengths.tolist()):
         keys = torch.cat([k_cache[b, :, :length], k[b]], dim=1)

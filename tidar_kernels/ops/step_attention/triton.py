@@ -47,6 +47,7 @@ from .._triton.softmax import (
 )
 from .._triton.tiles import load_interval, load_tile, row_pointers
 from ..operands import Cached, Keys, Rows, Scores
+from ..paging import of_one_width, plain
 
 # The merge kernel loads partial results of 8 splits at a time, of so many rows that a thread has 16 values.
 COMBINED_SPLITS, COMBINED_VALUES = 8, 256
@@ -392,8 +393,16 @@ def plan_step_attention(
 
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Run the kernels: `(out [batch, heads, q_len, head_dim], lse [batch, heads, q_len])`; arguments are checked."""
+    """Run the kernels: `(out [batch, heads, q_len, head_dim_v], lse [batch, heads, q_len])`; arguments are checked.
+
+    The kernels read contiguous caches in the dtype of q. Pages and float8 are gathered into one first, of the whole
+    capacity, since lengths stay on the device: the bits are those of the contiguous cache, at the price of a copy.
+    """
+    keys, cached = plain(keys, cached, cached.capacity)
+    head_dim, head_dim_v = rows.q.shape[3], keys.v.shape[3]
+    if head_dim != head_dim_v:  # the kernels know one width
+        rows, keys, cached = of_one_width(rows, keys, cached)
     launches, out, lse = plan_step_attention(rows, keys, cached, scores, chip_of(rows.q.device))
     for launch in launches:
         launch.run()
-    return out, lse
+    return out if head_dim == head_dim_v else out[..., :head_dim_v].contiguous(), lse
