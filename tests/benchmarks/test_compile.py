@@ -11,6 +11,7 @@ import torch
 from tidar_kernels import patterns, testing
 from tidar_kernels.patterns import Pattern
 from tidar_kernels.testing import LAYOUTS
+from tidar_kernels.testing.caches import CacheKind
 
 pytest.importorskip("triton")
 
@@ -59,7 +60,7 @@ def compile_step_attention(
 def compile_append_kv(case: testing.AppendCase, chip: int | str) -> list[CompileReport]:
     """The kernel of one append on `chip`."""
     batch, heads = len(case.lengths), case.num_kv_heads
-    cache = shape_only((batch, heads, case.max_len, case.head_dim), case.cache_layout, case.dtype)
+    cache = shape_only((batch, heads, case.max_len, case.head_dim), case.cache.layout, case.dtype)
     new = shape_only((batch, heads, case.num_new, case.head_dim), case.layout, case.dtype)
     lengths = torch.empty(batch, dtype=case.lengths_dtype, device="meta")
     return [compile_report(plan_append_kv(Cached(cache, cache, lengths), Keys(new, new)), chip)]
@@ -125,7 +126,7 @@ def test_odd_strides_compile(cc: int, layout: str) -> None:
     [(90, torch.float64, 256, "bhdn"), (80, torch.float16, 80, "bhnd"), (100, torch.bfloat16, 256, "gaps")],
 )
 def test_append_kv(cc: int, dtype: torch.dtype, head_dim: int, layout: str) -> None:
-    case = testing.AppendCase("compiled", (0, 0, 0), 1, 8, head_dim, dtype, 8192, layout, layout)
+    case = testing.AppendCase("compiled", (0, 0, 0), 1, 8, head_dim, dtype, 8192, layout, CacheKind(layout=layout))
     for report in compile_append_kv(case, cc):
         check(report, dtype)
 

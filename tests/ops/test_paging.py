@@ -180,6 +180,11 @@ QUANTISED = CACHES | {
         (QUANTISED | {"k_scale": torch.ones(1, 1, 1, 1)}, ValueError, r"^k_scale: expected a shape broadcastable"),
         (QUANTISED | {"k_scale": torch.ones(7, 2, 4)}, ValueError, r"^v_scale: expected a scale by slot exactly if"),
         (QUANTISED | {"v_scale": torch.ones((), device="meta")}, ValueError, r"^v_scale: expected device cpu like"),
+        (
+            CACHES | {"v_cache": CACHES["v_cache"].to(torch.float8_e5m2)},
+            TypeError,
+            r"^v_cache: expected dtype torch\.float32 like k_cache, got torch\.float8_e5m2$",
+        ),
         (QUANTISED | {"v_cache": torch.zeros(7, 2, 4, 8)}, TypeError, r"^v_cache: expected dtype torch\.float8_e4m3fn"),
         (
             QUANTISED | {"v_cache": torch.zeros(7, 2, 4, 8).to(torch.float8_e5m2)},

@@ -215,7 +215,7 @@ def test_a_misplaced_append_fails(rows: slice, keys: slice, monkeypatch: pytest.
                 cache[b, :, length : length + 4][:, rows] = new[b, :, keys][:, :3].repeat(1, 2, 1)[:, : rows.stop]
 
     monkeypatch.setattr(ops, "append_kv", append_kv)
-    with pytest.raises(ParityError, match=r"^append_kv, case small-float32 on cpu: memory of k_cache: expected"):
+    with pytest.raises(ParityError, match=r"^append_kv, case small-float32 on cpu: memory of the cache: expected"):
         testing.check_append_kv(case)
 
 

@@ -38,7 +38,7 @@ def same_kind(reference: Tensor, **others: Tensor) -> None:
     The dtype of a float8 cache is left to `caches`.
     """
     dtype, device = reference.dtype, reference.device
-    if dtype in FLOAT8_DTYPES:
+    if dtype in FLOAT8_DTYPES and reference is others.get("k_cache"):
         dtype = next((value.dtype for name, value in others.items() if name not in _CACHES), torch.float32)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
