@@ -81,9 +81,7 @@ class Parallel:
     def wrap(self, module: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
         """`module` with gradients that are the mean over all processes."""
         if not self.sharded:
-            # Else DDP reorders its buckets after the first step, and sums gradients in another order: a run that goes
-            # on from a checkpoint would part from an uninterrupted one in the last bits.
-            return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+            return nn.parallel.DistributedDataParallel(module)
         from torch.distributed.fsdp import fully_shard
 
         over = init_device_mesh(self.mesh.device_type, (self.world,))
