@@ -200,3 +200,17 @@ def test_gated_lora_with_keywords_inside_exact_rows() -> None:
             lora(x, weight, bias=None, lora_a=a, lora_b=b, gate=gate, scale=0.5, row_invariant=False)[0], expected
         )
     assert torch.equal(lora(x, weight, bias, a, b, gate, 0.5, True)[0], expected)
+
+
+def test_activations_of_exact_rows_are_those_of_each_row_alone() -> None:
+    """A width that vectors do not divide; what writes into a tensor that it is given is left alone."""
+    pattern = patterns.tidar_step(3)
+    x, out = torch.randn(2, pattern.q_len, 37), torch.empty(2, pattern.q_len, 37)
+    with exact_rows(pattern):
+        found = torch.nn.functional.silu(x)
+        torch.exp(x, out=out)
+    for b in range(2):
+        for row in range(3):
+            assert torch.equal(found[b, row], torch.nn.functional.silu(x[b, row].clone()))
+    torch.testing.assert_close(found, torch.nn.functional.silu(x))
+    torch.testing.assert_close(out, x.exp())

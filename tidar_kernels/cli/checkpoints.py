@@ -85,9 +85,10 @@ def quiet() -> Iterator[None]:
         raise UserError(
             f"transformers: expected it installed (pip install 'tidar-kernels[hf]'), got: {error}"
         ) from None
-    logs = transformers.utils.logging
-    verbosity = logs.get_verbosity()
+    logs, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")  # which tells of every retry
+    verbosity, of_hub = logs.get_verbosity(), hub.level
     logs.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.CRITICAL)
     logs.disable_progress_bar()
     try:
         with redirect_stderr(io.StringIO()):  # progress bars of the packages that it calls
@@ -95,6 +96,7 @@ def quiet() -> Iterator[None]:
     finally:
         logs.enable_progress_bar()
         logs.set_verbosity(verbosity)
+        hub.setLevel(of_hub)
 
 
 def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:

@@ -72,7 +72,7 @@ class exact_rows(TorchFunctionMode):  # a context manager, used as a function
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
-        if func in _ELEMENTWISE and not kwargs.get("inplace"):
+        if func in _ELEMENTWISE and not kwargs.get("inplace") and kwargs.get("out") is None:
             return self._by_row(func, *args, **kwargs)
         if lora_operator.is_called_by(func):
             return lora_operator.with_bundles(self._gated_lora, args, kwargs)
