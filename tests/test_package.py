@@ -80,7 +80,9 @@ def is_of_kernels(name: str) -> bool:
 def needs_vllm(name: str) -> bool:
     """The modules that vLLM itself asks for; the rest of the plug-in works where there is none."""
     package, _, module = name.rpartition(".")
-    return package.endswith("integrations.vllm") and module in ("backend", "models", "requests", "sampler", "state")
+    return package.endswith("integrations.vllm") and module in (
+        "backend", "metrics", "models", "requests", "sampler", "state"
+    )  # fmt: skip
 
 
 def module_names() -> list[str]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,55 +14,21 @@ pytest.importorskip("vllm", reason="needs vLLM: make vllm")
 
 import openai
 
-from . import engines
 from .engines import cases
+from .server import Server, serving
 
 pytestmark = pytest.mark.interpret
 
-STARTS_WITHIN = 600  # seconds; three processes import vLLM, one after the other
-
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, autoregressive: Any) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {name.replace("_", "-"): value for name, value in engines.ENGINE.items() if name != "max_num_seqs"}
-    settings |= {"port": port, "host": "127.0.0.1", "served-model-name": "shipped"}
-    given = [f"{name}={value}" if value is not True else name for name, value in settings.items()]
-    words = [word for pair in given for word in ("--set", pair)]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tidar_kernels", "serve", str(checkpoint), "--max-num-seqs", "4", *words],
-            stdout=file, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait(url, process, log)
-        yield url
-        assert process.poll() is None, log.read_text()
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(STARTS_WITHIN):
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, autoregressive: Any) -> Iterator[Server]:
+    with serving(checkpoint, tmp_path_factory.mktemp("server") / "log") as started:
+        yield started
 
 
 @pytest.fixture
-def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as made:
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -85,6 +46,38 @@ def test_concurrent_requests(client: openai.OpenAI, autoregressive: dict[str, li
     expected = texts(autoregressive["greedy"] + autoregressive["sampled"])
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda ask: complete(client, ask.prompt, **ask.params), asked)) == expected
+
+
+def test_metrics_count_drafts(client: openai.OpenAI, server: Server) -> None:
+    before = server.metrics()
+    tokens = 32
+    complete(client, cases()["greedy"][0].prompt, max_tokens=tokens)
+    time.sleep(1)  # a step is recorded after its tokens were sent
+    counted = {name: value - before[name] for name, value in server.metrics().items()}
+    # The prompt's step gives one token, each other step one and the drafts that stayed; the last may give too many.
+    made = 1 + counted["num_drafts"] + counted["num_accepted_tokens"]
+    assert tokens <= made < tokens + 8
+    by_place = [counted[f"num_accepted_tokens_per_pos{place}"] for place in range(7)]
+    assert sum(by_place) == counted["num_accepted_tokens"] > counted["num_drafts"]
+    assert by_place == sorted(by_place, reverse=True)
+    assert counted["num_draft_tokens"] <= 7 * counted["num_drafts"]
+    assert "num_accepted_tokens_per_pos7" not in counted
+
+
+def test_two_processes_share_the_heads(
+    checkpoint: Path, autoregressive: dict[str, list[Any]], tmp_path: Path, server: Server
+) -> None:
+    asked = cases()["greedy"] + cases()["sampled"]
+    # What vLLM compiles for a shared layer asks Inductor for Triton on the CPU, which the tests' shim does not have.
+    uncompiled = {"TORCH_COMPILE_DISABLE": "1"}
+    with (
+        serving(checkpoint, tmp_path / "log", environment=uncompiled, tensor_parallel_size=2) as two,
+        openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        got = list(pool.map(lambda ask: complete(client, ask.prompt, **ask.params), asked))
+        assert two.metrics()["num_accepted_tokens"] > 0
+    assert got == texts(autoregressive["greedy"] + autoregressive["sampled"])
 
 
 def test_a_stream_is_the_same_text(client: openai.OpenAI, autoregressive: dict[str, list[Any]]) -> None:
