@@ -91,3 +91,26 @@ def random_model(folder: Path, kind: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     getattr(transformers, f"{names[kind]}ForCausalLM")(config).save_pretrained(folder)
     return folder
+
+
+def adapter(folder: Path, checkpoint: Path, seed: int, *, lm_head: bool = False) -> Path:
+    """A random LoRA adapter of every projection of a checkpoint, or of its (tied) lm_head alone, as PEFT saves it."""
+    from safetensors import safe_open
+
+    rank, noise, tensors, names = 8, torch.Generator().manual_seed(seed), {}, set()
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        for key in weights.keys():  # noqa: SIM118, it is no dict
+            module = key.removesuffix(".weight")
+            if lm_head:
+                module = module.replace("model.embed_tokens", "lm_head")
+            name = module.rpartition(".")[2]
+            if name == "lm_head" if lm_head else name.endswith("_proj"):
+                out, width = weights.get_slice(key).get_shape()
+                tensors[f"base_model.model.{module}.lora_A.weight"] = 0.1 * torch.randn(rank, width, generator=noise)
+                tensors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(out, rank, generator=noise)
+                names.add(name)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 16, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"target_modules": sorted(names)}))
+    return folder

@@ -67,13 +67,13 @@ def asynchronous() -> Iterator[None]:
         CpuPlatform.check_and_update_config = classmethod(update)
 
 
-def answers(llm: Any, asked: Sequence[Ask]) -> list[Any]:
-    """vLLM's outputs, in order: every request at once."""
+def answers(llm: Any, asked: Sequence[Ask], adapters: Sequence[Any] | None = None) -> list[Any]:
+    """vLLM's outputs, in order: every request at once, each with its LoRA adapter, if any."""
     from vllm import SamplingParams
 
     params = [SamplingParams(**DEFAULTS | ask.params) for ask in asked]
     prompts = [{"prompt_token_ids": ask.prompt} for ask in asked]
-    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False)
+    outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
     return outputs
 
 

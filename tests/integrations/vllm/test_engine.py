@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make vllm")
 from tidar_kernels.integrations.vllm import engine_options
 
 from . import engines
-from .checkpoints import random_model
+from .checkpoints import adapter, random_model
 from .engines import Ask, Record, answers, cases, tokens
 
 # vLLM's own kernels, on a CPU.
@@ -177,3 +177,23 @@ def test_other_architectures(tmp_path: Path, kind: str) -> None:
         expected = tokens(answers(llm, asked))
     with engines.running(**engine_options(folder, max_num_seqs=4), **more) as llm:
         assert tokens(answers(llm, asked)) == expected
+
+
+def test_adapters_a_request(checkpoint: Path, tmp_path: Path, autoregressive: dict[str, list[Any]]) -> None:
+    """Requests with one of two adapters and with none, at once; an adapter of the lm_head is refused by name."""
+    from vllm.lora.request import LoRARequest
+
+    folders = [adapter(tmp_path / str(seed), checkpoint, seed) for seed in (1, 2)]
+    adapters = [None, *(LoRARequest(folder.name, int(folder.name), str(folder)) for folder in folders)] * 3
+    asked = cases()["greedy"] + cases()["sampled"]
+    settings = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    with engines.running(**engines.plain(checkpoint), max_num_batched_tokens=512, **settings) as llm:
+        expected = tokens(answers(llm, asked, adapters[: len(asked)]))
+    without = tokens(autoregressive["greedy"] + autoregressive["sampled"])
+    changed = {str(each and each.lora_name) for each, a, b in zip(adapters, expected, without, strict=False) if a != b}
+    assert changed >= {"1", "2"}  # on CPUs, vLLM 0.32 gives rows without an adapter the last one (index -1)
+    with engines.running(**engine_options(checkpoint, max_num_seqs=4), **settings) as llm:
+        assert tokens(answers(llm, asked, adapters[: len(asked)])) == expected
+        head = adapter(tmp_path / "3", checkpoint, 3, lm_head=True)
+        with pytest.raises(ValueError, match="lm_head"):
+            answers(llm, asked[:1], [LoRARequest("3", 3, str(head))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -38,6 +38,10 @@ class _Tidar(nn.Module):
     """
 
     hold_logits = False
+
+    # Which adapter a row of logits has is set by vLLM for one row a request; our sampler asks for others. So adapters
+    # of the lm_head are refused (vLLM names the modules), those of every other layer work as in vLLM.
+    embedding_modules: ClassVar = {"embed_tokens": "input_embeddings"}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
@@ -84,7 +88,6 @@ def check_engine(config: Any) -> None:
     off = {
         "enable_batch_sharded_sampling": parallel.enable_batch_sharded_sampling,
         "enable_dbo": parallel.enable_dbo,
-        "enable_lora": config.lora_config is not None,
         "enable_prompt_embeds": config.model_config.enable_prompt_embeds,
         "enable_trace_replay": config.model_config.enable_trace_replay,
         "return_sampling_mask": config.model_config.return_sampling_mask,
