@@ -30,22 +30,22 @@ COPIED = ("tidar_kernels", "tests", "benchmarks", "docs", "pyproject.toml", "REA
 # Of every room its modules, and the tests that are to notice.
 ROOMS = {
     "patterns": (["tidar_kernels/patterns"], ["tests/patterns"]),
-    "cache": (["tidar_kernels/cache.py"], ["tests/test_cache.py"]),
+    "cache": (["tidar_kernels/cache.py"], ["tests/test_cache.py", "tests/test_paged_cache.py"]),
     "session": (
         ["tidar_kernels/decoding/session.py", "tidar_kernels/decoding/runner.py"],
-        ["tests/decoding/test_session.py", "tests/decoding/test_session_errors.py", "tests/decoding/test_noise.py"],
+        [f"tests/decoding/test_{name}.py" for name in ("session", "session_errors", "noise", "paged_session")],
     ),
     "strategies": (
         ["tidar_kernels/decoding/strategies"],
         [f"tests/decoding/test_{name}.py" for name in ("strategies", "noise", "levels", "trees")],
     ),
     "sampling": (
-        ["tidar_kernels/ops/verify/reference.py", "tidar_kernels/ops/verify/params.py"],
+        [f"tidar_kernels/ops/verify/{name}.py" for name in ("reference", "params", "noise", "cpu")],
         ["tests/ops/test_verify.py"],
     ),
     "cpu": (
-        ["tidar_kernels/ops/_cpu.py", "tidar_kernels/ops/attention/cpu.py", "tidar_kernels/ops/step_attention/cpu.py"],
-        [f"tests/ops/test_{name}.py" for name in ("cpu_attention", "attention", "step_attention")],
+        [f"tidar_kernels/ops/{name}.py" for name in ("_cpu", "attention/cpu", "step_attention/cpu")],
+        [f"tests/ops/test_{name}.py" for name in ("cpu_attention", "attention", "step_attention", "nonfinite")],
     ),
 }
 EXCLUDED = ["tidar_kernels/patterns/drawing.py"]  # whether a picture is good is seen, not tested
