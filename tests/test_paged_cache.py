@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -253,6 +256,9 @@ def test_what_is_appended_to_a_released_sequence_is_lost(device: str) -> None:
         ({"page_size": 2.0}, r"^page_size: expected an int >= 1, got 2\.0$"),
         ({"page_size": 4, "num_pages": 0}, r"^num_pages: expected an int >= 1, got 0$"),
         ({"num_pages": 3}, r"^num_pages: expected None without a page_size, got 3$"),
+        ({"page_size": True}, r"^page_size: expected an int >= 1, got True$"),
+        ({"max_len": 2**31}, r"^max_len: expected an int < 2\*\*31, got 2147483648$"),
+        ({"page_size": 4, "num_pages": 10**30}, r"^num_pages: expected an int < 2\*\*31, got 10+$"),
     ],
 )
 def test_sizes_are_checked(changes: dict[str, Any], message: str) -> None:
@@ -267,3 +273,117 @@ def test_a_sequence_alone_takes_pages_of_the_whole_cache() -> None:
     assert subject.pages_of(2) == one.pages_of(0)
     assert len(subject.pages_of(2)) == 2
     assert tk.KVCache is KVCache
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, "float32"], ids=str)
+def test_dtypes_are_those_of_the_operators(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^dtype: expected a float dtype, float8_e4m3fn or float8_e5m2, got "):
+        cache(dtype=dtype)
+
+
+BAD_CALLS: dict[str, tuple[Callable[[KVCache], Any], type[Exception], str]] = {
+    "sequence": (lambda c: c.sequence(None), ValueError, r"^index: expected 0 <= index < batch_size = 3, got None$"),  # type: ignore[arg-type]
+    "release": (lambda c: c.release(1.5), ValueError, r"^sequence: expected 0 <= .* got 1\.5$"),  # type: ignore[arg-type]
+    "reserve": (lambda c: c.reserve(0, "2"), TypeError, r"^num_tokens: expected an int, got str$"),  # type: ignore[arg-type]
+    "share": (lambda c: c.share(0, 1, 0.0), TypeError, r"^num_tokens: expected an int, got float$"),  # type: ignore[arg-type]
+    "floats": (lambda c: c.commit(torch.ones(3), at_most=1), TypeError, r"^accepted: expected an integer dtype, got t"),
+    "a list": (lambda c: c.commit([1, 1, 1], at_most=1), TypeError, r"^accepted: expected a torch.Tensor, got list$"),  # type: ignore[arg-type]
+    "counts": (
+        lambda c: c.commit(torch.tensor([1, 1]), at_most=1),
+        ValueError,
+        r"^accepted: expected shape \[3\], got \[2\]$",
+    ),
+    "at most": (
+        lambda c: c.commit(torch.tensor([1, 1, 1]), at_most=1.5),  # type: ignore[arg-type]
+        TypeError,
+        r"^at_most: expected an int, got float$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(name: str) -> None:
+    call, error, message = BAD_CALLS[name]
+    subject = cache(page_size=4)
+    with pytest.raises(error, match=message):
+        call(subject)
+    assert (subject.lengths.tolist(), subject.length_bounds.tolist()) == ([0, 0, 0], [0, 0, 0])
+    assert subject.pool is not None
+    assert subject.free_pages == subject.pool.num_pages
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_go_on_by_themselves(
+    copied: Callable[[KVCache], KVCache], page_size: int | None, dtype: torch.dtype, inference: bool
+) -> None:
+    """Also copies that were made in inference mode; the original, its pages and its pool stay as they are."""
+    subject = cache(page_size=page_size, dtype=dtype)
+    fill(subject, [5, 3, 1])
+    before, free = held(subject), subject.free_pages
+    with torch.inference_mode(inference):
+        other = copied(subject)
+        one = copied(subject.sequence(0))
+    assert same(other, subject)
+    for each in (other, one):
+        k, v = draw(6, each.batch_size)
+        for layer in range(2):
+            each.append(layer, k, v)
+        each.commit(torch.full((each.batch_size,), 6), at_most=6)
+        each.lengths_known(each.lengths.tolist())
+    assert other.lengths.tolist() == [11, 9, 7]
+    assert one.lengths.tolist() == [11]
+    other.reset()
+    assert all(map(torch.equal, before, held(subject)))
+    assert (subject.lengths.tolist(), subject.free_pages) == ([5, 3, 1], free)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_no_graph_goes_through_a_cache(device: str, page_size: int | None) -> None:
+    """What is appended where gradients are on is written alike on every path, and keeps nothing alive."""
+    subject = cache(page_size=page_size, device=device)
+    k, v = (x.requires_grad_() for x in draw(3, device=device))
+    rotary = RotaryEmbedding(8).to(device)(torch.arange(3, device=device), torch.float32)
+    subject.append(0, k, v)
+    turned, _ = subject.rotary_append(1, k, k, v, rotary, 3)
+    subject.compact(torch.tensor([[0, 2]] * 3, device=device))
+    assert not any(x.requires_grad for x in (subject.k, subject.v))
+    with pytest.raises(RuntimeError, match=r"^rotary_append: expected no backward pass through a write into a cache"):
+        turned.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "k", "v"])
+def test_a_gradient_of_a_write_is_refused(device: str, name: str) -> None:
+    """The kernels have none, and PyTorch would drop it without a word."""
+    caches = {"k_cache": torch.zeros(2, 2, 8, 4, device=device), "v_cache": torch.zeros(2, 2, 8, 4, device=device)}
+    new = {"k": torch.randn(2, 2, 3, 4, device=device), "v": torch.randn(2, 2, 3, 4, device=device)}
+    lengths = torch.tensor([2, 0], device=device)
+    operands = caches | new
+    operands[name] = operands[name].clone().requires_grad_() * 1
+    path = torch.tensor([[0, 2]] * 2, device=device)
+    rotary = RotaryEmbedding(4).to(device)(torch.arange(3, device=device), torch.float32)
+    calls: dict[str, Callable[..., Any]] = {"append_kv": lambda **o: tk.append_kv(**o, lengths=lengths)}
+    if name in caches:
+        calls["compact_kv"] = lambda k, v, **o: tk.compact_kv(**o, lengths=lengths, path=path)
+        calls["rotary_append"] = lambda **o: tk.rotary_append(o["k"], **o, rotary=rotary, lengths=lengths, keep=2)
+    for call in calls.values():
+        before = operands["k_cache"].clone()
+        with pytest.raises(ValueError, match=rf"^{name}: expected no gradient through a write into a cache, got a"):
+            call(**operands)
+        assert torch.equal(operands["k_cache"], before)
+        with torch.no_grad():
+            call(**operands)
+    loss = torch.zeros((), device=device)
+    fresh = {key: value.detach().clone() for key, value in operands.items()}
+    leaf = fresh[name].requires_grad_()
+    fresh[name] = leaf * 1
+    tk.append_kv(**fresh, lengths=lengths, backend="eager")
+    loss = (fresh["k_cache"].square() + fresh["v_cache"].square()).sum()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert bool(grad.isfinite().all())
+    if name in new:
+        assert torch.equal(grad, 2 * leaf)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import checks, rotary_append
+from .patterns.rows import check_int, ordinary
 
 __all__ = ["KVCache", "PagePool"]
 
@@ -94,7 +95,8 @@ class KVCache:
         pool: the free pages; None without pages.
 
     Raises:
-        ValueError: a size is < 1, or `num_pages` comes without `page_size`.
+        TypeError: the dtype is none of the operators'. ValueError: a size is no int in `[1, 2**31)`, or `num_pages`
+            comes without `page_size`.
     """
 
     def __init__(
@@ -124,18 +126,21 @@ class KVCache:
             if page_size is None:
                 raise ValueError(f"num_pages: expected None without a page_size, got {num_pages!r}")
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+            if size >= 2**31:  # lengths and pages are int32
+                raise ValueError(f"{name}: expected an int < 2**31, got {size}")
+        if dtype not in (*checks.FLOAT_DTYPES, *checks.FLOAT8_DTYPES):
+            raise TypeError(f"dtype: expected a float dtype, float8_e4m3fn or float8_e5m2, got {dtype}")
         self._max_len = max_len
         self.pool: PagePool | None = None
         self.block_table: Tensor | None = None
-        self._pages: list[list[int]] = [[] for _ in range(batch_size)]
         shape = (num_layers, batch_size, num_kv_heads, max_len)
         columns = 0
         if page_size is not None:
             columns = -(-max_len // page_size)
-            self.pool = PagePool(batch_size * columns if num_pages is None else num_pages)
-            shape = (num_layers, 1 + self.pool.num_pages, num_kv_heads, page_size)
+            num_pages = batch_size * columns if num_pages is None else num_pages
+            shape = (num_layers, 1 + num_pages, num_kv_heads, page_size)
         with torch.inference_mode(False):  # a cache made in inference mode may be written outside of it
             # Zeroed, not empty: a fresh cache is finite everywhere, so a debugging dump of it is too.
             self.k = torch.zeros((*shape, head_dim), dtype=dtype, device=device)
@@ -146,8 +151,27 @@ class KVCache:
             scaled = dtype in checks.FLOAT8_DTYPES
             self.k_scale = torch.ones(shape, device=device) if scaled else None
             self.v_scale = torch.ones(shape, device=device) if scaled else None
+        if num_pages is not None:  # once there is memory for them
+            self.pool = PagePool(num_pages)
+        self._pages: list[list[int]] = [[] for _ in range(batch_size)]
         self.length_bounds = np.zeros(batch_size, dtype=np.int64)
         self._slots = np.full(batch_size, 0 if page_size else max_len, dtype=np.int64)  # that each sequence has
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle has no tensors of float8: theirs go as bytes, with their dtype."""
+        state = vars(self).copy()
+        if self.k.dtype in checks.FLOAT8_DTYPES:
+            state |= {"k": self.k.view(torch.uint8), "v": self.v.view(torch.uint8), "_float8": self.k.dtype}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, also one made in inference mode, may be written outside of it."""
+        dtype = state.pop("_float8", None)
+        with torch.inference_mode(False):
+            for name, value in state.items():
+                setattr(self, name, ordinary(value, value.device) if isinstance(value, Tensor) else value)
+            if dtype is not None:
+                self.k, self.v = self.k.view(dtype), self.v.view(dtype)
 
     @property
     def num_layers(self) -> int:
@@ -204,8 +228,8 @@ class KVCache:
         return view
 
     def _check_sequence(self, name: str, index: int) -> None:
-        if not 0 <= index < self.batch_size:
-            raise ValueError(f"{name}: expected 0 <= {name} < batch_size = {self.batch_size}, got {index}")
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < self.batch_size:
+            raise ValueError(f"{name}: expected 0 <= {name} < batch_size = {self.batch_size}, got {index!r}")
 
     def check_room(self, num_tokens: int) -> None:
         """Raise before anything is written if `num_tokens` more would pass `max_len` in any sequence.
@@ -241,7 +265,7 @@ class KVCache:
             ValueError: no such sequence, more than `max_len` tokens, or too few pages are free; nothing is taken then.
         """
         self._check_sequence("sequence", sequence)
-        if not 0 <= num_tokens <= self.max_len:
+        if check_int("num_tokens", num_tokens, 0) > self.max_len:
             raise ValueError(f"num_tokens: expected 0 <= num_tokens <= max_len = {self.max_len}, got {num_tokens}")
         if self.page_size is None:
             return
@@ -280,7 +304,7 @@ class KVCache:
         self._check_sequence("of", of)
         if sequence == of:
             raise ValueError(f"of: expected another sequence than {sequence}, got the same")
-        if not 0 <= num_tokens <= self.length_bounds[of]:
+        if check_int("num_tokens", num_tokens, 0) > self.length_bounds[of]:
             raise ValueError(
                 f"num_tokens: expected 0 <= num_tokens <= the {self.length_bounds[of]} tokens of sequence {of}, "
                 f"got {num_tokens}"
@@ -342,13 +366,13 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write `k, v [batch, num_kv_heads, n, head_dim]` into slots `lengths[b] .. lengths[b] + n` of one layer.
 
-        Nothing is committed: until `commit`, these slots are invisible.
+        Nothing is committed: until `commit`, these slots are invisible. No gradient flows through the cache.
 
         Raises:
             ValueError: the slots would pass `max_len` (nothing is written then), or shapes disagree.
         """
         self.check_room(k.shape[2])
-        ops.append_kv(*self.layer(layer), k, v, self.lengths, **self.options(layer))
+        ops.append_kv(*self.layer(layer), k.detach(), v.detach(), self.lengths, **self.options(layer))
 
     def rotary_append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], keep: int
@@ -369,14 +393,22 @@ class KVCache:
             at_most: the most any sequence can have accepted; needed with a tensor, which is not read.
 
         Raises:
-            ValueError: `at_most` is missing or negative, or would pass `max_len`; nothing is committed then.
+            TypeError: `accepted` is neither. ValueError: `at_most` is missing or negative, or would pass `max_len`, or
+                there is not one count a sequence; nothing is committed then.
         """
         if isinstance(accepted, int):
-            at_most = accepted
-        elif at_most is None:
-            raise ValueError("at_most: expected an int beside a tensor of accepted counts, got None")
+            name, at_most = "accepted", accepted
+        else:
+            checks.tensor("accepted", accepted, 1)
+            checks.shape("accepted", accepted, (self.batch_size,))
+            if accepted.dtype.is_floating_point or accepted.dtype.is_complex:
+                raise TypeError(f"accepted: expected an integer dtype, got {accepted.dtype}")
+            if at_most is None:
+                raise ValueError("at_most: expected an int beside a tensor of accepted counts, got None")
+            name = "at_most"
+        if not isinstance(at_most, int):
+            raise TypeError(f"{name}: expected an int, got {type(at_most).__name__}")
         if at_most < 0:
-            name = "accepted" if isinstance(accepted, int) else "at_most"
             raise ValueError(f"{name}: expected >= 0 tokens, got {at_most}")
         self.check_room(at_most)
         self.lengths += accepted

@@ -103,6 +103,20 @@ def test_prompts_share_what_they_begin_with(model: Transformer) -> None:
     assert given.cache.free_pages == start
 
 
+@pytest.mark.parametrize("other", [1, 27])
+def test_prompts_share_no_more_than_is_equal(model: Transformer, other: int) -> None:
+    """The token that differs is a smaller one, or a larger one."""
+    given, alone = session(model, page_size=1), session(model)
+    given.add(START, 6)
+    prompt = [*START[:5], other, *START[6:]]
+    requests = [each.requests[each.add(prompt, 6)] for each in (given, alone)]
+    assert len(set(given.cache.pages_of(0)) & set(given.cache.pages_of(1))) == 5
+    for each in (given, alone):
+        while each.requests:
+            each.step()
+    assert requests[0].tokens == requests[1].tokens
+
+
 def test_admission_is_by_pages_and_not_by_the_longest(model: Transformer) -> None:
     """Ten pages of four tokens: one request of 40 tokens, or four of ten."""
     given = session(model, "autoregressive", batch_size=6, max_len=40, page_size=4, num_pages=10)

@@ -14,7 +14,7 @@ import torch
 from tests.toys import sharp_model
 from tidar_kernels.decoding.decoder import Decoder
 from tidar_kernels.decoding.session import Session, StepConfig
-from tidar_kernels.decoding.strategies import tidar
+from tidar_kernels.decoding.strategies import autoregressive, tidar
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_shipped
 from tidar_kernels.ops.verify import RULES, SamplingParams
 
@@ -378,3 +378,21 @@ def test_the_graph_is_the_step_and_never_waits(model: Transformer, rule: Any) ->
             session.step()
         outputs.append([requests[i].tokens for i in sorted(requests)])
     assert outputs[0] == outputs[1]
+
+
+def test_a_captured_step_is_forgotten_when_weights_lie_elsewhere() -> None:
+    """And only then. What captures a step needs a GPU; what forgets one does not."""
+    model = sharp_model()
+    runner = Session(model, StepConfig(autoregressive()), 1, 8)._runner
+    captured = runner._graph = object()
+    runner.weights_may_have_moved()
+    assert runner._graph is captured, "there is no graph on this device"
+    runner._use_graph = True
+    runner.weights_may_have_moved()
+    assert runner._graph is None, "its weights are not known"
+    runner._graph = captured
+    runner.weights_may_have_moved()
+    assert runner._graph is captured
+    model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    runner.weights_may_have_moved()
+    assert runner._graph is None

@@ -420,3 +420,15 @@ def test_old_names_warn() -> None:
     for module in (strategies_module, session_module):
         with pytest.raises(AttributeError, match=r"has no attribute 'Absent'"):
             _ = module.Absent
+
+
+def test_a_block_that_nothing_can_follow_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN after its last token alone: the request ends with all of the block, as one by one it would."""
+    model = sharp_model()
+    given = Session(model, StepConfig(BlockDiffusion(3), mask_token_id=29), 1, 40, cuda_graph=False)
+    request = given.requests[given.add([5, 6, 7], 9)]
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: logits(hidden) * (torch.nan if hidden.shape[1] == 1 else 1.0))
+    given.step()
+    assert (len(request.tokens), request.finish_reason) == (3, "error")
+    assert request.error == "expected finite logits, got NaN, inf or nothing above -inf for position 6"

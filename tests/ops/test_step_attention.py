@@ -107,8 +107,10 @@ def far_apart(device: str, folder: Path, rows: int, head_dim: int, stride: int) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_offsets_past_2_31_elements(device: str, tmp_path: Path) -> None:
+def test_offsets_past_2_31_elements(device: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Slots on both sides of the 2^31st element, in whole tiles of context and in the tile where the drafts begin."""
+    if pytestconfig.pluginmanager.hasplugin("tidar_kernels.testing.pytest_sanitizer"):
+        pytest.skip("the sanitizer notes 17 bytes for every byte of these storages, and most of theirs exist nowhere")
     whole_tile = 64 if device == "cuda" else 16
     rows, head_dim = 2 * whole_tile + 6, 16
     k_cache, v_cache = (far_apart(device, tmp_path, rows, head_dim, 2**31 // whole_tile) for _ in "kv")

@@ -185,3 +185,31 @@ def test_bad_fields(changes: dict[str, Any], error: type[Exception], message: st
 def test_a_context_length_for_every_request() -> None:
     with pytest.raises(ValueError, match=r"^context_lens: expected 2 lengths, got 1$"):
         patterns.batch([STEP, None]).dense([3])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_batch_takes_over_a_mix_that_came_from_elsewhere(copied: Any) -> None:
+    """Equal patterns are the same ones, also where another process has sent them."""
+    table = [STEP, TREE, CHUNK.windowed(2)]
+    held, other = (patterns.batch(mix, table=table) for mix in ([STEP, TREE], [TREE, None]))
+    held.copy_(copied(other))
+    assert held.kinds.tolist() == [1, -1]
+    with pytest.raises(ValueError, match=r"^other: expected the same patterns"):
+        held.copy_(copied(patterns.batch([STEP, TREE], table=[*table[:2], CHUNK])))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda b: b.copy_(3), TypeError, r"^other: expected a PatternBatch, got int$"),
+        (lambda b: b.pattern(1), ValueError, r"^request: expected 0 <= request < 1, got 1$"),
+        (lambda b: b.pattern(-1), ValueError, r"^request: expected >= 0, got -1$"),
+        (lambda b: b.pattern(None), TypeError, r"^request: expected an int, got NoneType$"),
+        (lambda b: b.positions(torch.zeros(2)), ValueError, r"^lengths: expected shape \[1\], got \[2\]$"),
+        (lambda b: patterns.batch([STEP], table=[3]), TypeError, r"^table: expected tidar_kernels.Pattern, got int at"),
+        (lambda b: patterns.batch([STEP], num_rows=2**31), ValueError, r"^num_rows: expected < 2\*\*31"),
+    ],
+)
+def test_bad_calls(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(patterns.batch([STEP]))

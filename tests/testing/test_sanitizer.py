@@ -279,6 +279,17 @@ def test_any_tensor_can_be_marked() -> None:
 
 
 @interpreted
+def test_what_is_too_large_to_follow_is_said(tmp_path: Path) -> None:
+    far = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**40, dtype=torch.uint8)
+    x = torch.as_strided(far, (8,), (1,))
+    with (
+        sanitize(),
+        pytest.raises(MemoryError, match=r"^sanitize: expected .*, got 1,[\d,]+ bytes in a launch of copy_k"),
+    ):
+        copy_kernel[(1,)](x, torch.zeros(8, dtype=torch.uint8), 8, BLOCK=8, LOADED=0, STORED=0)
+
+
+@interpreted
 def test_outside_of_it_nothing_is_unwritten(pytestconfig: pytest.Config) -> None:
     if pytestconfig.pluginmanager.hasplugin("tidar_kernels.testing.pytest_sanitizer"):
         pytest.skip("every test is within it")

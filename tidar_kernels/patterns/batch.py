@@ -88,7 +88,8 @@ class PatternBatch(_Derived):
                     f"patterns: expected as many keys as rows, got {pattern.kv_len} keys of {pattern.q_len} rows in "
                     f"{pattern.name} at {index}"
                 )
-        check_int("num_rows", self.num_rows, 0)
+        if check_int("num_rows", self.num_rows, 0) >= 2**31:
+            raise ValueError(f"num_rows: expected < 2**31 (cu_rows is int32), got {self.num_rows}")
         for name in ("kinds", "cu_rows"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.ndim != 1:
@@ -121,6 +122,8 @@ class PatternBatch(_Derived):
     def positions(self, lengths: Tensor | None = None) -> Tensor:
         """The position of each row, int64 `[num_rows]` on the device: minus its request's context, or with `lengths
         [batch]` not; 0 of a row that is nobody's."""
+        if lengths is not None and lengths.shape != (len(self),):
+            raise ValueError(f"lengths: expected shape [{len(self)}], got {list(lengths.shape)}")
         request, token = self.rows_of()
         somebodys = request < len(self)
         request = torch.where(somebodys, request, 0)
@@ -140,7 +143,12 @@ class PatternBatch(_Derived):
         """What the rows of one request see, as a pattern of their number; of an idle request one without rows.
 
         Reads the device.
+
+        Raises:
+            ValueError: no such request.
         """
+        if not 0 <= check_int("request", request, 0) < len(self):
+            raise ValueError(f"request: expected 0 <= request < {len(self)}, got {request}")
         first, end = self.cu_rows[request : request + 2].tolist()
         kind = int(self.kinds[request]) if end > first else 0
         return cut(self.patterns[kind], end - first)
@@ -165,9 +173,11 @@ class PatternBatch(_Derived):
         """Take over another mix of the same patterns, in place on the device.
 
         Raises:
-            ValueError: `other` has other patterns, another number of requests, or more rows.
+            TypeError: no batch. ValueError: `other` has other patterns, another number of requests, or more rows.
         """
-        if self.patterns != other.patterns:
+        if not isinstance(other, PatternBatch):
+            raise TypeError(f"other: expected a PatternBatch, got {type(other).__name__}")
+        if len(self.patterns) != len(other.patterns) or not all(map(_equal, self.patterns, other.patterns)):
             raise ValueError("other: expected the same patterns in the same order; give both batches one `table`")
         if len(self) != len(other):
             raise ValueError(f"other: expected {len(self)} requests, got {len(other)}")
@@ -224,12 +234,15 @@ def batch(
                 raise ValueError(f"rows: expected at most the {most} rows of its pattern, got {count} in {request}")
         counts = list(rows)
     distinct = list(table or [])
+    for index, known in enumerate(distinct):
+        if not isinstance(known, Pattern):
+            raise TypeError(f"table: expected tidar_kernels.Pattern, got {type(known).__name__} at {index}")
     kinds = []
     for pattern in patterns:
         if pattern is None:
             kinds.append(-1)
             continue
-        kind = next((kind for kind, known in enumerate(distinct) if known is pattern or _equal(known, pattern)), None)
+        kind = next((kind for kind, known in enumerate(distinct) if _equal(known, pattern)), None)
         if kind is None:
             if table is not None:
                 raise ValueError(f"table: expected the patterns of all requests, got none like {pattern.name}")
@@ -273,6 +286,8 @@ def cut(pattern: Pattern, rows: int) -> Pattern:
 
 def _equal(one: Pattern, other: Pattern) -> bool:
     """Whether two patterns have the same rows; what they predict and what they are called does not matter here."""
+    if one is other:
+        return True
     if one.q_len != other.q_len or one.kv_len != other.kv_len:
         return False
     for name in ("lead", "own", "positions", "roles", "reach", "key_positions", "tree_mask"):

@@ -104,6 +104,7 @@ def sanitize() -> Iterator[None]:
     Raises:
         RuntimeError: kernels are not interpreted in this process.
         SanitizerError: at the end of a launch that has faults.
+        MemoryError: the operands of a launch are too large: every byte of their storages needs 17 more.
     """
     if os.environ.get("TRITON_INTERPRET", "") != "1":
         raise RuntimeError("TRITON_INTERPRET: expected 1 for the sanitizer, got unset")
@@ -236,8 +237,14 @@ class _Launch:
                 lines[operand.storage] = length
                 length += operand.tensor.untyped_storage().nbytes()
             operand.line = lines[operand.storage]
-        self.writer, self.reader, self.reader_before, self.updater = np.full((4, length), _NOBODY, dtype=np.int32)
-        self.unwritten = np.zeros(length, dtype=bool)
+        try:
+            self.writer, self.reader, self.reader_before, self.updater = np.full((4, length), _NOBODY, dtype=np.int32)
+            self.unwritten = np.zeros(length, dtype=bool)
+        except MemoryError:
+            raise MemoryError(
+                f"sanitize: expected storages of which 17 times the size fits into memory, got {length:,} bytes in a "
+                f"launch of {self.kernel}"
+            ) from None
         self.marks = [(lines[s], one.renew()) for s, one in unwritten.items() if s in lines]
         for line, mark in self.marks:
             self.unwritten[line : line + len(mark)] = mark

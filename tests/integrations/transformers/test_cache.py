@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from inspect import signature
 from typing import Any
 
@@ -112,6 +114,17 @@ class TestLayer:
         assert (layer.keys.shape[0], layer.batch_size, layer.lengths.tolist()) == (4, 4, [5] * 4)
         layer.batch_select_indices(torch.tensor([3]))
         check_equal(layer.keys[0, :, :5], before[1, :, :5], "keys")
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+    def test_a_copy_made_in_inference_mode_is_written_outside(self, layer: TiDARCacheLayer, copied: Any) -> None:
+        before, new = layer.keys.clone(), torch.randn(2, 3, 1, 4)
+        with torch.inference_mode():
+            other = copied(layer)
+        keys, _ = other.update(new, new)
+        assert torch.equal(keys, torch.cat([before[:, :, :5], new], 2))
+        assert other.lengths.tolist() == [6, 6]
+        assert layer.get_seq_length() == 5
+        check_equal(layer.keys, before, "keys")
 
     def test_refusals(self, layer: TiDARCacheLayer) -> None:
         before = layer.keys.clone()

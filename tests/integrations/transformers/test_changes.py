@@ -47,6 +47,18 @@ def generated(model: Any, prompt: list[int] = PROMPT, new_tokens: int = 12) -> l
     return found
 
 
+def another_class(model: Any) -> None:
+    kind = type(model)
+
+    class Other(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = -out.logits
+            return out
+
+    model.__class__ = Other
+
+
 def one_layer_eager(model: Any) -> None:
     layer = model.model.layers[1].self_attn
     layer.config = copy.deepcopy(layer.config)
@@ -75,6 +87,11 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "vocabulary": (lambda m: m.resize_token_embeddings(101), r"^vocab_size: expected 97 as when the decoder was made"),
     "a device": (lambda m: m.model.layers[0].to("meta"), r"^model: expected all parameters on one device"),
     "a hook": (hooked, r"^model: expected logits as LlamaForCausalLM computes them"),
+    "a class": (another_class, r"^model: expected logits as Other computes them"),
+    "a direction": (
+        lambda m: setattr(m.model.layers[1].self_attn, "is_causal", False),
+        r"^model: expected logits as LlamaForCausalLM computes them",
+    ),
     "gated adapters": (lambda m: add_gated_lora(m, 2, 4.0), r"^model: expected gated adapters False .* got True"),
     "rotary type": (
         lambda m: setattr(m.model.rotary_emb, "rope_type", "dynamic"),
@@ -136,6 +153,28 @@ def test_a_change_that_can_be_followed_is(what: str) -> None:
     made = decoder(model)
     ADAPTED[what](model)
     assert made.generate([PROMPT], 12).tokens == [generated(model)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("gemma2", lambda m: setattr(m.config, "final_logit_softcapping", 0.01)),
+        ("granite", lambda m: setattr(m.config, "logits_scaling", -2.0)),
+    ],
+)
+def test_changes_of_what_logits_are_scaled_by_are_followed(kind: str, change: Callable[[Any], object]) -> None:
+    """Where the model reads its configuration; one that keeps the number itself is refused."""
+    model = tiny(kind)
+    made = decoder(model)
+    change(model)
+    with torch.no_grad():
+        tokens = [int(model(torch.tensor([PROMPT]), use_cache=False).logits[0, -1].argmax())]
+    assert made.generate([PROMPT], 1).tokens == [tokens]
+    model = tiny("cohere")
+    made = decoder(model)
+    model.logit_scale = -1.0
+    with pytest.raises(ValueError, match=r"^model: expected logits as CohereForCausalLM computes them"):
+        made.generate([PROMPT], 1)
 
 
 def test_a_switch_in_the_middle_of_a_run_is_noticed() -> None:

@@ -58,7 +58,7 @@ class BlockDiffusion(Strategy):
             passes += 1
         hidden = batch.forward(block, self._commit, False)
         following = batch.draft(batch.model.logits(hidden[:, -1:]), batch.cache.lengths + self.drafts)[:, 0]
-        bad = torch.where((following < 0) & (bad < 0), self.drafts - 1, bad)
+        bad = torch.where((following < 0) & (bad < 0), self.drafts, bad)  # the block is whole, and nothing follows it
         accepted = torch.where(bad < 0, self.drafts, bad.clamp(min=1))
         verified = Verified(accepted, following, bad)
         return StepResult(verified, block, torch.full_like(block[:, 1:], -1), forwards=passes + 1)

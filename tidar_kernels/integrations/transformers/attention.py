@@ -331,7 +331,9 @@ def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -
     k_cache, v_cache = (buffer[:, :heads, :, :width] for buffer in cache.layer(layer))
     options = {name: x[:, :heads] if x.ndim == 3 else x for name, x in cache.options(layer).items()}  # scales by slot
     cache.check_room(keep)
-    ops.append_kv(k_cache, v_cache, key[:, :, :keep], value[:, :, :keep], cache.lengths, **options)
+    # A backward pass ends at `step_attention`, which has no gradient, and says so.
+    new = (x[:, :, :keep].detach() for x in (key, value))
+    ops.append_kv(k_cache, v_cache, *new, cache.lengths, **options)
     return k_cache, v_cache, options
 
 

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...cache import KVCache
 from ...patterns import check_int
+from ...patterns.rows import ordinary
 
 __all__ = ["TiDARCache", "TiDARCacheLayer"]
 
@@ -46,6 +47,11 @@ class TiDARCacheLayer(CacheLayerMixin):
         self.lengths = None
         self._length = 0
         self._tracked: tuple[Tensor, Tensor] | None = None  # all K and V with their gradients, if any has one
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, also one made in inference mode, may be written outside of it."""
+        for name, value in state.items():
+            setattr(self, name, ordinary(value, value.device) if isinstance(value, Tensor) else value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         with torch.inference_mode(False):  # what is allocated while generating may be written anywhere

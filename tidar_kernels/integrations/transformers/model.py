@@ -265,14 +265,18 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
-def _state(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+def _state(model: PreTrainedModel) -> Iterator[tuple[Any, ...]]:
     """What of a model decoding relies on, as cheap comparisons: the same while nobody has changed it."""
+    plain = (int, float, str, type(None))
     for module in model.modules():
-        own = vars(module)
+        own, kind = vars(module), type(module)
         implementation = getattr(own.get("config"), "_attn_implementation", None)
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        rope = str(own.get("rope_type"))
-        yield weakref.ref(module), module.training, implementation, own.get("forward"), hooks, rope
+        forward = kind, kind.forward, own.get("forward")
+        yield weakref.ref(module), module.training, implementation, forward, hooks, str(own.get("rope_type"))
+        if module is model or "layer_idx" in own:  # what the logits are scaled by; is_causal
+            yield tuple(item for item in own.items() if isinstance(item[1], plain))
+    yield tuple(item for item in vars(model.config.get_text_config(decoder=True)).items() if isinstance(item[1], plain))
     for parameter in model.parameters():  # the weights may change, but not what a cache is made for
         yield parameter.dtype, parameter.device, parameter.shape
 

@@ -35,7 +35,7 @@ def append_kv(
     Token j of sequence b lands in slot `lengths[b] + j`, bit for bit, or in a float8 cache as `x / scale`, rounded to
     nearest, ties to even, and saturated. Every other slot keeps its bits. On CUDA, where `lengths` is not read by the
     host, slots outside `[0, max_len)` are dropped by the kernel, and so are those whose entry of the table names no
-    page; `KVCache` raises first.
+    page; `KVCache` raises first. No gradient flows through a cache.
 
     Args:
         k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place. With a
@@ -53,8 +53,9 @@ def append_kv(
         backend: None picks by device; "triton" or "eager" by name.
 
     Raises:
-        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices or lengths do not fit; on the CPU also
-            `lengths[b] + n > max_len`, and an entry that is needed and names no page. Nothing is written then.
+        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices or lengths do not fit, or an operand asks
+            for a gradient (`backend="eager"` has one); on the CPU also `lengths[b] + n > max_len`, and an entry that is
+            needed and names no page. Nothing is written then.
 
     Twin: `tidar_kernels.eager.append_kv`. Kernel: `triton.py` beside this file.
     """
@@ -75,6 +76,7 @@ def append_kv(
     if backend == "eager":
         reference.append_kv(k_cache, v_cache, k, v, cached.lengths, block_table, k_scale, v_scale, *written)
         return
+    _check_no_gradients(k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     operator = scaling_append_operator if _by_slot(k_scale) else append_operator
     operator(cached, Keys(k, v), written)
 
@@ -107,9 +109,9 @@ def compact_kv(
         backend: None picks by device; "triton" or "eager" by name.
 
     Raises:
-        TypeError: a non-tensor, or a dtype. ValueError: shapes, devices or lengths do not fit; on the CPU also a path
-            that does not ascend, or leaves the cache, and an entry that is needed and names no page. Nothing is written
-            then.
+        TypeError: a non-tensor, or a dtype. ValueError: shapes, devices or lengths do not fit, or a cache asks for a
+            gradient (`backend="eager"` has one); on the CPU also a path that does not ascend, or leaves the cache, and
+            an entry that is needed and names no page. Nothing is written then.
 
     Twin: `tidar_kernels.eager.compact_kv`. Kernel: `triton.py` beside this file.
     """
@@ -129,6 +131,7 @@ def compact_kv(
     if backend == "eager":
         reference.compact_kv(k_cache, v_cache, lengths, path, block_table, k_scale, v_scale)
         return
+    _check_no_gradients(k_cache=k_cache, v_cache=v_cache)
     cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
     operator = scaling_compact_operator if _by_slot(k_scale) else compact_operator
     operator(cached, path=path)
@@ -173,8 +176,9 @@ def rotary_append(
         `(rotated q, rotated k)`, in the shape and layout of q and k.
 
     Raises:
-        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, `keep` or lengths do not fit; on the CPU
-            also `lengths[b] + keep > max_len`, and an entry that is needed and names no page. Nothing is written then.
+        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, `keep` or lengths do not fit, or a cache
+            asks for a gradient; on the CPU also `lengths[b] + keep > max_len`, and an entry that is needed and names no
+            page. Nothing is written then.
 
     Twin: `tidar_kernels.eager.rotary_append`. Kernel: `triton.py` beside this file.
     """
@@ -207,8 +211,10 @@ def rotary_append(
             q, k, v, cos, sin, k_cache, v_cache, cached.lengths, most, block_table, k_scale, v_scale, *written
         )
     else:
+        _check_no_gradients(k_cache=k_cache, v_cache=v_cache)
         operator = scaling_rotary_operator if _by_slot(k_scale) else rotary_operator
-        turned = operator(Turned(q, cos, sin), Keys(k, v), cached, written, keep=most)
+        with torch.no_grad():  # or the CPU path would make the cache part of the graph
+            turned = operator(Turned(q, cos, sin), Keys(k, v), cached, written, keep=most)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             turned = _WithoutGradient.apply(*turned, q, k)
     return turned if cu_rows is None else (turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1))
@@ -257,6 +263,17 @@ def _checked_target(cached: Cached, written: Written, rows: int, keep: int, capa
     if block_table is not None and checks.readable(block_table):
         checks.entries(block_table, k_cache, lengths, lengths + new)
     return cached._replace(lengths=lengths), written
+
+
+def _check_no_gradients(**operands: Tensor) -> None:
+    """Raise if what is written would need a gradient: `torch.library` takes none of an operator that writes."""
+    if torch.is_grad_enabled():
+        for name, value in operands.items():
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name}: expected no gradient through a write into a cache, got a tensor that requires one; call "
+                    'it under torch.no_grad(), or with backend="eager"'
+                )
 
 
 def _by_slot(k_scale: Tensor | None) -> bool:
