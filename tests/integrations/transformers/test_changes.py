@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from tests.integrations.transformers.every_model import quiet  # noqa: E402
 from tidar_kernels import Decoder  # noqa: E402
 from tidar_kernels.integrations.transformers import TiDARCache, TransformersModel, tidar_generation  # noqa: E402
+from tidar_kernels.integrations.transformers.lossless import lossless  # noqa: E402
 from tidar_kernels.nn.adapters import add_gated_lora  # noqa: E402
 
 PROMPT = list(range(5, 33))
@@ -402,3 +403,26 @@ def test_ordinary_generation_goes_on_from_a_decoder() -> None:
     given = torch.tensor([PROMPT + result.tokens[0]])
     on = model.generate(given, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert on[0, given.shape[1] :].tolist() == generated(model, PROMPT + result.tokens[0], 8)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (3, r"^tidar: expected an object in the model's configuration, got int$"),
+        ({"block_size": "a"}, r"^tidar: expected an int as block_size in the model's configuration, got 'a'$"),
+        ({"mask_token_id": 1.5}, r"^tidar: expected an int as mask_token_id in the model's configuration, got 1\.5$"),
+    ],
+)
+def test_a_bad_entry_of_the_configuration(entry: Any, message: str) -> None:
+    model = tiny()
+    model.config.tidar = entry
+    with pytest.raises(ValueError, match=message):
+        Decoder.from_transformers(model)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=message):
+        lossless(model, [PROMPT], block_size=4, max_new_tokens=2)
+
+
+def test_a_model_without_layers() -> None:
+    with pytest.raises(ValueError, match=r"^model: expected at least one layer, got LlamaForCausalLM with 0$"):
+        decoder(tiny(num_hidden_layers=0))

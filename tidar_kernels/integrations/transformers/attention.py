@@ -332,8 +332,8 @@ def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -
     options = {name: x[:, :heads] if x.ndim == 3 else x for name, x in cache.options(layer).items()}  # scales by slot
     cache.check_room(keep)
     # A backward pass ends at `step_attention`, which has no gradient, and says so.
-    new = (x[:, :, :keep].detach() for x in (key, value))
-    ops.append_kv(k_cache, v_cache, *new, cache.lengths, **options)
+    key, value = (x[:, :, :keep].detach() for x in (key, value))
+    ops.append_kv(k_cache, v_cache, key, value, cache.lengths, **options)
     return k_cache, v_cache, options
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...patterns import check_int
-from .loading import load
+from .loading import load, tidar_entry
 
 __all__ = ["MASK_TOKEN", "Conversion", "add_mask_token", "convert"]
 
@@ -81,6 +81,7 @@ def add_mask_token(
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+    tidar_entry(model.config)  # raises before anything is changed
     if block_size is not None:
         check_int("block_size", block_size, 1)
     if pad_to_multiple_of is not None:

@@ -30,6 +30,7 @@ from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, sa
 from ...nn.distillation import adapter_pattern, distillation_loss
 from ...nn.files import replacing
 from ...patterns import Role, check_int
+from .loading import tidar_entry
 from .model import TransformersModel
 
 __all__ = ["AdapterTrainer", "DistillationConfig", "draft_figures", "own_continuations", "some_mask_token"]
@@ -291,7 +292,7 @@ def some_mask_token(model: Any, tokenizer: Any = None) -> int:
 
     Whether a row is a mask row is said by the step, never read off its token, so any token will do.
     """
-    entry = getattr(model.config, "tidar", None) or {}
+    entry = tidar_entry(model.config)
     names = ("mask_token_id", "pad_token_id", "eos_token_id")
     candidates = [entry.get("mask_token_id"), *(getattr(tokenizer, name, None) for name in names)]
     vocab_size = model.config.get_text_config(decoder=True).vocab_size

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-__all__ = ["check_source", "load"]
+__all__ = ["check_source", "load", "tidar_entry"]
 
 _MAX_LAYERS = 10_000
 
@@ -76,3 +76,21 @@ def _gguf_file(source: str) -> str | None:
         return None
     files = sorted(each.name for each in folder.glob("*.gguf"))
     return files[0] if len(files) == 1 else None
+
+
+def tidar_entry(config: Any) -> dict[str, int]:
+    """A configuration's entry `tidar`: `block_size`, `mask_token_id`, those that it has.
+
+    Raises:
+        ValueError: it is no object, or one of them no int.
+    """
+    entry = getattr(config, "tidar", None)
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict):
+        raise ValueError(f"tidar: expected an object in the model's configuration, got {type(entry).__name__}")
+    known = {name: entry[name] for name in ("block_size", "mask_token_id") if entry.get(name) is not None}
+    for name, value in known.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"tidar: expected an int as {name} in the model's configuration, got {value!r}")
+    return known

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from ...decoding.decoder import Decoder
 from ...decoding.strategies.base import check_ready
 from ...patterns import check_int
+from .loading import tidar_entry
 from .trace import Difference, Trace
 
 __all__ = ["ASSISTED", "Divergence", "LosslessReport", "Trajectory", "lossless"]
@@ -198,8 +199,8 @@ def lossless(
 
 
 def _some_mask(model: Any) -> int:
-    entry = getattr(model.config, "tidar", None) or {}
-    return int(entry.get("mask_token_id", model.config.get_text_config(decoder=True).vocab_size - 1))
+    entry = tidar_entry(model.config)
+    return entry.get("mask_token_id", int(model.config.get_text_config(decoder=True).vocab_size - 1))
 
 
 def _decoding(model: Any, max_new_tokens: int, temperature: float, seed: int, **options: Any) -> Run:

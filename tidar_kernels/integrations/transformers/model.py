@@ -19,6 +19,7 @@ from ...cache import KVCache
 from ...nn.adapters import has_gated_lora, lora_gate
 from ...patterns import Pattern
 from .attention import NAME, LayerCalls, LayerShape
+from .loading import tidar_entry
 from .logits import LogitShape
 
 __all__ = ["DecoderConfig", "TransformersModel", "decoder_model"]
@@ -171,6 +172,8 @@ class TransformersModel:
     def _layer_shapes(self, num_layers: int) -> list[LayerShape]:
         """What each layer calls attention with: once, by the pattern it is given."""
         noted, name = LayerCalls(), _name(self.model)
+        if num_layers < 1:
+            raise ValueError(f"model: expected at least one layer, got {name} with {num_layers}")
         with _refusing(self.model):
             self(self._few_tokens(), patterns.tidar_prefill(3, 2), noted)
         for layer in range(num_layers):
@@ -331,7 +334,7 @@ def decoder_model(
             model, or the model does not suit (`TransformersModel`).
     """
     config = _unwrapped(model).config
-    entry = getattr(config, "tidar", None) or {}
+    entry = tidar_entry(config)
     block_size = entry.get("block_size") if block_size is None else block_size
     mask_token_id = entry.get("mask_token_id") if mask_token_id is None else mask_token_id
     mask_token_id = getattr(tokenizer, "mask_token_id", None) if mask_token_id is None else mask_token_id
