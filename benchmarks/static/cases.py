@@ -212,7 +212,7 @@ def _attention(case: Case, device: torch.device) -> list[Launch]:
     forward, out, lse = attention_forward.plan_attention(rows, keys, scores, case.target)
     results = Results(out, lse, grad)
     backward, *_ = attention_backward.plan_attention_backward(rows, keys, scores, results, case.target)
-    return [forward, *backward]
+    return [*forward, *backward]
 
 
 def _caches(case: Case, device: torch.device) -> list[Launch]:

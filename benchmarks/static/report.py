@@ -36,7 +36,7 @@ RENEW = "make report"
 SCHEMA = 2
 WRITE_EVERY_S = 20.0
 # Of a launch's options, those that a table chooses.
-CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg", "SCORES_AHEAD")
+CHOSEN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "maxnreg", "SCORES_AHEAD", "ROWS_AHEAD")
 # Of an entry, what is compared with a fresh compilation.
 MEASURED = tuple(one.name for one in fields(CompileReport))[2:]  # but for kernel and chip
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tidar_kernels import patterns, testing
-from tidar_kernels.ops._triton.configs import EXTRAS, PLAIN, ForwardConfig, attention_config, chip_of
+from tidar_kernels.ops._triton.configs import EXTRAS, PLAIN, DkdvConfig, ForwardConfig, attention_config, chip_of
 from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig, linear_config
 from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 
@@ -89,6 +89,8 @@ def candidates(case: Case) -> list[Config]:
         make: list[Callable[..., Config]] = [TileConfig]
         if TABLE_OF[case.kernel] in ("step", "forward"):
             make = [partial(ForwardConfig, SCORES_AHEAD=ahead) for ahead in (False, True)[: 1 + is_half]]
+        elif isinstance(current(case), DkdvConfig):
+            make = [partial(DkdvConfig, ROWS_AHEAD=ahead) for ahead in (False, True)]
         # On NVIDIA's chips fewer than 3 stages leave no copy under way while a tile is multiplied.
         for (m, n), warps, stages in itertools.product(shapes, WARPS[1:], STAGES[2 * (is_half and is_nvidia) :]):
             # Of the second product's sums, which are as wide as the head.

@@ -75,6 +75,7 @@ def static_table() -> str:
             config, loop = row["config"], row["loop"]
             tile = " x ".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in config)
             tile += ", scores ahead" if config.get("SCORES_AHEAD") else ""
+            tile += ", rows ahead" if config.get("ROWS_AHEAD") else ""
             lines.append(
                 [f"`{kernel}`", _chip(chip), tile, *(str(config[name]) for name in ("num_warps", "num_stages"))]
                 + [str(row["registers"]), _spills(row), f"{row['shared_bytes'] / 1024:.0f}"]

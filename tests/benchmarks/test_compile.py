@@ -145,7 +145,7 @@ def training(
     forward, out, lse = plan_attention(rows, keys, scores, cc)
     results = Results(out, lse, q, lse if lse_grad else None)
     backward, *_ = plan_attention_backward(rows, keys, scores, results, cc)
-    launches = [launch for launch in (forward, *backward) if launch.kernel.__name__ in MULTIPLYING]
+    launches = [launch for launch in (*forward, *backward) if launch.kernel.__name__ in MULTIPLYING]
     assert len(launches) == 3
     return [compile_report(launch, cc) for launch in launches]
 

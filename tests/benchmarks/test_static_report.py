@@ -27,7 +27,7 @@ from benchmarks.static.fingerprints import fingerprint, normalised, sources
 from benchmarks.static.occupancy import resident_warps
 from benchmarks.static.report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
 from tidar_kernels import ops
-from tidar_kernels.ops._triton.configs import CHIPS, ForwardConfig
+from tidar_kernels.ops._triton.configs import CHIPS, DkdvConfig, ForwardConfig
 
 SHIPPED = [case for chip in CHIPS for case in cases(chip)]
 # Every kernel once, where most decode and train; and one of each other family of chips.
@@ -128,6 +128,24 @@ def test_a_fresh_compilation_says_the_same(case: Case, rows: list[dict[str, Any]
     if is_same_compiler:
         (kept,) = (row for row in rows if case_of(row) == case)
         assert found == kept, f"run `{RENEW}`"
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_dq", "attention_dkdv"])
+def test_rows_that_start_anywhere_do_not_spill(kernel: str, budget: dict[str, Any]) -> None:
+    """Heads of 72 elements: no entry of the tables, and no multiple of 16."""
+    assert not broken([compiled_row(Case(kernel, "90", "bfloat16", 72))], budget)
+
+
+def test_lse_and_delta_are_loaded_during_the_products() -> None:
+    """In the loop of dK and dV on cc 90 no plain load comes before the first product any more."""
+    found = []
+    for ahead in (False, True):
+        planned = launch(Case("attention_dkdv", "90", "bfloat16", 128), DkdvConfig(32, 128, 8, 4, ROWS_AHEAD=ahead))
+        with compiling_for(90):
+            loop = hot_loop(disassembled(planned.compile().asm["cubin"]), SASS)
+        first = next(at for at, line in enumerate(loop) if SASS.classes["mma"].match(line))
+        found.append([sum(line.startswith("LDG.") for line in part) for part in (loop[:first], loop[first:])])
+    assert found == [[8, 0], [0, 8]]
 
 
 def test_scores_ahead_hide_the_softmax_behind_wgmma() -> None:

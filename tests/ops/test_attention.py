@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -62,15 +62,49 @@ def expanded(runs: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("device", KERNELS)
-@pytest.mark.parametrize("rows", [300, 4500])
-def test_runs_of_row_tiles(device: str, rows: int) -> None:
-    """The walk of dK and dV: every tile with a visible pair, as a whole one only where every pair is visible."""
+def test_when_lse_and_delta_are_loaded_does_not_change_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the next row tile during this one's products, or of this one before them."""
     kernels = import_module("tidar_kernels.ops.attention.triton_backward")
+    configs = import_module("tidar_kernels.ops._triton.configs")
+    case = testing.AttentionCase("order", patterns.tidar_training(150, 16), 1, 4, 2, 64, torch.float16)
+    operands = testing.attention_operands(case, device)
+    leaves = [guarded.tensor.detach().requires_grad_() for guarded in (operands.q, operands.k, operands.v)]
+    configured, found = kernels.attention_config, []
+    for ahead in (False, True):
+
+        def chosen(kernel: str, *rest: Any, ahead: bool = ahead) -> Any:
+            config = configured(kernel, *rest)
+            if kernel != "dkdv":
+                return config
+            sizes = {field.name: getattr(config, field.name) for field in fields(configs.TileConfig)}
+            return configs.DkdvConfig(**sizes, ROWS_AHEAD=ahead)
+
+        monkeypatch.setattr(kernels, "attention_config", chosen)
+        out = tk.attention(*leaves, case.pattern)
+        found.append(torch.autograd.grad(out, leaves, out.detach().sin()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def scattered(rows: int) -> patterns.Pattern:
+    """Rows that see this and that: many runs of row tiles a key tile."""
     row = torch.arange(rows, dtype=torch.int32)
     end = torch.where(row // 64 % 3 == 1, row // 3, row)
     start = torch.maximum(end, torch.randint(0, rows, (rows,), dtype=torch.int32))
     lead, own = torch.stack([0 * row, end], 1), torch.stack([start, (start + 40).clamp(max=rows)], 1)
-    pattern = patterns.Pattern(lead, own, row, rows)
+    return patterns.Pattern(lead, own, row, rows)
+
+
+@pytest.mark.parametrize("device", KERNELS)
+@pytest.mark.parametrize(("rows", "most"), [(300, None), (4500, None), (300, 1), (1500, 4)])
+def test_runs_of_row_tiles(device: str, rows: int, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk of dK and dV: every tile with a visible pair, as a whole one only where every pair is visible.
+
+    Where there are more runs than `most`, the last one covers the rest.
+    """
+    kernels = import_module("tidar_kernels.ops.attention.triton_backward")
+    if most is not None:
+        monkeypatch.setattr(kernels, "MOST_RUNS", most)
+    pattern = scattered(rows)
     q = torch.randn(1, 1, rows, 16, device=device)
     on_device = pattern.rows_on(q.device)[:2]
     results = Results(q, torch.zeros(1, 1, rows, device=device), q)
@@ -88,13 +122,101 @@ def test_runs_of_row_tiles(device: str, rows: int) -> None:
     some, whole = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
     seen = 0
     for key_tile, (num_full, num_partial) in enumerate(counts.tolist()):
+        assert num_full + num_partial <= runs.shape[1]
         full = expanded(runs[key_tile, :num_full].tolist())
-        partial = expanded(runs[key_tile].flip(0)[:num_partial].tolist())
+        partial_runs = runs[key_tile].flip(0)[:num_partial].tolist()
+        merged = most is not None and num_full + num_partial == most
+        partial = expanded(partial_runs[:-1]) + list(range(*partial_runs[-1])) if merged else expanded(partial_runs)
+        assert len(partial) == len(set(partial))
         assert not set(full) & set(partial)
         assert set(some[:, key_tile].nonzero().flatten().tolist()) <= {*full, *partial}
         assert whole[full, key_tile].all()
         seen += len(full)
-    assert seen > 0.9 * whole.sum()  # but for those that two intervals together cover
+    if most is None:
+        assert seen > 0.9 * whole.sum()  # but for those that two intervals together cover
+
+
+@pytest.mark.parametrize("device", KERNELS)
+def test_gradients_of_more_runs_than_are_listed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sums, in another order but for the row tiles that are listed either way; the same bits in every run."""
+    kernels = import_module("tidar_kernels.ops.attention.triton_backward")
+    pattern = scattered(300)
+    leaves = [torch.randn(2, heads, 300, 16, device=device, requires_grad=True) for heads in (4, 2, 2)]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(tk.attention(*leaves, pattern).sin().sum(), leaves)
+
+    exact = gradients()
+    monkeypatch.setattr(kernels, "MOST_RUNS", 2)
+    found, again = gradients(), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chip", [None, 80, 90, 100])
+def test_the_plan_of_the_backward_pass_takes_memory_linear_in_the_rows(chip: int | None) -> None:
+    """What it allocates besides results and a few numbers a row and head: at most 66 bytes a row, at any length."""
+    pytest.importorskip("triton")
+    kernels = import_module("tidar_kernels.ops.attention.triton_backward")
+    for rows in (2**10, 2**16, 2**18, 2**19, 2**20):
+        q = torch.empty(1, 1, rows, 128, device="meta", dtype=torch.float16)
+        interval = torch.empty(rows, 2, device="meta", dtype=torch.int32)
+        results = Results(q, torch.empty(1, 1, rows, device="meta"), q)
+        planned, *_ = kernels.plan_attention_backward(
+            Rows(q, interval, interval), Keys(q, q), Scores(1.0), results, chip
+        )
+        bounds, runs, counts = planned[3].args[:3]
+        assert sum(x.numel() * x.element_size() for x in (bounds, runs, counts)) <= 66 * rows
+
+
+@pytest.mark.parametrize("device", KERNELS)
+def test_batches_larger_than_a_grid(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch x heads lie along a grid's second axis: what it has no room for goes into further launches."""
+    pattern = patterns.tidar_training(20, 4)
+    leaves = [torch.randn(5, heads, 40, 16, device=device, requires_grad=True) for heads in (4, 2, 2)]
+    grid: list[tuple[int, ...]] = []
+
+    def everything() -> tuple[Tensor, ...]:
+        out, lse = tk.attention(*leaves, pattern, return_lse=True)
+        return (out, lse, *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), leaves))
+
+    whole = everything()
+    launching = import_module("tidar_kernels.ops._triton.launch")
+    run = launching.Launch.run
+    monkeypatch.setattr(launching, "MOST_PROGRAMS_ACROSS", 9)  # two sequences of four heads
+
+    def noted(launch: Any) -> None:
+        grid.append(launch.grid)
+        run(launch)
+
+    monkeypatch.setattr(launching.Launch, "run", noted)
+    assert all(torch.equal(a, b) for a, b in zip(everything(), whole, strict=True))
+    expected = 3 * [8, 8, 4] + [4, 4, 2]  # forward, rows and dQ by heads; dK and dV by kv heads
+    assert [one[1] for one in grid if len(one) == 2] == expected
+
+
+def test_a_batch_of_more_than_65535_heads_fits() -> None:
+    pytest.importorskip("triton")
+    kernels = [import_module(f"tidar_kernels.ops.attention.triton_{name}") for name in ("forward", "backward")]
+    q, interval = torch.empty(2048, 33, 16, 64, device="meta"), torch.empty(16, 2, device="meta", dtype=torch.int32)
+    k, rows = q[:, :11], Rows(q, interval, interval)
+    forward, out, lse = kernels[0].plan_attention(rows, Keys(k, k), Scores(1.0), 90)
+    backward, *_ = kernels[1].plan_attention_backward(rows, Keys(k, k), Scores(1.0), Results(out, lse, out), 90)
+    assert len(forward) == 2
+    assert max(max(launch.grid[1:], default=0) for launch in (*forward, *backward)) <= 65_535
+
+
+@pytest.mark.parametrize("device", KERNELS)
+@pytest.mark.parametrize("head_dim", [9, 72])
+def test_head_dims_whose_rows_start_anywhere(device: str, head_dim: int) -> None:
+    """Copied into aligned rows on the way in; results have the layout of the operands all the same."""
+    case = testing.AttentionCase("odd", patterns.tidar_training(20, 4), 2, 3, 1, head_dim, torch.float32)
+    testing.check_attention(case, device)
+    rows = [torch.randn(2, 40, heads, head_dim, device=device) for heads in (3, 1, 1)]
+    leaves = [x.transpose(1, 2).requires_grad_() for x in rows]
+    out = tk.attention(*leaves, case.pattern)
+    for x, like in zip((out, *torch.autograd.grad(out.sum(), leaves)), (leaves[0], *leaves), strict=True):
+        assert x.stride() == like.stride()
 
 
 MORE = {"softcap": 0.7, "sinks": torch.tensor([0.3, -0.5], dtype=torch.float64)}

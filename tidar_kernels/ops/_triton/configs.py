@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .launch import INTERPRET, block_dim
-from .tables import ANY, CHIPS, EXTRAS, KINDS, PARENTS, PLAIN, TABLES, TREE, Chip, ForwardConfig, TileConfig
+from .tables import ANY, CHIPS, EXTRAS, KINDS, PARENTS, PLAIN, TABLES, TREE, Chip, DkdvConfig, ForwardConfig, TileConfig
 
 __all__ = [
     "CHIPS",
@@ -27,6 +27,7 @@ __all__ = [
     "PLAIN",
     "TREE",
     "Chip",
+    "DkdvConfig",
     "ForwardConfig",
     "TileConfig",
     "ancestry",
@@ -45,7 +46,7 @@ _INTERPRET: dict[str, TileConfig] = {
     "step": ForwardConfig(32, 16, 1, 1, SCORES_AHEAD=True),
     "forward": ForwardConfig(32, 32, 1, 1, SCORES_AHEAD=True),
     "dq": TileConfig(32, 32, 1, 1),
-    "dkdv": TileConfig(32, 32, 1, 1),
+    "dkdv": DkdvConfig(32, 32, 1, 1, ROWS_AHEAD=True),
 }
 
 

@@ -84,6 +84,12 @@ def _options(options: dict[str, Any], is_amd: bool) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "maxnreg"} if is_amd else options
 
 
+def sequence_slices(batch: int, num_heads: int) -> list[slice]:
+    """A batch cut into as many sequences as one launch takes with batch x heads along its second axis, at least one."""
+    most = max(1, MOST_PROGRAMS_ACROSS // num_heads)
+    return [slice(first, min(first + most, batch)) for first in range(0, max(batch, 1), most)]
+
+
 def cdiv(a: int, b: int) -> int:
     """`a / b`, rounded up: on plain ints, ten times as fast as `triton.cdiv`, which must also serve kernels."""
     return -(-a // b)

@@ -45,6 +45,13 @@ class ForwardConfig(TileConfig):
     SCORES_AHEAD: bool = False
 
 
+@dataclass(frozen=True)
+class DkdvConfig(TileConfig):
+    """Of "dkdv", also when lse and delta of a row tile are loaded (`triton_backward.attention_dkdv_kernel`)."""
+
+    ROWS_AHEAD: bool = False
+
+
 Chip = int | str
 Table = dict[Chip, dict[str, dict[int, TileConfig]]]
 
@@ -272,11 +279,11 @@ _DKDV: Table = {
     86: {"half": {128: TileConfig(32, 64, 8, 3)}},
     90: {
         "half": {
-            16: TileConfig(64, 128, 8, 3),
-            32: TileConfig(64, 128, 8, 3),
-            64: TileConfig(64, 128, 8, 3),
-            128: TileConfig(32, 128, 8, 4),  # 64 rows spill 40 bytes
-            256: TileConfig(16, 64, 8, 3),
+            16: DkdvConfig(64, 128, 8, 3, ROWS_AHEAD=True),
+            32: DkdvConfig(64, 128, 8, 3, ROWS_AHEAD=True),
+            64: DkdvConfig(64, 128, 8, 3, ROWS_AHEAD=True),
+            128: DkdvConfig(32, 128, 8, 4, ROWS_AHEAD=True),  # 64 rows spill 40 bytes
+            256: DkdvConfig(16, 64, 8, 3, ROWS_AHEAD=True),
         },
     },
     100: {

@@ -19,10 +19,13 @@ Every sum runs in a fixed order inside one program, so two runs give the same bi
 `unit` is the scale, or the cap if there is one (`score_units`). Runs, not lists of row tiles: within a run the address
 of the next tile needs no load, so async copies for the next iteration overlap this iteration's MMAs. Runs are found on
 the device in every call (two launches of microseconds, no host read), so they can be captured in a CUDA graph and are
-never stale. They take at most 8 bytes a pair of tiles: 4 MB for 32k tokens doubled.
+never stale. A key tile has at most MOST_RUNS of them, so they take memory linear in the length: at most 2 kB a key
+tile, 8 MB for 512k keys.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,10 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
-from .._triton.launch import Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, sequence_slices, strided
 from .._triton.softmax import cap_gradient, cap_scores, score_units
-from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
+from .._triton.tiles import aligned_rows, load_interval, load_tile, row_pointers, rows_padded, tile_bounds
 from ..operands import Keys, Results, Rows, Scores
+
+# Runs that a key tile lists. The training patterns have about three; 256 lists every pattern of up to 512 row tiles.
+# Where there are more, the last one covers the rest: row tiles in it that see nothing are computed for nothing.
+MOST_RUNS = 256
 
 
 @triton.jit
@@ -147,13 +154,13 @@ def row_tile_bounds_kernel(
 
 
 @triton.jit
-def _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole):
+def _row_tiles_seeing(key_tile, tile, end, bounds, num_row_tiles, num_whole):
     """Which of the row tiles `tile` see all keys of a key tile, and which visit it otherwise: `(full, partial)`.
 
-    Only the first `num_whole` row tiles have BLOCK_M rows. The last, if it has fewer, is never full: full tiles are
-    loaded without a mask.
+    Tiles outside [0, end) are neither. Only the first `num_whole` row tiles have BLOCK_M rows; the last, if it has
+    fewer, is never full: full tiles are loaded without a mask.
     """
-    in_bounds = (tile >= 0) & (tile < num_row_tiles)
+    in_bounds = (tile >= 0) & (tile < end)
     bound_ptrs = bounds + tile
     full, visits = in_bounds & ~in_bounds, in_bounds & ~in_bounds
     for _ in tl.static_range(2):
@@ -182,25 +189,47 @@ def _store_runs(run_ptr, step, opened, closed, tile, chosen, before, after):
 
 
 @triton.jit
-def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, BLOCK_T: tl.constexpr):
-    """One key tile: its runs of row tiles `[first, end)`, ascending, in `runs[key tile]`, int32 `[num_row_tiles, 2]`.
+def list_row_runs_kernel(bounds, runs, counts, num_row_tiles, num_whole, most_runs, BLOCK_T: tl.constexpr):
+    """One key tile: its runs of row tiles `[first, end)`, ascending, in `runs[key tile]`, int32 `[most_runs, 2]`.
 
     Runs that see all of the key tile fill it from the left, runs that see some of it from the right; `counts[key
-    tile]`, int32 `[2]`, says how many of each.
+    tile]`, int32 `[2]`, says how many of each. If there are more than `most_runs`, the first `most_runs - 1` are listed
+    and the last covers all further row tiles up to the last that visits: it counts among those that see some.
     """
     key_tile = tl.program_id(0)
-    left = runs + key_tile.to(tl.int64) * 2 * num_row_tiles
-    right = left + 2 * num_row_tiles - 2
+    left = runs + key_tile.to(tl.int64) * 2 * most_runs
+    right = left + 2 * most_runs - 2
+    # Row tiles below `listed` are listed exactly. All, unless there are too many runs: then those before the last that
+    # fits begins.
+    listed, opened, last = num_row_tiles, 0, 0
+    if num_row_tiles > most_runs:
+        for start in range(0, num_row_tiles, BLOCK_T):
+            tile = start + tl.arange(0, BLOCK_T)
+            full, partial = _row_tiles_seeing(key_tile, tile, num_row_tiles, bounds, num_row_tiles, num_whole)
+            full_before, partial_before = _row_tiles_seeing(
+                key_tile, tile - 1, num_row_tiles, bounds, num_row_tiles, num_whole
+            )
+            opens = ((full & ~full_before) | (partial & ~partial_before)).to(tl.int32)
+            is_last_run = (opens != 0) & (opened + tl.cumsum(opens, 0) == most_runs)
+            listed = tl.minimum(listed, tl.min(tl.where(is_last_run, tile, num_row_tiles), 0))
+            last = tl.maximum(last, tl.max(tl.where(full | partial, tile + 1, 0), 0))
+            opened += tl.sum(opens, 0)
+        if opened <= most_runs:
+            listed = num_row_tiles
     full_opened, full_closed, partial_opened, partial_closed = 0, 0, 0, 0
-    for start in range(0, num_row_tiles, BLOCK_T):
+    for start in range(0, listed, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
-        full, partial = _row_tiles_seeing(key_tile, tile, bounds, num_row_tiles, num_whole)
-        full_before, partial_before = _row_tiles_seeing(key_tile, tile - 1, bounds, num_row_tiles, num_whole)
-        full_after, partial_after = _row_tiles_seeing(key_tile, tile + 1, bounds, num_row_tiles, num_whole)
+        full, partial = _row_tiles_seeing(key_tile, tile, listed, bounds, num_row_tiles, num_whole)
+        full_before, partial_before = _row_tiles_seeing(key_tile, tile - 1, listed, bounds, num_row_tiles, num_whole)
+        full_after, partial_after = _row_tiles_seeing(key_tile, tile + 1, listed, bounds, num_row_tiles, num_whole)
         full_opened, full_closed = _store_runs(left, 2, full_opened, full_closed, tile, full, full_before, full_after)
         partial_opened, partial_closed = _store_runs(
             right, -2, partial_opened, partial_closed, tile, partial, partial_before, partial_after
         )
+    if listed < num_row_tiles:
+        tl.store(right - 2 * partial_closed, listed)
+        tl.store(right - 2 * partial_closed + 1, last)
+        partial_closed += 1
     tl.store(counts + 2 * key_tile, full_closed)
     tl.store(counts + 2 * key_tile + 1, partial_closed)
 
@@ -234,10 +263,15 @@ def _dkdv_tile(dk, dv, k_tile, v_tile, q_tile, do_tile, neg_lse, neg_delta, unit
 @triton.jit
 def attention_dkdv_kernel(
     q, k, v, grad_out, lead, own, neg_lse, neg_delta, runs, counts, dk, dv,
-    q_len, kv_len, num_row_tiles, num_kv_heads, group, unit, inner_scale,
+    q_len, kv_len, most_runs, num_kv_heads, group, unit, inner_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS_AHEAD: tl.constexpr = False,
 ):  # fmt: skip
-    """dK and dV `[batch, kv_heads, kv_len, d]` of one key tile of one kv head, summed over the `group` heads of it."""
+    """dK and dV `[batch, kv_heads, kv_len, d]` of one key tile of one kv head, summed over the `group` heads of it.
+
+    ROWS_AHEAD: lse and delta of the next row tile are loaded during this tile's products. Without it, wgmma waits for
+    them at the start of each iteration, as it starts from them (`_dkdv_tile`). The values are the same.
+    """
     b = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -248,8 +282,8 @@ def attention_dkdv_kernel(
     v_tile = load_tile(v_ptrs, key_in_bounds, HEAD_DIM)
     num_full = tl.load(counts + 2 * tl.program_id(0))
     num_partial = tl.load(counts + 2 * tl.program_id(0) + 1)
-    full_runs = runs + tl.program_id(0).to(tl.int64) * 2 * num_row_tiles
-    partial_runs = full_runs + 2 * num_row_tiles - 2
+    full_runs = runs + tl.program_id(0).to(tl.int64) * 2 * most_runs
+    partial_runs = full_runs + 2 * most_runs - 2
     in_tile = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     # Offsets within a tile fit 32 bits (`_short_strides`): 64 would spill 48 bytes at head dim 128 on cc 90.
@@ -266,12 +300,22 @@ def attention_dkdv_kernel(
         do_ptr = grad_out.ptr + b * grad_out.stride[0] + head * grad_out.stride[1]
         row_offset = (b * num_kv_heads * group + head) * q_len
         for i in range(0, num_full):
-            for tile in tl.range(tl.load(full_runs + 2 * i), tl.load(full_runs + 2 * i + 1)):
+            start, end = tl.load(full_runs + 2 * i), tl.load(full_runs + 2 * i + 1)
+            if ROWS_AHEAD and inner_scale is None:
+                lse_ahead = tl.load(neg_lse + row_offset + start * BLOCK_M + in_tile)
+                delta_ahead = tl.load(neg_delta + row_offset + start * BLOCK_M + in_tile)
+            for tile in tl.range(start, end):
                 row = tile * BLOCK_M + in_tile
                 q_tile = load_tile(q_ptr + tile * q_step + q_offset, None, HEAD_DIM)
                 do_tile = load_tile(do_ptr + tile * do_step + do_offset, None, HEAD_DIM)
-                row_lse = tl.load(neg_lse + row_offset + row)
-                row_delta = tl.load(neg_delta + row_offset + row)
+                if ROWS_AHEAD and inner_scale is None:
+                    row_lse, row_delta = lse_ahead, delta_ahead
+                    row = tl.minimum(tile + 1, end - 1) * BLOCK_M + in_tile  # no mask: within the run
+                    lse_ahead = tl.load(neg_lse + row_offset + row)
+                    delta_ahead = tl.load(neg_delta + row_offset + row)
+                else:
+                    row_lse = tl.load(neg_lse + row_offset + row)
+                    row_delta = tl.load(neg_delta + row_offset + row)
                 dk_acc, dv_acc = _dkdv_tile(
                     dk_acc, dv_acc, k_tile, v_tile, q_tile, do_tile, row_lse, row_delta, unit2, inner_scale, None
                 )
@@ -308,43 +352,60 @@ def _short_strides(x: Tensor) -> Tensor:
 def plan_attention_backward(
     rows: Rows, keys: Keys, scores: Scores, results: Results, chip: Chip | None
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
-    """Allocate gradients and lay out the launches: `(launches, dq, dk, dv)`; gradients have the layout of q, k, v."""
+    """Allocate gradients and lay out the launches: `(launches, dq, dk, dv)`.
+
+    Gradients have the layout of q, k, v, but for dk and dv that `rows_padded` moves.
+    """
     (q, lead, own, _, _), (k, v), (out, lse, grad_out, grad_lse) = rows, keys, results
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
+    dq, dk, dv = torch.empty_like(q), rows_padded(torch.empty_like(k)), rows_padded(torch.empty_like(v))
+    q, k, v, out, grad_out = map(aligned_rows, (q, k, v, out, grad_out))
     q, grad_out = _short_strides(q), _short_strides(grad_out)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     neg_lse, neg_delta = torch.empty_like(lse), torch.empty_like(lse)
     shapes = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_dim(head_dim),
     }
-    operands = (*map(strided, (q, k, v, grad_out)), lead, own, neg_lse, neg_delta)
     unit, inner = score_units(scores.scale, scores.softcap)
-
-    prepare = Launch(
-        attention_rows_kernel,
-        (cdiv(q_len, 32), batch * num_heads),
-        (
-            *(strided(grad_out), strided(out), lse, None if grad_lse is None else strided(grad_lse)),
-            *(neg_lse, neg_delta, q_len, num_heads, unit),
-        ),
-        {**shapes, "BLOCK_M": 32, "num_warps": 4},
-    )
     kind = PLAIN if scores.softcap is None else EXTRAS
+    sequences = sequence_slices(batch, num_heads)
+
+    def operands(some: slice) -> tuple[Any, ...]:
+        """What both kernels of gradients read first, for some of the sequences."""
+        tensors = (strided(x[some]) for x in (q, k, v, grad_out))
+        return (*tensors, lead, own, neg_lse[some], neg_delta[some])
+
+    prepare = [
+        Launch(
+            attention_rows_kernel,
+            (cdiv(q_len, 32), len(lse[some]) * num_heads),
+            (
+                *(strided(grad_out[some]), strided(out[some]), lse[some]),
+                *(None if grad_lse is None else strided(grad_lse[some]), neg_lse[some], neg_delta[some]),
+                *(q_len, num_heads, unit),
+            ),
+            {**shapes, "BLOCK_M": 32, "num_warps": 4},
+        )
+        for some in sequences
+    ]
     config = attention_config("dq", chip, q.dtype, head_dim, kind)
-    for_dq = Launch(
-        attention_dq_kernel,
-        (cdiv(q_len, config.BLOCK_M), batch * num_heads),
-        (*operands, strided(dq), q_len, kv_len, num_heads, group, unit, inner),
-        {**shapes, **options(config)},
-    )
+    for_dq = [
+        Launch(
+            attention_dq_kernel,
+            (cdiv(q_len, config.BLOCK_M), len(lse[some]) * num_heads),
+            (*operands(some), strided(dq[some]), q_len, kv_len, num_heads, group, unit, inner),
+            {**shapes, **options(config)},
+        )
+        for some in sequences
+    ]
     config = attention_config("dkdv", chip, q.dtype, head_dim, kind)
     blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
     row_tiles, key_tiles = cdiv(q_len, config.BLOCK_M), cdiv(kv_len, config.BLOCK_N)
+    most_runs = min(row_tiles, MOST_RUNS)
     bounds = torch.empty((2, 4, row_tiles), dtype=torch.int32, device=q.device)
-    runs = torch.empty((key_tiles, row_tiles, 2), dtype=torch.int32, device=q.device)
+    runs = torch.empty((key_tiles, most_runs, 2), dtype=torch.int32, device=q.device)
     counts = torch.empty((key_tiles, 2), dtype=torch.int32, device=q.device)
     note_bounds = Launch(
         row_tile_bounds_kernel,
@@ -355,19 +416,22 @@ def plan_attention_backward(
     list_runs = Launch(
         list_row_runs_kernel,
         (key_tiles,),
-        (bounds, runs, counts, row_tiles, q_len // config.BLOCK_M),
+        (bounds, runs, counts, row_tiles, q_len // config.BLOCK_M, most_runs),
         {"BLOCK_T": 128, "num_warps": 4},
     )
-    for_dkdv = Launch(
-        attention_dkdv_kernel,
-        (key_tiles, batch * num_kv_heads),
-        (
-            *(*operands, runs, counts, strided(dk), strided(dv)),
-            *(q_len, kv_len, row_tiles, num_kv_heads, group, unit, inner),
-        ),
-        {**shapes, **options(config)},
-    )
-    return [prepare, for_dq, note_bounds, list_runs, for_dkdv], dq, dk, dv
+    for_dkdv = [
+        Launch(
+            attention_dkdv_kernel,
+            (key_tiles, len(lse[some]) * num_kv_heads),
+            (
+                *(*operands(some), runs, counts, strided(dk[some]), strided(dv[some])),
+                *(q_len, kv_len, most_runs, num_kv_heads, group, unit, inner),
+            ),
+            {**shapes, **options(config)},
+        )
+        for some in sequences
+    ]
+    return [*prepare, *for_dq, note_bounds, list_runs, *for_dkdv], dq, dk, dv
 
 
 def attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -375,4 +439,6 @@ def attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results)
     launches, dq, dk, dv = plan_attention_backward(rows, keys, scores, results, chip_of(rows.q.device))
     for launch in launches:
         launch.run()
+    if rows.q.shape[3] % 16:  # else nothing was padded
+        dk, dv = torch.empty_like(keys.k).copy_(dk), torch.empty_like(keys.v).copy_(dv)
     return dq, dk, dv

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
-from .._triton.launch import Launch, block_dim, cdiv, strided
+from .._triton.launch import Launch, block_dim, cdiv, sequence_slices, strided
 from .._triton.softmax import (
     attend_whole_tiles,
     raw_scores,
@@ -31,7 +31,7 @@ from .._triton.softmax import (
     softmax_start,
     softmax_update,
 )
-from .._triton.tiles import load_interval, load_tile, row_pointers, tile_bounds
+from .._triton.tiles import aligned_rows, load_interval, load_tile, row_pointers, tile_bounds
 from ..operands import Keys, Rows, Scores
 
 
@@ -78,8 +78,8 @@ def attention_forward_kernel(
     tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
 
 
-def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) -> tuple[Launch, Tensor, Tensor]:
-    """Allocate results and lay out the launch: `(launch, out, lse)`.
+def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) -> tuple[list[Launch], Tensor, Tensor]:
+    """Allocate results and lay out the launches, one but for huge batches: `(launches, out, lse)`.
 
     Raises:
         TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
@@ -90,26 +90,28 @@ def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) ->
     config = attention_config("forward", chip, q.dtype, head_dim, kind)
     unit, inner = score_units(scores.scale, scores.softcap)
     out = torch.empty_like(q)
+    q, k, v = map(aligned_rows, (q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    launch = Launch(
-        attention_forward_kernel,
-        (cdiv(q_len, config.BLOCK_M), batch * num_heads),
-        (
-            *(*map(strided, (q, k, v)), rows.lead, rows.own, None if sinks is None else strided(sinks)),
-            *(strided(out), lse),
-            *(q_len, k.shape[2], num_heads, num_heads // k.shape[1], unit * math.log2(math.e), inner),
-        ),
-        {
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": block_dim(head_dim),
-            **options(config),
-        },
-    )
-    return launch, out, lse
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim)}
+    launches = [
+        Launch(
+            attention_forward_kernel,
+            (cdiv(q_len, config.BLOCK_M), len(lse[some]) * num_heads),
+            (
+                *(*map(strided, (q[some], k[some], v[some])), rows.lead, rows.own),
+                *(None if sinks is None else strided(sinks), strided(out[some]), lse[some]),
+                *(q_len, k.shape[2], num_heads, num_heads // k.shape[1], unit * math.log2(math.e), inner),
+            ),
+            {**shapes, **options(config)},
+        )
+        for some in sequence_slices(batch, num_heads)
+    ]
+    return launches, out, lse
 
 
 def attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
     """Run the kernel: `(out, lse [batch, heads, q_len])`; arguments are checked. `out` has the layout of q."""
-    launch, out, lse = plan_attention(rows, keys, scores, chip_of(rows.q.device))
-    launch.run()
+    launches, out, lse = plan_attention(rows, keys, scores, chip_of(rows.q.device))
+    for launch in launches:
+        launch.run()
     return out, lse
