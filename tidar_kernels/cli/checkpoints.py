@@ -113,11 +113,11 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         quiet(),
         user_errors(
             Exception,
-            rename={"model_path": "MODEL"},
+            rename={"model_path": "MODEL", "model": "MODEL"},
             otherwise="MODEL: expected a checkpoint that transformers can read",
         ),
     ):
-        from ..integrations.transformers.loading import load
+        from ..integrations.transformers.checkpoints import load_any
 
-        model, tokenizer = load(name, getattr(torch, dtype))
+        model, tokenizer = load_any(name, getattr(torch, dtype))
         return model.to(where), tokenizer

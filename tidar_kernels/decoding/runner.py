@@ -125,6 +125,8 @@ class StepRunner:
         self._begun = [0] * batch_size  # tokens that a slot shares, or has copied, from another one
         self.forwards = self.prefill_forwards = 0
         self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        # Of each slot's tokens those at its end that are drafts yet: the next step commits them, and brings none anew.
+        self._known_drafts = [0] * batch_size
         drafts = torch.full((batch_size, config.drafts), -1, device=self.device)
         drafts[:, 0] = 0
         self._batch = Batch(
@@ -171,6 +173,7 @@ class StepRunner:
             n = min(int(differs[0]) if len(differs) else n, len(tokens) - 1)
             if self.config.exact:
                 n = min(n, len(other) - 1) // self.config.prefill_chunk * self.config.prefill_chunk
+            n = self.config.strategy.kept(n)
             if n > longest:
                 best, longest = slot, n
         return best, longest
@@ -193,14 +196,15 @@ class StepRunner:
         """Commit tokens into a slot and make the first draft after them; it comes with the last chunk's forward pass.
 
         The first `known` of them are in the cache already: 0 for a prompt into a free slot, of which what it shares is
-        there; else the others are decoded tokens, and so they are computed.
+        there; else the others are decoded tokens, and so they are computed. Those that the strategy does not commit yet
+        (`Strategy.kept`) are the first drafts instead.
 
         Returns whether the logits after the tokens give one; the slot is inactive if not, or if this raises.
         """
         self._make_room_for(params)
         one = replace(self._batch.sequence(slot), exact=self.config.exact and known > 0)
         self._active[slot] = 0
-        known = known or self._begun[slot]
+        known = self.config.strategy.kept(known or self._begun[slot])
         self._set_length(one, slot, known)
         try:
             with self._inference():
@@ -208,9 +212,10 @@ class StepRunner:
         except BaseException:
             self._set_length(one, slot, known)
             raise
-        self.lengths[slot] = len(tokens)
+        kept = self.config.strategy.kept(len(tokens))
+        self.lengths[slot], self._known_drafts[slot] = kept, len(tokens) - kept
         if self._prompts[slot] is None:
-            self._prompts[slot] = np.asarray(tokens)
+            self._prompts[slot] = np.asarray(tokens[:kept])
         self._active[slot] = int(has_token)
         return has_token
 
@@ -237,14 +242,22 @@ class StepRunner:
             one.seen.fill_(False)
             one.seen[0, torch.tensor(tokens, device=self.device)] = True
 
-        chunk = self.config.prefill_chunk
-        last = known + (len(tokens) - known - 1) // chunk * chunk
+        strategy = self.config.strategy
+        chunk = max(self.config.prefill_chunk // strategy.chunk_unit, 1) * strategy.chunk_unit
+        kept = strategy.kept(len(tokens))
+        last = known + max(kept - known - 1, 0) // chunk * chunk
         for start in range(known, last, chunk):
-            self._prefill(one, tokens[start : start + chunk], patterns.causal(chunk))
+            self._prefill(one, tokens[start : start + chunk], strategy.context(chunk))
+        if kept < len(tokens) or not strategy.seeded:
+            if kept > last:
+                self._prefill(one, tokens[last:kept], strategy.context(kept - last))
+            one.drafts.fill_(-1)
+            one.drafts[0, : len(tokens) - kept] = torch.tensor(tokens[kept:], dtype=torch.int64, device=self.device)
+            return True
         n = len(tokens) - last
         # Exact decoding starts cold: with masks after them the tokens' bits would depend on how many there are.
-        drafting = None if self.config.exact else self.config.strategy.first(n)
-        pattern, rows = drafting or (patterns.causal(n), [])
+        drafting = None if self.config.exact else strategy.first(n)
+        pattern, rows = drafting or (strategy.context(n), [])
         hidden = self._prefill(one, tokens[last:], pattern)
         logits = one.logits(hidden[:, [n - 1, *rows]])
         here = torch.tensor([len(tokens)], device=self.device)
@@ -297,7 +310,7 @@ class StepRunner:
                     return {slot: self._run_alone(slot) for slot in slots}
                 report = self._report.tolist()
         self.forwards += forwards
-        return {slot: _result(report[slot], forwards) for slot in slots}
+        return {slot: self._result(slot, report[slot], forwards) for slot in slots}
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -323,7 +336,12 @@ class StepRunner:
         except Exception as exception:
             return SlotResult([], False, 0, exception)
         self.forwards += forwards
-        return _result(self._report[slot].tolist(), forwards)
+        return self._result(slot, self._report[slot].tolist(), forwards)
+
+    def _result(self, slot: int, report: list[int], forwards: int) -> SlotResult:
+        accepted, _, bad, *drafts = report
+        known, self._known_drafts[slot] = self._known_drafts[slot], 0
+        return SlotResult(drafts[known:accepted], bad >= 0, forwards)
 
     def _device_step(self, batch: Batch, active: Tensor, report: Tensor) -> int:
         """The step on the device, from the buffers into the buffers; returns how many forward passes it took."""
@@ -336,7 +354,7 @@ class StepRunner:
         if path is not None:
             batch.cache.compact(path)
         batch.cache.commit(kept, at_most=drafts.shape[1])
-        batch.drafts[:, 0] = found.next_tokens.clamp(min=0)
+        batch.drafts[:, 0] = found.next_tokens.clamp(min=0 if self.config.strategy.seeded else -1)
         batch.drafts[:, 1:] = following
         if batch.draft_logits is not None and logits is not None:
             batch.draft_logits[:, 1:] = logits
@@ -401,8 +419,3 @@ class StepRunner:
         self._graph = graph
         self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         self._reported = torch.cuda.Event()
-
-
-def _result(report: list[int], forwards: int) -> SlotResult:
-    accepted, _, bad, *drafts = report
-    return SlotResult(drafts[:accepted], bad >= 0, forwards)

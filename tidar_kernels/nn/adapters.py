@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,7 @@ def load_peft_adapter(
     *,
     dtype: torch.dtype | None = None,
     row_invariant: bool = False,
+    rename: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
     """Put a LoRA adapter that PEFT saved around the projections it was trained for; freezes those projections.
 
@@ -139,6 +140,7 @@ def load_peft_adapter(
         model: changed in place; its module names are those of the model that the adapter was trained on.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         dtype, row_invariant: of every `GatedLoRA`.
+        rename: from a module's name where the adapter was trained to its name in this model.
 
     Returns:
         The names of the wrapped modules.
@@ -150,7 +152,7 @@ def load_peft_adapter(
             Nothing is changed then.
     """
     folder = Path(path)
-    config, pairs = read_config(folder), read_weights(folder)
+    config, pairs = read_config(folder), {rename(name): pair for name, pair in read_weights(folder).items()}
     modules = dict(model.named_modules())
     found: dict[str, tuple[nn.Linear, int, float]] = {}
     for name, pair in pairs.items():

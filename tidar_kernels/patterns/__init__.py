@@ -3,7 +3,7 @@
 causal             autoregressive rows
 tidar              TiDAR: prefill, step, training
 idlm               I-DLM, FLARE: training, the strided step
-block_diffusion    block diffusion, set block decoding: training, one pass over a block
+block_diffusion    block diffusion, set block decoding: training, one pass over a block, block-causal tokens
 dflash             DFlash: training
 jacobi_forcing     Jacobi forcing: training
 tree               token trees
@@ -14,7 +14,7 @@ batch              ragged batches: every request its pattern and number of rows 
 from __future__ import annotations
 
 from .batch import PatternBatch, PatternTable, batch
-from .block_diffusion import block_diffusion_training, block_step, set_block_training
+from .block_diffusion import block_causal, block_diffusion_training, block_step, set_block_training
 from .causal import causal
 from .dflash import dflash_training
 from .idlm import idlm_training, isd_step
@@ -31,6 +31,7 @@ __all__ = [
     "PatternTable",
     "Role",
     "batch",
+    "block_causal",
     "block_diffusion_training",
     "block_step",
     "causal",

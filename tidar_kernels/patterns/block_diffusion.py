@@ -8,7 +8,7 @@ from .halves import next_token, noisy_then_clean, of_rows
 from .pattern import Pattern
 from .rows import Role, check_int, intervals
 
-__all__ = ["block_diffusion_training", "block_step", "set_block_training"]
+__all__ = ["block_causal", "block_diffusion_training", "block_step", "set_block_training"]
 
 
 def block_diffusion_training(seq_len: int, block_size: int) -> Pattern:
@@ -64,4 +64,25 @@ def block_step(length: int) -> Pattern:
         kv_len=length,
         roles=torch.full((length,), int(Role.MASK), dtype=torch.int8, device="cpu"),
         name=f"block_step(length={length})",
+    )
+
+
+def block_causal(length: int, block_size: int) -> Pattern:
+    """Clean rows that see the context and in-flight blocks up to the end of their own (SDAR, Fast-dLLM v2, LLaDA 2).
+
+    A chunk of prefill, or the pass that commits a full block: its K/V enters the cache (`Pattern.kept_len`). Blocks
+    start at row 0, so the context must end where a block does.
+
+    Raises:
+        TypeError, ValueError: `length` or `block_size` is not an int >= 1.
+    """
+    row = torch.arange(check_int("length", length, 1), device="cpu")
+    block = check_int("block_size", block_size, 1)
+    zero = torch.zeros_like(row)
+    return Pattern(
+        lead=intervals(zero, ((row // block + 1) * block).clamp(max=length), row >= 0),
+        own=intervals(zero, zero, row < 0),
+        positions=row.to(torch.int32),
+        kv_len=length,
+        name=f"block_causal(length={length}, block_size={block})",
     )

@@ -231,14 +231,19 @@ class Pattern(_Derived):
 
     @cached_property
     def kept_len(self) -> int:
-        """Number of leading rows whose K/V a step writes into the cache after the context: `causal_len`, or of a tree
-        the rows that are its nodes.
+        """Number of leading rows whose K/V a step writes into the cache after the context: `causal_len`, or whole
+        blocks of block-causal rows, or of a tree the rows that are its nodes.
+
+        Block-causal rows are tokens at positions P, P + 1, .. that see the context and the keys up to the end of their
+        block, and nothing after it (`block_causal`).
 
         A node is a token that sees itself and exactly what its parent sees, which is an earlier row, one position
         before it; a root sees itself alone. So it computes what autoregressive decoding would on its path. (With a
         sliding window it may see less of the path's beginning.)
         """
-        if self.tree_mask is None or self.kv_len != self.q_len:
+        if self.tree_mask is None:
+            return max(self.causal_len, self._block_causal_len())
+        if self.kv_len != self.q_len:
             return self.causal_len
         position, visible = self.positions, self.dense()
         for row in range(self.q_len):
@@ -257,6 +262,18 @@ class Pattern(_Derived):
             if not (from_path and whole):
                 return row
         return self.q_len
+
+    def _block_causal_len(self) -> int:
+        """Leading tokens, not masks, that see the whole context and all in-flight keys below some end, up to the last
+        row of which none before it sees beyond: nothing that may be dropped has a say in their K/V."""
+        if self.reach is not None:
+            return 0
+        rows, end = torch.arange(self.q_len, dtype=torch.int32, device="cpu"), self.lead[:, 1]
+        suits = (self.lead[:, 0] == 0) & (end > rows) & (self.own[:, 0] == self.own[:, 1]) & (self.positions == rows)
+        suits &= self.roles != int(Role.MASK)
+        count = int(suits.to(torch.int32).cumprod(0).sum())
+        closed = (end[:count].cummax(0).values == rows[:count] + 1).nonzero()
+        return int(closed[-1]) + 1 if len(closed) else 0
 
     @cached_property
     def lead_end(self) -> int:

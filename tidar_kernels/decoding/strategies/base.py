@@ -26,7 +26,7 @@ from ...cache import KVCache
 from ...nn.adapters import lora_gate
 from ...ops.verify import RULES, Rule, SamplingTensors, Verified, sample, verify
 from ...ops.verify.noise import Stream
-from ...patterns import Pattern, Role
+from ...patterns import Pattern, Role, causal
 from ...patterns.rows import ordinary
 from ..exact import exact_rows
 from .head import one_pass_rows
@@ -124,16 +124,18 @@ class Batch:
             seen=part(self.seen),
         )
 
-    def forward(self, tokens: Tensor, pattern: Pattern, is_mask: Tensor | Literal[False]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, pattern: Pattern, is_mask: Tensor | Literal[False], gate: bool | None = None
+    ) -> Tensor:
         """Hidden states of `tokens [batch, q_len]`; rows where `is_mask [batch, q_len]` get the mask token.
 
-        Rows that are no masks run the base model where it has adapters.
+        Rows that are no masks run the base model where it has adapters, unless `gate` says otherwise for all rows.
         """
         if is_mask is not False:
             tokens = tokens.masked_fill(is_mask, self.mask_token_id)
         with (
             exact_rows(pattern) if self.exact else nullcontext(),
-            lora_gate(is_mask) if self.adapted else nullcontext(),
+            lora_gate(is_mask if gate is None else gate) if self.adapted else nullcontext(),
         ):
             return self.model(tokens, pattern, self.cache)
 
@@ -191,6 +193,7 @@ class Strategy(ABC):
         equals_autoregression: with the coupled rule, the output is that of autoregressive decoding, token for token.
         can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.decoding.exact`).
         graphable: the step reads nothing from the device, so that it can be one CUDA graph.
+        seeded: the first draft of a step is the token after the committed ones; else it may be missing as others are.
     """
 
     name: str
@@ -202,6 +205,7 @@ class Strategy(ABC):
     equals_autoregression: bool = True
     can_be_exact: bool = True
     graphable: bool = True
+    seeded: bool = True
 
     @property
     def label(self) -> str:
@@ -221,6 +225,19 @@ class Strategy(ABC):
     def slots(self) -> int:
         """The most cache slots that a step writes after the committed ones."""
         return self.drafts
+
+    @property
+    def chunk_unit(self) -> int:
+        """Chunks of a prefill are multiples of so many tokens, as far as there are any."""
+        return 1
+
+    def kept(self, tokens: int) -> int:
+        """How many of a request's tokens a prefill commits; those after them are the first step's first drafts."""
+        return tokens
+
+    def context(self, tokens: int) -> Pattern:
+        """The pattern of a chunk of prefill."""
+        return causal(tokens)
 
     def first(self, prompt_rows: int) -> tuple[Pattern, list[int]] | None:
         """The pattern of a prefill's last chunk that drafts too, and the rows of drafts 1..; None: start cold."""

@@ -17,6 +17,8 @@ class SelfSpeculation(Strategy):
 
     Args:
         length: L >= 2, the most tokens a step commits.
+        adapted_seed: in the first pass the seed's row runs the adapter too (Nemotron-Labs-Diffusion); False: mask rows
+            alone, for which adapters of this package are trained.
 
     Raises:
         TypeError, ValueError: `length` is not an int >= 2.
@@ -24,16 +26,18 @@ class SelfSpeculation(Strategy):
 
     name = "self_speculation"
     title = "self-speculation"
+    options = ("adapted_seed",)
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, *, adapted_seed: bool = False) -> None:
         self.drafts = patterns.check_int("length", length, 2)
+        self._gate = True if adapted_seed else None
         self._draft, self._verify = patterns.block_step(length), patterns.causal(length)
 
     def step(self, batch: Batch) -> StepResult:
         seed = batch.drafts[:, :1]
         is_mask = torch.ones_like(batch.drafts, dtype=torch.bool)
         is_mask[:, 0] = False
-        hidden = batch.forward(seed.expand_as(is_mask), self._draft, is_mask)
+        hidden = batch.forward(seed.expand_as(is_mask), self._draft, is_mask, self._gate)
         logits = batch.model.logits(hidden[:, 1:])
         drafts = torch.cat([seed, batch.draft(logits, batch.cache.lengths + 1)], dim=1)
         if batch.draft_logits is not None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-__all__ = ["check_source", "load", "tidar_entry"]
+__all__ = ["check_source", "load", "read_tokenizer", "tidar_entry"]
 
 _MAX_LAYERS = 10_000
 
 
-def load(model_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+def load(
+    model_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """`(model, tokenizer)`, the model in evaluation mode.
 
     Args:
         model_path: a folder, or a name on the Hub. A folder with one `.gguf` file and no configuration is read with the
             package `gguf`, its weights dequantised.
         dtype: of the weights; "auto" is that of the checkpoint.
+        needs_tokenizer: without, the tokenizer is None if there is none.
 
     Raises:
         FileNotFoundError: neither a folder nor a name. ValueError: weights are missing, or have other shapes than the
@@ -30,7 +34,7 @@ def load(model_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") 
     source = check_source(model_path)
     file = _gguf_file(source)
     options: dict[str, Any] = {} if file is None else {"gguf_file": file}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options) if needs_tokenizer or file else read_tokenizer(source)
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except RuntimeError as error:
@@ -49,6 +53,20 @@ def load(model_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") 
         model.hf_quantizer = None
         del model.config.quantization_config
     return model.eval(), tokenizer
+
+
+def read_tokenizer(source: str) -> Any:
+    """The tokenizer of a checkpoint; None if it has none that can be read without code of its own."""
+    if os.path.isdir(source) and not any(
+        os.path.isfile(os.path.join(source, name)) for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (ValueError, OSError, KeyError):  # of a model type that transformers does not know, or with code of its own
+        with suppress(ValueError, OSError, KeyError):
+            return PreTrainedTokenizerFast.from_pretrained(source)
+    return None
 
 
 def check_source(model_path: str | os.PathLike[str]) -> str:

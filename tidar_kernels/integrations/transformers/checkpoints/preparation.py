@@ -1,0 +1,185 @@
+"""From a checkpoint, or a model that is loaded already, to what `Decoder` takes; and what was found and chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....decoding.strategies import Strategy, StrategyName, by_name
+from ....patterns import check_int
+from ..loading import check_source, load, read_tokenizer
+from ..model import TransformersModel, decoder_model
+from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
+from .system import Config, System
+
+__all__ = ["Prepared", "Recognised", "load_any", "prepared"]
+
+_log = logging.getLogger(__name__)
+
+# R-ISD trains an adapter for masks on a base model that has none (I-DLM, arXiv 2604.11035): one of Qwen3's free ids.
+_RISD_MASK = 151669
+_RISD_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a checkpoint was found to be, and how it is decoded; its `str` is one line.
+
+    Attributes:
+        system: the title of the system, or "transformers" for an ordinary model.
+        model: the class that it was read into.
+        strategy: the label of the strategy; "autoregressive" in that mode.
+        mask_token_id: None without masks.
+        adapter: the folder of its gated adapter, None if it has none.
+        beta: below 1 where the diffusion logits have a say.
+    """
+
+    system: str
+    model: str
+    strategy: str
+    mask_token_id: int | None = None
+    adapter: str | None = None
+    beta: float = 1.0
+
+    def __str__(self) -> str:
+        said = [f"{self.system} as {self.model}", self.strategy]
+        said += [] if self.mask_token_id is None else [f"mask token {self.mask_token_id}"]
+        said += [] if self.adapter is None else [f"adapter {Path(self.adapter).name}"]
+        said += [] if self.beta == 1.0 else [f"beta {self.beta:g}"]
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The arguments of a `Decoder`; `recognised` is None for a model that was loaded by the caller."""
+
+    model: TransformersModel
+    strategy: Strategy | StrategyName
+    block_size: int | None
+    mask_token_id: int | None
+    beta: float | None = None
+    recognised: Recognised | None = None
+
+
+def prepared(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    block_size: int | None = None,
+    mask_token_id: int | None = None,
+    strategy: Any = None,
+    stride: int | None = None,
+    beta: float | None = None,
+    autoregressive: bool = False,
+    system: str | None = None,
+    adapter: str | os.PathLike[str] | bool = True,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> Prepared:
+    """What `Decoder.from_transformers` makes a decoder of; its arguments and errors are described there."""
+    if not isinstance(model, (str, os.PathLike)):
+        for name, value, default in (("system", system, None), ("adapter", adapter, True), ("device", device, None)):
+            if value is not default:
+                raise ValueError(f"{name}: expected with a path alone, got {value!r} beside a model")
+        found = decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
+        return Prepared(found, strategy or "tidar", block_size, mask_token_id)
+
+    source = os.fspath(model)
+    config = config_of(_existing(source))
+    found_system = recognised_system(config) if system is None else by_system_name(system)
+    folder = _adapter_folder(source, found_system, adapter)
+    is_risd = found_system is None and folder is not None
+    if found_system is None:
+        read, own_tokenizer = load(source, dtype, needs_tokenizer=False)
+    else:
+        read, own_tokenizer = read_checkpoint(source, found_system, config, dtype), None
+    tokenizer = tokenizer if tokenizer is not None else own_tokenizer
+
+    if found_system is not None and mask_token_id is None:
+        mask_token_id = found_system.mask_token_id(config)
+        if mask_token_id is None:
+            tokenizer = read_tokenizer(source) if tokenizer is None else tokenizer
+            mask_token_id = getattr(tokenizer, "mask_token_id", None)
+        if mask_token_id is None and not autoregressive:
+            raise ValueError(
+                f"mask_token_id: expected a token id here, in config.json of {found_system.title} or as its "
+                "tokenizer's mask token, got none"
+            )
+    if is_risd and mask_token_id is None and config.get("vocab_size", 0) > _RISD_MASK:
+        mask_token_id = _RISD_MASK
+    chosen = strategy if strategy is not None else found_system.strategies[0] if found_system else None
+    if chosen is None:
+        chosen = "isd" if is_risd else "tidar"
+    if not autoregressive and isinstance(chosen, str):
+        chosen = _strategy(chosen, found_system, config, block_size if stride is None else stride, is_risd)
+        block_size = chosen.drafts if isinstance(chosen, Strategy) else block_size
+    if folder is not None:
+        add_adapter(read, folder, found_system)
+    if device is not None:
+        read = read.to(device)
+    found = decoder_model(read, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
+    if beta is None and found_system is not None and isinstance(chosen, Strategy) and chosen.takes_beta:
+        beta = found_system.beta(config)
+    label = "autoregressive" if autoregressive else chosen.label if isinstance(chosen, Strategy) else str(chosen)
+    recognised = Recognised(
+        system="transformers" if found_system is None else found_system.title,
+        model=type(read).__name__,
+        strategy=label,
+        mask_token_id=None if autoregressive else found.config.mask_token_id,
+        adapter=None if folder is None else str(folder),
+        beta=1.0 if beta is None else beta,
+    )
+    _log.info("%s: %s", source, recognised)
+    return Prepared(found, chosen, block_size, mask_token_id, beta, recognised)
+
+
+def load_any(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """`(model, tokenizer)` of an ordinary model or of a system's checkpoint, without its adapter.
+
+    Raises:
+        ValueError: there is no tokenizer; or as `prepared` and `load`, as other errors.
+    """
+    config = config_of(_existing(source))
+    system = recognised_system(config)
+    if system is None:
+        return load(source, dtype)
+    tokenizer = read_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a tokenizer in the checkpoint of {system.title}, got none that can be read")
+    return read_checkpoint(source, system, config, dtype), tokenizer
+
+
+def _existing(source: str) -> str:
+    """The source, if there is something at it; see `check_source`, which reads the configuration by its own classes."""
+    if not os.path.isdir(source):
+        check_source(source)
+    return source
+
+
+def _adapter_folder(source: str, system: System | None, adapter: str | os.PathLike[str] | bool) -> Path | None:
+    if not isinstance(adapter, bool):
+        return Path(adapter)
+    if not adapter or system is None or system.adapter is None:
+        return None
+    folder = Path(source) / system.adapter
+    return folder if folder.is_dir() else None
+
+
+def _strategy(name: Any, system: System | None, config: Config, size: int | None, is_risd: bool) -> Strategy | Any:
+    """The strategy of a name with the options of a system; the name itself where `Decoder` knows enough."""
+    if is_risd:
+        return by_name(name, _RISD_STRIDE if size is None else size, shifted=True)
+    if system is None:
+        return name
+    if size is None:
+        size = system.block_size(config, name)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(
+                f"block_size: expected one here or in config.json of {system.title}, an int >= 1, got {size!r}"
+            )
+    return system.strategy(name, check_int("block_size", size, 1))
