@@ -6,6 +6,7 @@ nothing is shared with the package: every pass is a whole forward pass of a tran
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 
-from tests.integrations.transformers.published import MASK, VOCAB_SIZE, reference, write, write_adapter
+from safetensors.torch import load_file, save_file
+
+from tests.integrations.transformers.published import MASK, PUBLISHED, VOCAB_SIZE, reference, write, write_adapter
 from tidar_kernels import Decoder, strategies
 from tidar_kernels.nn.adapters import has_gated_lora
 
@@ -369,3 +372,128 @@ def test_fast_dllm(tmp_path: Path) -> None:
         result = decoder.generate(list(prompt), NEW_TOKENS)
         tokens, passes = aligned_blocks(model, prompt, 16, 0.95, MASK, 8, True)
         assert (result.tokens, result.passes) == ([tokens[:NEW_TOKENS]], [passes])
+
+
+# What is wrong, or cannot be had.
+
+
+def changed(folder: Path, **keys: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in {**config, **keys}.items()}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("nemotron", {"mask_token_id": None}, "mask_token_id: expected a token id here, in config.json of Nemotron"),
+        ("nemotron", {"mask_token_id": 64}, "mask_token_id: expected < vocab_size = 64, got 64"),
+        ("nemotron", {"block_size": None}, "block_size: expected one here or in config.json of Nemotron"),
+        ("nemotron", {"block_size": "32"}, "block_size: expected one here or in config.json of Nemotron"),
+        ("nemotron", {"block_size": 0}, "block_size: expected one here or in config.json of Nemotron"),
+        ("nemotron", {"mlp_bias": True}, "mlp_bias: expected none in config.json of NemotronLabsDiffusionModel, got"),
+        ("nemotron", {"intermediate_size": 64}, "model: expected weights of the shapes that config.json of Nemotron"),
+        ("nemotron", {"num_hidden_layers": 3}, "model: expected all weights of Nemotron-Labs-Diffusion, got none for"),
+        ("nemotron", {"num_hidden_layers": 1}, "model: expected the weights of Ministral3ForCausalLM alone for Nem"),
+        ("tidar", {}, "mask_token_id: expected a token id here, in config.json of TiDAR-LM or as its tokenizer's"),
+        ("sdar", {"use_sliding_window": True}, "use_sliding_window: expected none in config.json of SDARForCausalLM"),
+        ("fast-dllm", {}, "mask_token_id: expected a token id here, in config.json of Fast-dLLM v2"),
+        ("fast-dllm", {"bd_size": None, "mask_token_id": 9}, "block_size: expected one here or in config.json of Fast"),
+    ],
+)
+def test_half_a_checkpoint_is_an_error_of_one_line(tmp_path: Path, name: str, keys: dict[str, Any], said: str) -> None:
+    folder = changed(write(name, tmp_path, reference(name)), **keys)
+    with pytest.raises(ValueError, match=".") as error:
+        Decoder.from_transformers(folder)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_that_are_missing_or_left_over_are_named(tmp_path: Path) -> None:
+    folder = write("nemotron", tmp_path, reference("nemotron"))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("diffusion_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"got none for lm_head\.weight$"):
+        Decoder.from_transformers(folder)
+    both = {**tensors, "diffusion_head.weight": head, "encoder.layers.0.mamba.a_log": head[:1].clone()}
+    save_file(both, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"alone for Nemotron-Labs-Diffusion, got .*layers\.0\.mamba\.a_log$"):
+        Decoder.from_transformers(folder)
+
+
+def test_an_adapter_of_another_rank_or_another_model_is_refused(tmp_path: Path) -> None:
+    model = reference("nemotron")
+    folder = write("nemotron", tmp_path / "model", model)
+    write_adapter(tmp_path / "rank", model, "encoder.", ("o_proj",), rank=4, r=8)
+    with pytest.raises(ValueError, match=r"o_proj\.lora_A: expected shape \[8, 64\], got \[4, 64\]$"):
+        Decoder.from_transformers(folder, adapter=tmp_path / "rank")
+    write_adapter(tmp_path / "other", model, "decoder.", ("o_proj",))
+    with pytest.raises(ValueError, match=r"expected modules of the model, got decoder\.layers"):
+        Decoder.from_transformers(folder, adapter=tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a folder with adapter_config"):
+        Decoder.from_transformers(folder, adapter=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"^adapter: expected with a path alone"):
+        Decoder.from_transformers(model, adapter=tmp_path / "rank")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DFlash": (
+        {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"target_layer_ids": [1, 9]}},
+        "got DFlashDraftModel, a drafter of the DFlash family: it drafts from the hidden states of its target's layers",
+    ),
+    "DiffusionGemma": (
+        {"architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma"},
+        "got DiffusionGemmaForBlockDiffusion, DiffusionGemma: its canvas holds random tokens in the place of masks",
+    ),
+    "LLaDA 2": (
+        {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "auto_map": {"AutoModel": "m.M"}},
+        "got LLaDA2MoeModelLM, LLaDA 2.x: its mixture of experts is code of its own",
+    ),
+    "LLaDA": (
+        {"architectures": ["LLaDAModelLM"], "model_type": "llada", "auto_map": {"AutoModel": "m.M"}},
+        "got LLaDAModelLM, a diffusion model without blocks",
+    ),
+    "hybrids": (
+        {
+            "architectures": ["Qwen3_5DLLMForCausalLM"],
+            "model_type": "qwen3_5_text",
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "got Qwen3_5DLLMForCausalLM, a hybrid of attention and state-space layers: the state of such layers cannot",
+    ),
+    "unknown code": (
+        {"architectures": ["MyForCausalLM"], "model_type": "mine", "auto_map": {"AutoModel": "m.M"}},
+        "expected a class that transformers has, got MyForCausalLM, whose code comes with its checkpoint and is not run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    config, said = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match=r"^model: expected ") as error:
+        Decoder.from_transformers(tmp_path)
+    assert said in str(error.value)
+
+
+def test_an_ordinary_checkpoint_is_read_as_it_was(tmp_path: Path) -> None:
+    model = reference("qwen3")
+    folder = write("qwen3", tmp_path, model, tidar={"block_size": 4, "mask_token_id": MASK})
+    decoder = Decoder.from_transformers(str(folder), strategy="isd")
+    assert (decoder.recognised.system, decoder.block_size, decoder.mask_token_id) == ("transformers", 4, MASK)
+    assert decoder.generate(PROMPTS[0], NEW_TOKENS).tokens == [autoregressive(model, PROMPTS[0])]
+    assert Decoder.from_transformers(model, block_size=4, mask_token_id=MASK).recognised is None
+    plain = Decoder.from_transformers(folder, mode="autoregressive")
+    assert plain.recognised.strategy == "autoregressive"
+    with pytest.raises(FileNotFoundError, match=r"^model_path: expected a folder or a name on the Hub"):
+        Decoder.from_transformers(tmp_path / "no where")
+
+
+def test_every_system_has_a_checkpoint_here() -> None:
+    from tidar_kernels.integrations.transformers.checkpoints import SYSTEMS, recognised_system
+
+    found = {system.name for published in PUBLISHED.values() if (system := recognised_system(published.config))}
+    assert found == {system.name for system in SYSTEMS}
