@@ -1,4 +1,4 @@
-"""Published checkpoints on the command line: read like any other, and what is wrong with one is a line and exit code 2."""
+"""Published checkpoints on the command line: read like any other; what is wrong with one is a line, exit code 2."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_block_diffusion(n: int, block: int) -> None:
     check(pattern, visible, 2 * n, 2 * n)
     assert pattern.positions.tolist() == [*range(n), *range(n)]
     assert pattern.predicts.tolist() == [*range(n)] + [-1] * n
+
+
+@pytest.mark.parametrize(("n", "block"), SIZES)
+def test_block_causal(n: int, block: int) -> None:
+    """Clean rows see whole blocks up to their own; only rows of blocks that are there whole may enter the cache."""
+    pattern = patterns.block_causal(n, block)
+    expected = [[k // block <= q // block for k in range(n)] for q in range(n)]
+    assert pattern.dense().tolist() == expected
+    assert pattern.positions.tolist() == list(range(n))
+    assert (pattern.kept_len, pattern.causal_len) == (n, n if block == 1 else int(n == 1))
+    assert not pattern.roles.any()
+
+
+def test_rows_that_see_what_may_be_dropped_are_not_kept() -> None:
+    """A block whose rows see a key in flight beyond them, a mask among them, or a position that is not their own."""
+    whole = patterns.block_causal(6, 3)
+    seen = torch.tensor([[0, 3]] * 3 + [[0, 6], [0, 7], [0, 6]], dtype=torch.int32)
+    beyond = replace(whole, lead=seen, kv_len=7, key_positions=None)
+    masked = replace(whole, roles=torch.tensor([0, 0, 0, 0, int(Role.MASK), 0], dtype=torch.int8))
+    moved = replace(whole, positions=torch.tensor([0, 1, 2, 4, 5, 6], dtype=torch.int32))
+    for pattern in (beyond, masked, moved):
+        assert pattern.kept_len == 3
+    assert whole.windowed(2).kept_len == 0
 
 
 @pytest.mark.parametrize(("n", "block"), SIZES)

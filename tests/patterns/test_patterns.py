@@ -351,6 +351,7 @@ EVERY_KIND = [
     tidar_training(20, 3, [7, 4, 9], [3, 4, 0]),
     patterns.idlm_training(9, 4),
     patterns.block_diffusion_training(9, 4),
+    patterns.block_causal(7, 3),
     patterns.set_block_training(9, 4),
     patterns.dflash_training(9, [0, 3, 9], 4),
     patterns.jacobi_forcing_training(4, 7),

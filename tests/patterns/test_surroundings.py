@@ -42,6 +42,7 @@ CONSTRUCTORS: dict[str, Callable[[], Pattern]] = {
     "block_diffusion_training": lambda: patterns.block_diffusion_training(9, 4),
     "set_block_training": lambda: patterns.set_block_training(9, 4),
     "block_step": lambda: patterns.block_step(4),
+    "block_causal": lambda: patterns.block_causal(7, 3),
     "dflash_training": lambda: patterns.dflash_training(9, [2, 7], 3),
     "jacobi_forcing_training": lambda: patterns.jacobi_forcing_training(4, 6),
     "tree": lambda: patterns.tree([-1, 0, 0, 1, 2]),

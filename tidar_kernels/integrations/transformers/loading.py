@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-__all__ = ["check_source", "load", "read_tokenizer", "tidar_entry"]
+__all__ = ["check_name", "check_source", "load", "read_tokenizer", "tidar_entry"]
 
 _MAX_LAYERS = 10_000
 
@@ -69,15 +69,25 @@ def read_tokenizer(source: str) -> Any:
     return None
 
 
+def check_name(model_path: str | os.PathLike[str]) -> str:
+    """`model_path` as a str, if it is a folder or looks like a name on the Hub; nothing is read.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    source = os.fspath(model_path)
+    if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
+    return source
+
+
 def check_source(model_path: str | os.PathLike[str]) -> str:
     """`model_path` as transformers takes it.
 
     Raises:
         FileNotFoundError: neither a folder nor a name on the Hub. ValueError: more layers than anything can hold.
     """
-    source = os.fspath(model_path)
-    if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
+    source = check_name(model_path)
     if _gguf_file(source) is None:
         config = AutoConfig.from_pretrained(source).get_text_config()
         layers = getattr(config, "num_hidden_layers", 0)

@@ -12,7 +12,7 @@ import torch
 
 from ....decoding.strategies import Strategy, StrategyName, by_name
 from ....patterns import check_int
-from ..loading import check_source, load, read_tokenizer
+from ..loading import check_name, load, read_tokenizer
 from ..model import TransformersModel, decoder_model
 from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
 from .system import Config, System
@@ -90,7 +90,7 @@ def prepared(
         return Prepared(found, strategy or "tidar", block_size, mask_token_id)
 
     source = os.fspath(model)
-    config = config_of(_existing(source))
+    config = config_of(check_name(source))
     found_system = recognised_system(config) if system is None else by_system_name(system)
     folder = _adapter_folder(source, found_system, adapter)
     is_risd = found_system is None and folder is not None
@@ -112,7 +112,7 @@ def prepared(
             )
     if is_risd and mask_token_id is None and config.get("vocab_size", 0) > _RISD_MASK:
         mask_token_id = _RISD_MASK
-    chosen = strategy if strategy is not None else found_system.strategies[0] if found_system else None
+    chosen: Any = strategy if strategy is not None else found_system.strategies[0] if found_system else None
     if chosen is None:
         chosen = "isd" if is_risd else "tidar"
     if not autoregressive and isinstance(chosen, str):
@@ -144,7 +144,7 @@ def load_any(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     Raises:
         ValueError: there is no tokenizer; or as `prepared` and `load`, as other errors.
     """
-    config = config_of(_existing(source))
+    config = config_of(check_name(source))
     system = recognised_system(config)
     if system is None:
         return load(source, dtype)
@@ -152,13 +152,6 @@ def load_any(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     if tokenizer is None:
         raise ValueError(f"model: expected a tokenizer in the checkpoint of {system.title}, got none that can be read")
     return read_checkpoint(source, system, config, dtype), tokenizer
-
-
-def _existing(source: str) -> str:
-    """The source, if there is something at it; see `check_source`, which reads the configuration by its own classes."""
-    if not os.path.isdir(source):
-        check_source(source)
-    return source
 
 
 def _adapter_folder(source: str, system: System | None, adapter: str | os.PathLike[str] | bool) -> Path | None:
