@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tidar_kernels.distributed import ContextParallel
 from tidar_kernels.patterns import tidar_training
@@ -75,7 +75,10 @@ class Shape:
 
 
 class Alive(TorchDispatchMode):
-    """Counts bytes of the storages that operators return and that are alive: `now` and the `most` so far."""
+    """Counts bytes of the storages that operators return and that are alive: `now` and the `most` so far.
+
+    Of collectives those in our hands: gloo's threads let go of what they sent and received whenever they run next.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +86,8 @@ class Alive(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        ours = func.namespace != "_c10d_functional" or func is _wait
+        found = func(*args, **(kwargs or {})) if ours else _apart(func, args)
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
@@ -101,6 +105,15 @@ class Alive(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+_wait = torch.ops._c10d_functional.wait_tensor.default
+
+
+def _apart(collective: Any, args: Any) -> Tensor:
+    """The result of a collective, which works on copies of its own."""
+    coming = collective(*tree_map_only(Tensor, torch.clone, args))
+    return _wait(coming).clone()
 
 
 def measure(seq_len: int, shape: Shape) -> int:
