@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, save_checkpoint
     from .shipped import load_shipped, load_shipped_adapter, shipped_figures
+    from .tensor_parallel import tensor_parallel
     from .tokenizer import ByteTokenizer
     from .transformer import Transformer, TransformerConfig
 
@@ -24,11 +25,13 @@ __all__ = [
     "load_shipped_adapter",
     "save_checkpoint",
     "shipped_figures",
+    "tensor_parallel",
 ]
 
 _MODULES = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
     "shipped": ("load_shipped", "load_shipped_adapter", "shipped_figures"),
+    "tensor_parallel": ("tensor_parallel",),
     "tokenizer": ("ByteTokenizer",),
     "transformer": ("Transformer", "TransformerConfig"),
 }

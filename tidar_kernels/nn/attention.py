@@ -97,9 +97,11 @@ class TiDARAttention(nn.Module):
             TypeError: a cache beside a `ContextParallel`. RuntimeError: in a backward pass through a call with a cache.
         """
         batch, rows, _ = x.shape
-        q = self.q_proj(x).view(batch, rows, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, rows, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, rows, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        # As many heads as the projections give: under tensor parallelism those of this rank.
+        q, k, v = (
+            project(x).view(batch, rows, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        v = v.transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is None:

@@ -1,4 +1,4 @@
-"""One of two processes of test_distributed.py: `python distributed_worker.py ddp|fsdp|fsdp_bf16|cp|trainer FOLDER`."""
+"""One of two processes of test_distributed.py: `python distributed_worker.py HOW FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from tidar_kernels.integrations.transformers import TiDARCollator, TiDARTrainer, compute_loss, count_labels
 
@@ -20,14 +21,14 @@ MASK, RANK = 39, int(os.environ["RANK"])
 COLLATE = TiDARCollator(4, MASK)
 
 
-def tiny(**more: Any) -> Any:
+def tiny(kind: str = "Qwen3", **more: Any) -> Any:
     torch.manual_seed(0)
-    config = Qwen3Config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="tidar",
         **more,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():  # logits that differ, so that a wrong one shows
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -106,16 +107,46 @@ def context_parallel() -> int:
     return compared
 
 
-def trained(folder: Path) -> int:
-    """Four steps of the Trainer in two processes end with the weights of one process with batches twice as large."""
+def tensor_parallel(folder: Path) -> int:
+    """Models sharded by the plan that transformers has for them, loaded by every process from one checkpoint."""
+    from transformers.distributed import DistributedConfig
+
+    compared = 0
+    for kind in ("Qwen3", "Llama", "Qwen2", "Mistral"):
+        there = folder / kind
+        tiny(kind).save_pretrained(there)  # the first process does
+        dist.barrier()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            there, attn_implementation="tidar", distributed_config=DistributedConfig(tp_size=2)
+        )
+        assert model.model.layers[0].self_attn.k_proj.weight.to_local().shape[0] == 8  # one head of two
+        reference, (_, whole, _) = tiny(kind), shares()
+        found, expected = compute_loss(model, whole), compute_loss(reference, whole)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.detach(), other.detach())
+        found.loss.backward()
+        expected.loss.backward()
+        compared += close(model, reference, 1e-4)
+    return compared
+
+
+def trained(folder: Path, context: int = 1, **more: Any) -> int:
+    """Four steps of the Trainer end with the weights of one process with the batches of all.
+
+    `context` processes share each batch: by the trainer's argument, unless `more` arguments tell Accelerate.
+    """
     documents = corpus(32)
     model = tiny()
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
         learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, save_strategy="no",
         logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        **more,
     )  # fmt: skip
-    trainer = TiDARTrainer(model=model, args=arguments, data_collator=COLLATE, train_dataset=documents)
+    trainer = TiDARTrainer(
+        model=model, args=arguments, data_collator=COLLATE, train_dataset=documents, eval_dataset=documents[:6],
+        context_parallel=1 if more else context,
+    )  # fmt: skip
     seen: list[list[dict[str, Any]]] = []
     own = trainer.get_batch_samples
 
@@ -126,22 +157,32 @@ def trained(folder: Path) -> int:
 
     trainer.get_batch_samples = noted  # type: ignore[method-assign]
     trainer.train()
-    assert dist.get_world_size() == 2
     reference = tiny()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-    for batches in seen[:4]:
-        both: list[Any] = [None, None]
-        dist.all_gather_object(both, batches)
-        counts = torch.stack([count_labels(batch) for part in both for batch in part]).sum(0)
-        for part in both:
+    for batches, log in zip(seen[:4], trainer.state.log_history, strict=False):
+        everybodys: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, batches)
+        own_batches, total = everybodys[::context], 0.0
+        for rank, part in enumerate(everybodys):
+            shared = own_batches[rank // context]
+            assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(part, shared, strict=True))
+        assert not any(torch.equal(own_batches[0][0]["input_ids"], one[0]["input_ids"]) for one in own_batches[1:])
+        counts = torch.stack([count_labels(batch) for part in own_batches for batch in part]).sum(0)
+        for part in own_batches:
             for batch in part:
-                compute_loss(reference, batch, counts=counts).loss.backward()
+                loss = compute_loss(reference, batch, counts=counts).loss
+                loss.backward()
+                total += float(loss.detach())
+        assert abs(log["loss"] - total) < 2e-4
         optimizer.step()
         optimizer.zero_grad()
     moved, start = 0, tiny()
     for one, other, first in zip(model.parameters(), reference.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         moved += not torch.equal(one, first)
+    if context == dist.get_world_size():
+        expected = compute_loss(model, COLLATE(documents[:6])).loss.detach()
+        torch.testing.assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), expected)
     return moved
 
 
@@ -150,9 +191,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     try:
         how, folder = sys.argv[1], Path(sys.argv[2])
-        if how == "trainer":
-            print("compared", trained(folder))
-        else:
-            print("compared", context_parallel() if how == "cp" else gradients(how))
+        run = {
+            "cp": context_parallel,
+            "tp": lambda: tensor_parallel(folder),
+            "trainer": lambda: trained(folder),
+            "trainer_cp": lambda: trained(folder, context=2),
+        }.get(how, lambda: gradients(how))
+        print("compared", run())
     finally:
         dist.destroy_process_group()

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel, Trainer
 
 from ...distributed import ContextParallel, shared_out
+from ...distributed.collectives import all_reduced
 from ...nn.loss import TiDARLoss, label_counts, tidar_loss
-from ...patterns import Pattern
+from ...patterns import Pattern, check_int
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
 from .logits import LogitShape
 
@@ -272,19 +273,26 @@ class TiDARTrainer(Trainer):
         model, args, ...: those of `transformers.Trainer`; `data_collator` is a `TiDARCollator`.
         alpha: weight of the autoregressive mean, >= 0.
         chunk_size: rows whose logits exist at a time.
+        context_parallel: how many processes have the same batches and share out the rows of each (`ContextParallel`).
+            Weights are whole in every process (DDP); to shard them too (FSDP2), give its size to Accelerate instead,
+            `args.parallelism_config = ParallelismConfig(cp_size=.., dp_shard_size=..)`, and leave it out here.
 
     Raises:
         TypeError: `data_collator` is not a `TiDARCollator`.
         ValueError: the mask token is outside the model's vocabulary, `label_smoothing_factor` or `compute_loss_func`
-            asks for another loss, or several GPUs would share this process (launch one process a GPU instead).
+            asks for another loss, several GPUs would share this process (launch one process a GPU instead), or
+            `context_parallel` does not divide the number of processes or is given twice.
     """
 
     # The loss is divided by the labels of the whole accumulated step, so the trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, alpha: float = 1.0, chunk_size: int = 1024, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, alpha: float = 1.0, chunk_size: int = 1024, context_parallel: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.alpha, self.chunk_size = alpha, chunk_size
+        self._context = self._shared_batches(check_int("context_parallel", context_parallel, 1))
         collator = self.data_collator
         if not isinstance(collator, TiDARCollator):
             raise TypeError(f"data_collator: expected a TiDARCollator, got {type(collator).__name__}")
@@ -303,6 +311,38 @@ class TiDARTrainer(Trainer):
         # Older trainers read in this whether the loss is scaled already.
         self.model_accepts_loss_kwargs = True
 
+    def _shared_batches(self, ranks: int) -> DeviceMesh | None:
+        """The mesh of the processes that have this one's batches, which data loaders get to know; None for one alone.
+
+        Raises:
+            ValueError: `ranks` does not divide the number of processes, or Accelerate has been told already.
+        """
+        configuration = getattr(self.accelerator, "parallelism_config", None)
+        if configuration is not None and configuration.cp_size > 1:
+            if ranks > 1:
+                raise ValueError(f"context_parallel: expected 1 beside a parallelism_config with cp_size, got {ranks}")
+            configured: DeviceMesh = self.accelerator.torch_device_mesh["cp"]
+            return configured
+        if ranks == 1:
+            return None
+        processes = self.accelerator.num_processes
+        if processes % ranks:
+            raise ValueError(f"context_parallel: expected a divisor of {processes} processes, got {ranks}")
+        mesh = init_device_mesh(
+            self.args.device.type, (processes // ranks, ranks), mesh_dim_names=("dp_replicate", "cp")
+        )
+        # What data loaders are dealt by, and nothing else.
+        self.accelerator._prepare_device_mesh = lambda: mesh
+        return mesh["cp"]
+
+    def get_cp_size(self) -> int:
+        """How many processes share a batch: `transformers.Trainer` counts batches and steps by it."""
+        return 1 if self._context is None else self._context.size()
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Batches as they are: `compute_loss` shares out their rows."""
+        return nullcontext, inputs
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and how many clean and mask rows with a label they have, over all devices: `[2]`."""
         batches = list(islice(epoch_iterator, num_batches))
@@ -310,7 +350,7 @@ class TiDARTrainer(Trainer):
             return batches, None
         counts = torch.stack([count_labels(batch) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0)
+            counts = self.accelerator.gather(counts[None]).sum(0) / self.get_cp_size()
         return batches, counts
 
     def compute_loss(
@@ -323,10 +363,14 @@ class TiDARTrainer(Trainer):
         """The loss of a batch; `num_items_in_batch` are the counts of `get_batch_samples`."""
         training = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.shape == (2,)
         counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) and training else None
-        parts = compute_loss(model, inputs, self.alpha, counts=counts, chunk_size=self.chunk_size)
+        parts = compute_loss(model, inputs, self.alpha, counts=counts, chunk_size=self.chunk_size, cp=self._context)
         loss = parts.loss
         if counts is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, this sums them
+        elif self._context is not None and torch.is_grad_enabled():
+            loss = loss * self._context.size()  # a batch's shares are to be summed, batches to be averaged
+        elif self._context is not None:
+            loss = all_reduced(loss, self._context.get_group().group_name)
         if not return_outputs:
             return loss
         return loss, {"loss": loss, "autoregressive": parts.autoregressive[None], "diffusion": parts.diffusion[None]}

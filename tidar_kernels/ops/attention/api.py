@@ -13,7 +13,7 @@ from ...patterns import Pattern
 from .. import checks
 from ..declaration import Backend, Gradient, Operator, check_backend, no_second_derivative
 from ..operands import Keys, Results, Rows, Scores
-from . import cpu, reference
+from . import cpu, reference, sharding
 
 __all__ = ["attention", "backward", "checked", "operator", "sinks_backward"]
 
@@ -34,7 +34,8 @@ def attention(
 
     Row q sees the keys in `lead[q]` and `own[q]` (`tidar_kernels.patterns`; TiDAR, arXiv 2511.08923, training). Only
     tiles that some row sees are loaded and computed, forward and backward, and gradients are the same bits in every
-    run. Under autocast the operands are cast as PyTorch's own attention casts them.
+    run. Under autocast the operands are cast as PyTorch's own attention casts them. Operands may be DTensors: sequences
+    and heads stay where they are, each on its rank.
 
     A key that a row does not see leaves nothing in its result and gradients, as long as its products stay finite in
     float32. On the CPU and in the twin that is so for NaN and infinities too. The kernels multiply whole tiles, and
@@ -58,7 +59,8 @@ def attention(
         (its head's sink, with sinks), and q has no gradient there.
 
     Raises:
-        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices or backend do not fit.
+        TypeError: a non-tensor, mixed dtypes, or DTensors beside others. ValueError: shapes, devices, meshes or backend
+            do not fit.
 
     Twin: `tidar_kernels.eager.attention`. Kernels: `triton_forward.py` and `triton_backward.py` beside this file.
     """
@@ -69,6 +71,8 @@ def attention(
         raise ValueError(f'pattern: expected one without tree mask, or backend="eager", got {pattern.name}')
     # On the pattern's own device without its memo: `torch.compile` would guard on that and compile twice.
     lead, own, *_ = (pattern.lead, pattern.own) if q.device == pattern.lead.device else pattern.on(q.device)
+    if sharding.any_dtensor(q, k, v, sinks):
+        lead, own = sharding.beside((lead, own), q=q, k=k, v=v, sinks=sinks)
     out, lse = operator(Rows(q, lead, own), Keys(k, v), scores)
     return (out, lse) if return_lse else out
 
