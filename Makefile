@@ -69,7 +69,8 @@ thorough: $(STAMP)  ## the interpreter's cases that `make test` leaves out
 	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(PYTEST) -m thorough --thorough
 
 distributed: $(STAMP)  ## training on 2 and 4 processes against one, on gloo: results, losses, checkpoints, killed processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m distributed --distributed tests/distributed tests/benchmarks/test_long_sequences.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 --durations=5 -m distributed --distributed tests/distributed \
+	    tests/benchmarks/test_long_sequences.py tests/integrations/transformers/test_distributed.py
 
 # About 15 minutes; SEED=N for another one.
 soak: $(STAMP)  ## random requests on shared sessions against autoregressive decoding: STEPS=300000 steps, none wrong

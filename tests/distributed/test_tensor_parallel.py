@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,11 +84,41 @@ def sharded() -> dict[str, Any]:
         ways = results([x.requires_grad_() for x in leaves[:4]], leaves[4:], tk.attention)
         where = "".join({Replicate(): "r", Shard(0): "b", Shard(1): "h"}[p] for p in ways["out"].placements)
         found[name] = (where, {key: value.full_tensor() for key, value in ways.items()})
+    q, k, v, sinks = operands((2, 4, 2), torch.float32)[:4]
+    line = dist.init_device_mesh("cpu", (4,))
+    there, keys, values = (distribute_tensor(x, mesh) for x in (q, k, v))
+    elsewhere = distribute_tensor(k, line)
+    found["errors"] = [
+        _error(lambda: tk.attention(there, k, v, PATTERN)),
+        _error(lambda: tk.attention(q, keys, values, PATTERN)),
+        _error(lambda: tk.attention(there, keys, values, PATTERN, sinks=sinks)),
+        _error(lambda: tk.attention(there, elsewhere, values, PATTERN)),
+        _error(lambda: tensor_parallel(one.WithLoss().model, line)),
+        _error(lambda: tensor_parallel(one.WithLoss().model, mesh)),
+        _error(lambda: tensor_parallel(one.WithLoss(), line)),  # type: ignore[arg-type]
+    ]
     return found
 
 
+def _error(function: Callable[[], Any]) -> str:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        function()
+    return f"{raised.type.__name__}: {raised.value}"
+
+
 def test_sharded_operands_are_one_process() -> None:
+    expected = [
+        "TypeError: k: expected a DTensor like the other operands, got Tensor",
+        "TypeError: q: expected a DTensor like the other operands, got Tensor",
+        "TypeError: sinks: expected a DTensor like the other operands, got Tensor",
+        "ValueError: k: expected the mesh of q, ",
+        "ValueError: mesh: expected a divisor of num_kv_heads = 2, got 4 ranks",
+        "ValueError: mesh: expected one dimension, got 2 (mesh['name'] is one of them)",
+        "TypeError: model: expected a tidar_kernels.models.Transformer, got WithLoss",
+    ]
     for found in on_ranks(4, sharded):
+        for error, start in zip(found["errors"], expected, strict=True):
+            assert error.startswith(start), error
         for name, (shape, _, where) in SHARDED.items():
             at, results_of_ranks = found[name]
             assert at == where, name

@@ -130,22 +130,18 @@ def tensor_parallel(folder: Path) -> int:
     return compared
 
 
-def trained(folder: Path, context: int = 1, **more: Any) -> int:
-    """Four steps of the Trainer end with the weights of one process with the batches of all.
-
-    `context` processes share each batch: by the trainer's argument, unless `more` arguments tell Accelerate.
-    """
+def trained(folder: Path, context: int = 1) -> int:
+    """Four steps of the Trainer, in which `context` processes share each batch, end with the weights of one process."""
     documents = corpus(32)
     model = tiny()
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
         learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, save_strategy="no",
         logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-        **more,
     )  # fmt: skip
     trainer = TiDARTrainer(
         model=model, args=arguments, data_collator=COLLATE, train_dataset=documents, eval_dataset=documents[:6],
-        context_parallel=1 if more else context,
+        context_parallel=context,
     )  # fmt: skip
     seen: list[list[dict[str, Any]]] = []
     own = trainer.get_batch_samples

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,11 @@ def corpus(count: int = 64) -> list[dict[str, Any]]:
 
 
 def trainer(path: Path, model: Any, collator: Any = None, **options: Any) -> TiDARTrainer:
-    own = {name: options.pop(name) for name in ("alpha", "compute_metrics", "callbacks") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("alpha", "compute_metrics", "callbacks", "context_parallel")
+        if name in options
+    }
     arguments = {
         "output_dir": str(path),
         "max_steps": 50,
@@ -96,6 +101,22 @@ def test_fifty_steps_a_checkpoint_and_a_resumed_run(tmp_path: Path) -> None:
     assert resumed.state.global_step == 50
     assert same_weights(resumed.model, run.model)
     assert losses(resumed)[5:] == curve[5:]
+
+
+def test_trainer_shares_batches_out_over_whole_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^context_parallel: expected a divisor of 1 processes, got 2$"):
+        trainer(tmp_path, tiny(), context_parallel=2)
+    with pytest.raises(ValueError, match=r"^context_parallel: "):
+        trainer(tmp_path, tiny(), context_parallel=0)
+    run = trainer(tmp_path, tiny())
+    for sizes, message in (
+        ((2, 1), r"^args.parallelism_config: expected cp_size = 1 .*, got 2$"),
+        ((1, 2), r"^context_parallel: expected 1 beside tensor parallelism, got 2$"),
+    ):
+        of_accelerate = SimpleNamespace(**dict(zip(("cp_size", "tp_size"), sizes, strict=True)))
+        monkeypatch.setattr(type(run.accelerator), "parallelism_config", of_accelerate)
+        with pytest.raises(ValueError, match=message):
+            run._shared_batches(2)
 
 
 def test_trainer_accumulates_as_one_large_batch(tmp_path: Path) -> None:

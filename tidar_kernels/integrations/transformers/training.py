@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -274,14 +274,14 @@ class TiDARTrainer(Trainer):
         alpha: weight of the autoregressive mean, >= 0.
         chunk_size: rows whose logits exist at a time.
         context_parallel: how many processes have the same batches and share out the rows of each (`ContextParallel`).
-            Weights are whole in every process (DDP); to shard them too (FSDP2), give its size to Accelerate instead,
-            `args.parallelism_config = ParallelismConfig(cp_size=.., dp_shard_size=..)`, and leave it out here.
+            Accelerate has a context parallelism of its own (`ParallelismConfig(cp_size=..)`), which knows plain causal
+            attention only: this is in its place.
 
     Raises:
         TypeError: `data_collator` is not a `TiDARCollator`.
         ValueError: the mask token is outside the model's vocabulary, `label_smoothing_factor` or `compute_loss_func`
-            asks for another loss, several GPUs would share this process (launch one process a GPU instead), or
-            `context_parallel` does not divide the number of processes or is given twice.
+            asks for another loss, several GPUs would share this process (launch one process a GPU instead),
+            `context_parallel` does not divide the number of processes, or Accelerate is to share out rows or heads.
     """
 
     # The loss is divided by the labels of the whole accumulated step, so the trainer must not divide it again.
@@ -315,16 +315,20 @@ class TiDARTrainer(Trainer):
         """The mesh of the processes that have this one's batches, which data loaders get to know; None for one alone.
 
         Raises:
-            ValueError: `ranks` does not divide the number of processes, or Accelerate has been told already.
+            ValueError: `ranks` does not divide the number of processes, or Accelerate has other plans for them.
         """
         configuration = getattr(self.accelerator, "parallelism_config", None)
         if configuration is not None and configuration.cp_size > 1:
-            if ranks > 1:
-                raise ValueError(f"context_parallel: expected 1 beside a parallelism_config with cp_size, got {ranks}")
-            configured: DeviceMesh = self.accelerator.torch_device_mesh["cp"]
-            return configured
+            raise ValueError(
+                f"args.parallelism_config: expected cp_size = 1 (context_parallel is in its place), "
+                f"got {configuration.cp_size}"
+            )
         if ranks == 1:
             return None
+        if configuration is not None and configuration.tp_size > 1:
+            raise ValueError(f"context_parallel: expected 1 beside tensor parallelism, got {ranks}")
+        if not hasattr(self.accelerator, "_prepare_device_mesh"):
+            raise ValueError("context_parallel: expected an accelerate whose loaders take a mesh, got an older one")
         processes = self.accelerator.num_processes
         if processes % ranks:
             raise ValueError(f"context_parallel: expected a divisor of {processes} processes, got {ranks}")
@@ -338,10 +342,6 @@ class TiDARTrainer(Trainer):
     def get_cp_size(self) -> int:
         """How many processes share a batch: `transformers.Trainer` counts batches and steps by it."""
         return 1 if self._context is None else self._context.size()
-
-    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Batches as they are: `compute_loss` shares out their rows."""
-        return nullcontext, inputs
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of a step, and how many clean and mask rows with a label they have, over all devices: `[2]`."""
