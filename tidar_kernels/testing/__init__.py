@@ -13,8 +13,9 @@ The rule: compare with the eager twin in float64; the error of a kernel is at mo
 same dtype, plus 1e-5, relative by norm. Inputs are random, outputs and unused cache slots are poisoned with NaN, and
 guard bands lie around every buffer.
 
-A file here is an operator's: its cases and its checks. A further one is a case dataclass, a check that takes a case and
-a device and raises `ParityError` or returns a `ParityResult`, and a row in `suites.SUITES`.
+A file here is an operator's: its cases and its checks (`step_attention` has its cases in a file of their own). A
+further one is a case dataclass, a check that takes a case and a device and raises `ParityError` or returns a
+`ParityResult`, and a row in `suites.SUITES`.
 """
 
 from __future__ import annotations
@@ -40,18 +41,8 @@ from .harness import (
 from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, LinearCase, check_gated_lora, check_row_invariant_linear
 from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, RotaryCase, check_rotary_append
 from .sanitizer import Fault, SanitizerError, mark_unwritten, sanitize
-from .step_attention import (
-    BITS_CASES,
-    BITS_CASES_LARGE,
-    LAUNCH_CASES,
-    STEP_CASES,
-    STEP_CASES_LARGE,
-    StepCase,
-    check_launch_bits,
-    check_row_bits,
-    check_step_attention,
-    step_operands,
-)
+from .step_attention import check_launch_bits, check_row_bits, check_step_attention, step_operands
+from .step_cases import BITS_CASES, BITS_CASES_LARGE, LAUNCH_CASES, STEP_CASES, STEP_CASES_LARGE, StepCase
 from .suites import SUITES, Suite, path_of, run_parity
 from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, VerifyCase, check_verify
 

@@ -15,16 +15,8 @@ from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
 from .harness import ParityError, ParityResult, result_of
 from .linear import LINEAR_CASES, LINEAR_CASES_LARGE, check_gated_lora, check_row_invariant_linear
 from .rotary_append import ROTARY_CASES, ROTARY_CASES_LARGE, check_rotary_append
-from .step_attention import (
-    BITS_CASES,
-    BITS_CASES_LARGE,
-    LAUNCH_CASES,
-    STEP_CASES,
-    STEP_CASES_LARGE,
-    check_launch_bits,
-    check_row_bits,
-    check_step_attention,
-)
+from .step_attention import check_launch_bits, check_row_bits, check_step_attention
+from .step_cases import BITS_CASES, BITS_CASES_LARGE, LAUNCH_CASES, STEP_CASES, STEP_CASES_LARGE
 from .verify import VERIFY_CASES, VERIFY_CASES_LARGE, check_verify
 
 __all__ = ["SUITES", "Suite", "path_of", "run_parity"]
