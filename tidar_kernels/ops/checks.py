@@ -28,7 +28,7 @@ def tensor(name: str, value: Any, rank: int) -> None:
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     """`value` has exactly this shape."""
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
 
 
@@ -255,8 +255,7 @@ def lengths(
                 raise ValueError(
                     f"lengths: expected 0 <= length <= {what} = {room}, got {length} in sequence {sequence}"
                 )
-    contiguous: Tensor = value.contiguous()
-    return contiguous
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def cu_rows(value: Any, batch: int, rows: int, device: torch.device) -> None:

@@ -162,17 +162,22 @@ class Operator:
         self._others = tuple(name for name in self.operands if name not in packed)
         self._pick_others = _picker([self.operands.index(name) for name in self._others])
         self._order = tuple((*packed, *self._others).index(name) for name in self.operands)
+        self._arrange = _picker(list(self._order))
 
     def __call__(self, *bundles: tuple[Any, ...], **others: Any) -> Any:
         """Run the operator; its operands are checked by the public function."""
-        values = [value for bundle in bundles for value in bundle]
+        values: tuple[Any, ...] = ()
+        for bundle in bundles:
+            values += bundle
         if others:
-            values += [others[name] for name in self._others]
+            values += tuple([others[name] for name in self._others])
         if forward_ad._current_level >= 0:
             self._check_no_tangents(values)
-        return self._overload(*[values[i] for i in self._order])  # Dynamo does not trace a picker
+        if torch.compiler.is_compiling():  # Dynamo does not trace a picker
+            return self._overload(*[values[i] for i in self._order])
+        return self._overload(*self._arrange(values))
 
-    def _check_no_tangents(self, values: list[Any]) -> None:
+    def _check_no_tangents(self, values: tuple[Any, ...]) -> None:
         """PyTorch drops tangents at an operator that has no forward derivative, without a word."""
         for value in values:
             if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:

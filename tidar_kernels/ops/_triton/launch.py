@@ -54,22 +54,26 @@ class Launch(NamedTuple):
         Raises:
             ValueError: the grid is larger than a chip can launch.
         """
-        if 0 in self.grid:
+        kernel, grid, args, options = self
+        if 0 in grid:
             return
-        if self.grid[0] > MOST_PROGRAMS or (len(self.grid) > 1 and max(self.grid[1:]) > MOST_PROGRAMS_ACROSS):
+        if max(grid) > MOST_PROGRAMS_ACROSS and (
+            grid[0] > MOST_PROGRAMS or max(grid[1:], default=0) > MOST_PROGRAMS_ACROSS
+        ):
             raise ValueError(
-                f"{self.kernel.__name__}: expected a grid of at most {MOST_PROGRAMS} programs along its first axis and "
-                f"{MOST_PROGRAMS_ACROSS} along the others, got {list(self.grid)}: too many rows, heads or sequences"
+                f"{kernel.__name__}: expected a grid of at most {MOST_PROGRAMS} programs along its first axis and "
+                f"{MOST_PROGRAMS_ACROSS} along the others, got {list(grid)}: too many rows, heads or sequences"
             )
-        first = self.args[0]
+        first = args[0]
         tensor = first.ptr if isinstance(first, Strided) else first
-        options = _options(self.options, IS_AMD) if IS_AMD else self.options
+        if IS_AMD:
+            options = _options(options, IS_AMD)
         # Triton launches on the current device, which on a machine of several GPUs need not be the operands'.
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                self.kernel.run(*self.args, grid=self.grid, warmup=False, **options)
+                kernel.run(*args, grid=grid, warmup=False, **options)
         else:  # what `kernel[grid](..)` does, without the function that it makes for every launch
-            self.kernel.run(*self.args, grid=self.grid, warmup=False, **options)
+            kernel.run(*args, grid=grid, warmup=False, **options)
 
     def compile(self) -> triton.compiler.CompiledKernel:
         """Compile exactly the specialisation that `run` would use, for Triton's active target, without launching."""

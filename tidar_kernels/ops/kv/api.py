@@ -63,12 +63,13 @@ def append_kv(
         k, v = _ragged(k=k, v=v)
     checks.operands(4, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     batch = _batch(k_cache, k, lengths, block_table, cu_rows)
-    num_kv_heads, head_dim, num_new = k_cache.shape[1], k_cache.shape[3], k.shape[2]
+    (_, num_kv_heads, _, head_dim), head_dim_v, (of_rows, _, num_new, _) = k_cache.shape, v_cache.shape[3], k.shape
     capacity = checks.caches(
-        k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
+        k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=head_dim_v
     )
-    checks.shape("k", k, (k.shape[0] if cu_rows is not None else batch, num_kv_heads, num_new, head_dim))
-    checks.shape("v", v, (*k.shape[:3], v_cache.shape[3]))
+    of_rows = batch if cu_rows is None else of_rows
+    checks.shape("k", k, (of_rows, num_kv_heads, num_new, head_dim))
+    checks.shape("v", v, (of_rows, num_kv_heads, num_new, head_dim_v))
     written = Written(cu_rows, keep)
     cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
     cached, written = _checked_target(cached, written, num_new, num_new, capacity)
@@ -184,16 +185,17 @@ def rotary_append(
     """
     if cu_rows is not None:
         q, k, v = _ragged(q=q, k=k, v=v)
-    cos, sin = (x if x.ndim == 4 else x.unsqueeze(0) for x in rotary)
+    cos, sin = rotary
+    cos, sin = cos if cos.ndim == 4 else cos.unsqueeze(0), sin if sin.ndim == 4 else sin.unsqueeze(0)
     checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
     of_rows, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
     if head_dim % 2:
         raise ValueError(f"q: expected an even head_dim for rotary positions, got {head_dim}")
     checks.heads(q, num_kv_heads)
     checks.shape("k", k, (of_rows, num_kv_heads, rows, head_dim))
-    checks.shape("v", v, (*k.shape[:3], v_cache.shape[3]))
-    for name, value in (("cos", cos), ("sin", sin)):
-        checks.shape(name, value, (value.shape[0] if value.shape[0] == 1 else of_rows, rows, 1, head_dim))
+    checks.shape("v", v, (of_rows, num_kv_heads, rows, v_cache.shape[3]))
+    checks.shape("cos", cos, (1 if cos.shape[0] == 1 else of_rows, rows, 1, head_dim))
+    checks.shape("sin", sin, (1 if sin.shape[0] == 1 else of_rows, rows, 1, head_dim))
     batch = of_rows if cu_rows is None else _batch(k_cache, k, lengths, block_table, cu_rows)
     capacity = checks.caches(
         k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
@@ -262,7 +264,7 @@ def _checked_target(cached: Cached, written: Written, rows: int, keep: int, capa
         written = Written(*(None if x is None else x.contiguous() for x in written))
     if block_table is not None and checks.readable(block_table):
         checks.entries(block_table, k_cache, lengths, lengths + new)
-    return cached._replace(lengths=lengths), written
+    return cached if lengths is cached.lengths else cached._replace(lengths=lengths), written
 
 
 def _check_no_gradients(**operands: Tensor) -> None:

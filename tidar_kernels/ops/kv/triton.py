@@ -15,6 +15,7 @@ Twins: `reference.py`. Values are copied bit for bit. Every slot not named above
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -38,17 +39,34 @@ class Ragged(NamedTuple):
     batch: int
 
 
-def _targets(cached: Cached, written: Written) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Operands and constants that say where rows go: `pages .. kept` of the kernels below."""
-    batch, num_kv_heads = len(cached.lengths), cached.k_cache.shape[1]
-    scales = (scale_operand(scale, batch, num_kv_heads) for scale in (cached.k_scale, cached.v_scale))
-    ragged = None if written.cu_rows is None else Ragged(written.cu_rows, batch)
-    constants = {
-        "PAGE_SIZE": 0 if cached.block_table is None else cached.k_cache.shape[2],
-        "MANTISSA": MANTISSA_BITS.get(cached.k_cache.dtype, 0),
-        "SCALE_BY_SLOT": cached.k_scale is not None and cached.k_scale.ndim == 3,
+@functools.lru_cache(maxsize=1024)
+def _options(head_dim: int, head_dim_v: int, cache_dtype: torch.dtype, page_size: int, by_slot: bool) -> dict[str, Any]:
+    """Options of the kernels that append; kept, since every layer of every step asks for the same ones."""
+    return {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "BLOCK_D": block_dim(head_dim),
+        "BLOCK_DV": block_dim(head_dim_v),
+        "BLOCK_T": BLOCK_T,
+        "PAGE_SIZE": page_size,
+        "MANTISSA": MANTISSA_BITS.get(cache_dtype, 0),
+        "SCALE_BY_SLOT": by_slot,
+        "num_warps": 4,
     }
-    return (pages(cached), *scales, ragged, written.kept), constants
+
+
+def _targets(cached: Cached, written: Written) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands that say where rows go, `pages .. kept` of the kernels below, and the kernels' options."""
+    k_cache, v_cache, lengths, _, block_table, k_scale, v_scale, _ = cached
+    _, num_kv_heads, slots, head_dim = k_cache.shape
+    cu_rows, kept = written
+    page_size, by_slot = 0 if block_table is None else slots, k_scale is not None and k_scale.ndim == 3
+    constants = _options(head_dim, v_cache.shape[3], k_cache.dtype, page_size, by_slot)
+    if block_table is k_scale is cu_rows is None:
+        return (None, None, None, None, kept), constants
+    batch = len(lengths)
+    scales = (scale_operand(scale, batch, num_kv_heads) for scale in (k_scale, v_scale))
+    return (pages(cached), *scales, None if cu_rows is None else Ragged(cu_rows, batch), kept), constants
 
 
 @triton.jit
@@ -141,25 +159,16 @@ def append_kv_kernel(
 
 def plan_append_kv(cached: Cached, keys: Keys, written: Written = EVERY_ROW) -> Launch:
     """Lay out the launch of one append: a program copies BLOCK_T rows of K and V of one kv head."""
-    batch, num_kv_heads, rows, head_dim = keys.k.shape
-    head_dim_v = keys.v.shape[3]
+    batch, num_kv_heads, rows, _ = keys.k.shape
     targets, constants = _targets(cached, written)
     return Launch(
         append_kv_kernel,
         (batch * num_kv_heads, cdiv(rows, BLOCK_T)),
         (
-            *(stored(cached.k_cache), stored(cached.v_cache), *map(strided, keys)),
+            *(stored(cached.k_cache), stored(cached.v_cache), strided(keys.k), strided(keys.v)),
             *(cached.lengths, rows, num_kv_heads, cached.capacity, *targets),
         ),
-        {
-            "HEAD_DIM": head_dim,
-            "HEAD_DIM_V": head_dim_v,
-            "BLOCK_D": block_dim(head_dim),
-            "BLOCK_DV": block_dim(head_dim_v),
-            "BLOCK_T": BLOCK_T,
-            **constants,
-            "num_warps": 4,
-        },
+        constants,
     )
 
 
@@ -306,27 +315,23 @@ def plan_rotary_append(
     """Allocate the results and lay out the launch: `(launch, rotated q, rotated k)`."""
     q, k = turned.q, keys.k
     batch, num_heads, rows, head_dim = q.shape
-    num_kv_heads, head_dim_v = k.shape[1], keys.v.shape[3]
+    num_kv_heads = k.shape[1]
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    cos, sin = (x.expand(batch, rows, head_dim) for x in (turned.cos, turned.sin))
+    cos, sin = turned.cos, turned.sin
+    if cos.shape[0] != batch:
+        cos = cos.expand(batch, rows, head_dim)
+    if sin.shape[0] != batch:
+        sin = sin.expand(batch, rows, head_dim)
     targets, constants = _targets(cached, written)
     launch = Launch(
         rotary_append_kernel,
         (batch * (num_heads + 2 * num_kv_heads), cdiv(rows, BLOCK_T)),
         (
-            *map(strided, (q, *keys, cos, sin)),
+            *(strided(q), strided(k), strided(keys.v), strided(cos), strided(sin)),
             *(stored(cached.k_cache), stored(cached.v_cache), cached.lengths, strided(q_out), strided(k_out)),
             *(rows, num_heads, num_kv_heads, keep, cached.capacity, *targets),
         ),
-        {
-            "HEAD_DIM": head_dim,
-            "HEAD_DIM_V": head_dim_v,
-            "BLOCK_D": block_dim(head_dim),
-            "BLOCK_DV": block_dim(head_dim_v),
-            "BLOCK_T": BLOCK_T,
-            **constants,
-            "num_warps": 4,
-        },
+        constants,
     )
     return launch, q_out, k_out
 

@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
+from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
 from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.softmax import (
     attend_whole_tiles,
@@ -309,26 +309,37 @@ def combine_splits_kernel(
     tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
 
 
-@functools.lru_cache(maxsize=1024)
-def _attend_options(config: TileConfig, head_dim: int, split: int, partial: bool, one_load: bool) -> dict[str, Any]:
-    """Options of the first kernel; kept, since every layer of every step asks for the same ones."""
-    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
-    return {**shapes, **options(config), "PARTIAL": partial, "ONE_LOAD": one_load}
+class _Layout(NamedTuple):
+    """What of a step's launches follows from shapes alone."""
+
+    block_m: int
+    split: int
+    num_splits: int
+    sound: dict[str, Any]
+    attend: dict[str, Any]
+    combine: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1024)
-def _sound_options(head_dim: int) -> dict[str, Any]:
-    """Options of the kernel that checks values in flight."""
-    return {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_T": SOUND_KEYS, "num_warps": 4}
-
-
-@functools.lru_cache(maxsize=1024)
-def _combine_options(interpreted: bool, head_dim: int, split: int) -> dict[str, Any]:
-    """Options of the second kernel."""
+def _layout(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str, max_len: int, kv_len: int) -> _Layout:
+    """Tiles, splits and the kernels' options; kept, since every layer of every step asks for the same ones."""
+    config, split = step_config(chip, dtype, head_dim, kind), split_size(chip, max_len)
+    # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
+    # Without any key there is still one split: it writes the zeros.
+    num_splits = max(1, cdiv(max_len + kv_len, split))
+    widths = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim)}
+    # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
+    choices = {"PARTIAL": num_splits > 1, "ONE_LOAD": not isinstance(chip, str)}
     # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
-    rows, splits = (16, 2) if interpreted else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
-    shapes = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim), "SPLIT": split}
-    return {**shapes, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4}
+    rows, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
+    return _Layout(
+        config.BLOCK_M,
+        split,
+        num_splits,
+        {**widths, "BLOCK_T": SOUND_KEYS, "num_warps": 4},
+        {**widths, "SPLIT": split, **options(config), **choices},
+        {**widths, "SPLIT": split, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4},
+    )
 
 
 def plan_step_attention(
@@ -346,48 +357,42 @@ def plan_step_attention(
     group = num_heads // num_kv_heads
     extras = reach is not None or softcap is not None or sinks is not None
     kind = TREE if tree_mask is not None else EXTRAS if extras else PLAIN
-    config, split = step_config(chip, q.dtype, head_dim, kind), split_size(chip, max_len)
+    layout = _layout(chip, q.dtype, head_dim, kind, max_len, kv_len)
     unit, inner = score_units(scale, softcap)
-    # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
-    # Without any key there is still one split: it writes the zeros.
-    num_splits = max(1, cdiv(max_len + kv_len, split))
-    launched = max(1, min(num_splits, cdiv(max_context + kv_len, split)))
+    launched = max(1, min(layout.num_splits, cdiv(max_context + kv_len, layout.split)))
 
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
-    if num_splits > 1:
-        part = q.new_empty((launched, batch, num_heads, q_len, head_dim), dtype=torch.float32)
-        part_lse = q.new_empty((launched, batch, num_heads, q_len), dtype=torch.float32)
+    out = q.new_empty(batch, num_heads, q_len, head_dim)
+    lse = q.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+    if layout.num_splits > 1:
+        part = q.new_empty(launched, batch, num_heads, q_len, head_dim, dtype=torch.float32)
+        part_lse = q.new_empty(launched, batch, num_heads, q_len, dtype=torch.float32)
     else:
         part, part_lse = out.unsqueeze(0), lse
     launches, in_flight = [], (strided(k), strided(v))
     if kv_len > 1:  # a lone key is seen by whoever attends to it
-        sound = (strided(k.new_empty(k.shape)), strided(v.new_empty(v.shape)))
+        sound = (strided(torch.empty_like(k)), strided(torch.empty_like(v)))
         grid = (batch * num_kv_heads, cdiv(kv_len, SOUND_KEYS))
         args = (*in_flight, *sound, kv_len, num_kv_heads)
-        launches.append(Launch(sound_keys_kernel, grid, args, _sound_options(head_dim)))
+        launches.append(Launch(sound_keys_kernel, grid, args, layout.sound))
         in_flight = sound
-    # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
-    one_load = not isinstance(chip, str)
     attend = Launch(
         step_attention_kernel,
-        (cdiv(q_len * group, config.BLOCK_M) * batch * num_kv_heads, launched),
+        (cdiv(q_len * group, layout.block_m) * batch * num_kv_heads, launched),
         (
             *(strided(q), *in_flight, strided(k_cache), strided(v_cache)),
             *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
-        _attend_options(config, head_dim, split, num_splits > 1, one_load),
+        layout.attend,
     )
     launches.append(attend)
-    if num_splits == 1:
+    if layout.num_splits == 1:
         return launches, out, lse
-    combine_options = _combine_options(chip is None, head_dim, split)
     combine = Launch(
         combine_splits_kernel,
-        (batch * num_heads, cdiv(q_len, combine_options["BLOCK_R"])),
+        (batch * num_heads, cdiv(q_len, layout.combine["BLOCK_R"])),
         (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
-        combine_options,
+        layout.combine,
     )
     return [*launches, combine], out, lse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,9 @@ class SamplingParams:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
+_knobs = attrgetter(*(knob.name.lower() for knob in Knob))
+
+
 class SamplingTensors(NamedTuple):
     """The parameters of a batch on its device: `knobs` float32 `[batch, len(Knob)]`, `seeds` int64 `[batch]`."""
 
@@ -78,10 +82,9 @@ class SamplingTensors(NamedTuple):
 
 def sampling_tensors(params: Sequence[SamplingParams], device: torch.device | str) -> SamplingTensors:
     """`params`, one for each sequence, as the operators take them."""
-    # No vocabulary has 2^24 tokens, and float32 counts no further.
-    knobs = [
-        [min(p.top_k, 2**24) if knob is Knob.TOP_K else getattr(p, knob.name.lower()) for knob in Knob] for p in params
-    ]
+    knobs = [list(_knobs(p)) for p in params]
+    for row in knobs:
+        row[Knob.TOP_K] = min(row[Knob.TOP_K], 2**24)  # no vocabulary has as many, and float32 counts no further
     seeds = [p.seed - 2**64 if p.seed >= 2**63 else p.seed for p in params]
     return SamplingTensors(
         torch.tensor(knobs, dtype=torch.float32, device=device), torch.tensor(seeds, dtype=torch.int64, device=device)

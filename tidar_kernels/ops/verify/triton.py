@@ -25,8 +25,8 @@ depend on how many programs run at once.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -474,58 +474,67 @@ def decide_kernel(
         tl.store(decided[2] + b, tl.max(tl.where(here & bad, i, -1), 0).to(tl.int64))
 
 
-class _Rows(NamedTuple):
-    """What the rows of one tensor of logits need: the launches that find it, and the tensors that they fill."""
-
-    launches: list[Launch]
-    found: tuple[Tensor, Tensor, Tensor]
-    floors: Tensor
-    totals: Tensor
-
-    @property
-    def filled(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        return self.found, self.floors, self.totals
+_Found = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of every chunk its best; of every row its floor and its total
 
 
-def _operand(logits: Tensor, x: Tensor | None, rank: int) -> Strided:
-    return strided(x) if x is not None else Strided(logits, (0,) * rank)  # never read
+class _Options(NamedTuple):
+    """Options of every kernel, in the order of their launches."""
+
+    scan: dict[str, Any]
+    count: dict[str, Any]
+    gather: dict[str, Any]
+    select: dict[str, Any]
+    race: dict[str, Any]
+    decide: dict[str, Any]
 
 
-def _plan_rows(target: Target, drafts: Tensor | None, requests: Requests, needs_mass: bool) -> _Rows:
-    """The largest scores of all rows, and what their filters keep."""
-    (logits, mix, beta), knobs, seen = target, requests.knobs, requests.seen
+@functools.lru_cache(maxsize=256)
+def _options(
+    num_rows: int, vocab_size: int, rule: int, needs_mass: bool, has_mix: bool, has_seen: bool, has_drafts: bool
+) -> _Options:
+    """Kept, since every step asks for the same ones."""
+    block = min(BLOCK_V, CHUNK, max(4, next_power_of_2(vocab_size))) if INTERPRET else BLOCK_V
+    tiles = {"CHUNK": CHUNK, "BLOCK_V": block, "num_warps": NUM_WARPS, "HAS_MIX": has_mix, "HAS_SEEN": has_seen}
+    chunks, mass = {"CHUNKS": next_power_of_2(cdiv(vocab_size, CHUNK))}, {"NEEDS_MASS": needs_mass}
+    drafts, rules = {"HAS_DRAFTS": has_drafts}, {"RULE": rule}
+    # Left alone, the compiler spills two scalars to fit more programs on a multiprocessor.
+    most_registers = {"maxnreg": 255} if rule == REJECTION else {}
+    return _Options(
+        scan={**tiles, **drafts},
+        count={**tiles, **drafts, **chunks, **mass},
+        gather={**tiles, **drafts, **chunks},
+        select={**chunks, **mass, "BLOCK_L": BLOCK_L, "num_warps": NUM_WARPS},
+        race={**tiles, **drafts, **chunks, **rules, **most_registers},
+        decide={**chunks, **drafts, **rules, "BLOCK_B": next_power_of_2(num_rows), "num_warps": 4},
+    )
+
+
+def _plan_rows(
+    target: Target, operands: tuple[Strided, ...], knobs: Tensor, options: _Options
+) -> tuple[list[Launch], _Found]:
+    """The largest scores of all rows, and what their filters keep: launches, and the tensors that they fill.
+
+    `operands` are logits, mix, drafts and seen.
+    """
+    logits, _, beta = target
     batch, num_rows, vocab_size = logits.shape
     rows, num_chunks = batch * num_rows, cdiv(vocab_size, CHUNK)
-    empty = logits.new_empty
-    top_tokens, bad = (empty(rows, num_chunks, dtype=torch.int32) for _ in range(2))
-    found = (empty(rows, num_chunks, dtype=torch.float32), top_tokens, bad)
-    bins, listed = empty(rows, num_chunks, BINS.value, dtype=torch.int32), empty(rows, vocab_size, dtype=torch.float32)
-    masses, totals = empty(rows, num_chunks, dtype=torch.float32), empty(rows, dtype=torch.float32)
-    counts, floors = empty(rows, dtype=torch.int32), empty(rows, dtype=torch.int32)
-    operand = partial(_operand, logits)
-    scored = (strided(logits), operand(mix, 3), operand(drafts, 2), operand(seen, 2), knobs, found)
-    sizes, options = (num_rows, vocab_size, beta), _tiles(vocab_size)
-    has = {"HAS_MIX": mix is not None, "HAS_SEEN": seen is not None, "HAS_DRAFTS": drafts is not None}
-    chunks = {"CHUNKS": next_power_of_2(num_chunks)}
-    mass = {"NEEDS_MASS": needs_mass}
-    grid = (rows, num_chunks)
+    tops = logits.new_empty(rows, num_chunks, dtype=torch.float32)
+    top_tokens = logits.new_empty(rows, num_chunks, dtype=torch.int32)
+    found = (tops, top_tokens, torch.empty_like(top_tokens))
+    bins = logits.new_empty(rows, num_chunks, BINS.value, dtype=torch.int32)
+    listed, masses = logits.new_empty(rows, vocab_size, dtype=torch.float32), torch.empty_like(tops)
+    counts, totals = logits.new_empty(rows, dtype=torch.int32), logits.new_empty(rows, dtype=torch.float32)
+    floors = torch.empty_like(counts)
+    scored, sizes, grid = (*operands, knobs, found), (num_rows, vocab_size, beta), (rows, num_chunks)
+    selected = (knobs, found, masses, listed, counts, floors, totals, num_rows, vocab_size, num_chunks)
     launches = [
-        Launch(scan_chunks_kernel, grid, (*scored, *sizes), options | has),
-        Launch(count_chunks_kernel, grid, (*scored, bins, masses, *sizes), options | has | chunks | mass),
-        Launch(gather_chunks_kernel, grid, (*scored, bins, masses, listed, counts, *sizes), options | has | chunks),
-        Launch(
-            select_rows_kernel,
-            (rows,),
-            (knobs, found, masses, listed, counts, floors, totals, num_rows, vocab_size, num_chunks),
-            {**chunks, **mass, "BLOCK_L": BLOCK_L, "num_warps": NUM_WARPS},
-        ),
+        Launch(scan_chunks_kernel, grid, (*scored, *sizes), options.scan),
+        Launch(count_chunks_kernel, grid, (*scored, bins, masses, *sizes), options.count),
+        Launch(gather_chunks_kernel, grid, (*scored, bins, masses, listed, counts, *sizes), options.gather),
+        Launch(select_rows_kernel, (rows,), selected, options.select),
     ]
-    return _Rows(launches, found, floors, totals)
-
-
-def _tiles(vocab_size: int) -> dict[str, int]:
-    block = min(BLOCK_V, CHUNK, max(4, next_power_of_2(vocab_size))) if INTERPRET else BLOCK_V
-    return {"CHUNK": CHUNK, "BLOCK_V": block, "num_warps": NUM_WARPS}
+    return launches, (found, floors, totals)
 
 
 def plan_verify(
@@ -535,44 +544,44 @@ def plan_verify(
     (logits, mix, beta), (positions, knobs, seeds, seen) = target, requests
     drafts, draft_logits, rule = (None, None, COUPLED) if drafted is None else drafted
     batch, num_rows, vocab_size = logits.shape
-    num_chunks, empty = cdiv(vocab_size, CHUNK), logits.new_empty
-    accepted, next_tokens, bad_rows = (empty(batch, dtype=torch.int64) for _ in range(3))
-    tokens = empty(batch, num_rows, dtype=torch.int64)
+    rows, num_chunks = batch * num_rows, cdiv(vocab_size, CHUNK)
+    tokens = logits.new_empty(batch, num_rows, dtype=torch.int64)
+    accepted = next_tokens = bad_rows = tokens  # without drafts never written
+    if drafted is not None:
+        accepted, next_tokens, bad_rows = tokens.new_empty(batch), tokens.new_empty(batch), tokens.new_empty(batch)
 
-    rows = _plan_rows(target, drafts, requests, rule != COUPLED)
-    launches, target_rows, drawn_from = [*rows.launches], rows.filled, rows.filled
+    options = _options(
+        num_rows, vocab_size, rule, rule != COUPLED, mix is not None, seen is not None, drafts is not None
+    )
+    no_logits, no_drafts = Strided(logits, (0, 0, 0)), Strided(logits, (0, 0))  # never read
+    mix_operand = no_logits if mix is None else strided(mix)
+    drafts_operand = no_drafts if drafts is None else strided(drafts)
+    seen_operand = no_drafts if seen is None else strided(seen)
+    operands = (strided(logits), mix_operand, drafts_operand, seen_operand)
+    launches, target_rows = _plan_rows(target, operands, knobs, options)
+    draft_operand, drawn_from = no_logits, target_rows
     if draft_logits is not None:
         draft_logits = draft_logits[:, 1:]  # row i decides draft i + 1
-        others = _plan_rows(Target(draft_logits), None, requests, True)
-        launches += others.launches
-        drawn_from = others.filled
-    raced = (
-        *(empty(batch * num_rows, num_chunks, dtype=kind) for kind in (torch.float32, torch.int32) * 2),
-        *(empty(batch * num_rows, dtype=torch.float32) for _ in range(2)),
-    )
-    operand = partial(_operand, logits)
-    options = {"RULE": rule, "CHUNKS": next_power_of_2(num_chunks), "HAS_DRAFTS": drafts is not None}
+        draft_operand = strided(draft_logits)
+        plain = _options(num_rows, vocab_size, COUPLED, True, False, seen is not None, False)
+        draft_operands = (draft_operand, no_logits, no_drafts, seen_operand)
+        more, drawn_from = _plan_rows(Target(draft_logits), draft_operands, knobs, plain)
+        launches += more
+    (tops, top_tokens, _), _, totals = target_rows
+    raced = (torch.empty_like(tops), torch.empty_like(top_tokens))
+    if rule == COUPLED:
+        raced += (tops, top_tokens, totals, totals)  # never touched
+    else:
+        raced += (*map(torch.empty_like, raced), torch.empty_like(totals), torch.empty_like(totals))
     given = (knobs, seeds, positions, target_rows, drawn_from, raced)
-    race = Launch(
-        race_chunks_kernel,
-        (batch * num_rows, num_chunks),
-        (
-            *(strided(logits), operand(mix, 3), operand(draft_logits, 3), operand(drafts, 2), operand(seen, 2)),
-            *(*given, num_rows, vocab_size, beta, stream),
-        ),
-        options
-        | _tiles(vocab_size)
-        | {"HAS_MIX": mix is not None, "HAS_SEEN": seen is not None}
-        # Left alone, the compiler spills two scalars to fit more programs on a multiprocessor.
-        | ({"maxnreg": 255} if rule == REJECTION else {}),
-    )
-    decide = Launch(
-        decide_kernel,
-        (batch,),
-        (operand(drafts, 2), *given, (accepted, next_tokens, bad_rows, tokens), num_rows, num_chunks),
-        options | {"BLOCK_B": next_power_of_2(num_rows), "num_warps": 4},
-    )
-    return [*launches, race, decide], (accepted, next_tokens, bad_rows, tokens)
+    compared = (operands[0], mix_operand, draft_operand, drafts_operand, seen_operand)
+    raced_by = (*compared, *given, num_rows, vocab_size, beta, stream)
+    decided = (accepted, next_tokens, bad_rows, tokens)
+    launches += [
+        Launch(race_chunks_kernel, (rows, num_chunks), raced_by, options.race),
+        Launch(decide_kernel, (batch,), (drafts_operand, *given, decided, num_rows, num_chunks), options.decide),
+    ]
+    return launches, decided
 
 
 def verify(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
