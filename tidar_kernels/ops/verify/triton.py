@@ -480,11 +480,11 @@ _Found = tuple[tuple[Tensor, ...], Tensor, Tensor]  # of every chunk its best; o
 class _Options(NamedTuple):
     """Options of every kernel, in the order of their launches."""
 
-    scan: dict[str, Any]
-    count: dict[str, Any]
-    gather: dict[str, Any]
-    select: dict[str, Any]
-    race: dict[str, Any]
+    scan_chunks: dict[str, Any]
+    count_chunks: dict[str, Any]
+    gather_chunks: dict[str, Any]
+    select_rows: dict[str, Any]
+    race_chunks: dict[str, Any]
     decide: dict[str, Any]
 
 
@@ -500,11 +500,11 @@ def _options(
     # Left alone, the compiler spills two scalars to fit more programs on a multiprocessor.
     most_registers = {"maxnreg": 255} if rule == REJECTION else {}
     return _Options(
-        scan={**tiles, **drafts},
-        count={**tiles, **drafts, **chunks, **mass},
-        gather={**tiles, **drafts, **chunks},
-        select={**chunks, **mass, "BLOCK_L": BLOCK_L, "num_warps": NUM_WARPS},
-        race={**tiles, **drafts, **chunks, **rules, **most_registers},
+        scan_chunks={**tiles, **drafts},
+        count_chunks={**tiles, **drafts, **chunks, **mass},
+        gather_chunks={**tiles, **drafts, **chunks},
+        select_rows={**chunks, **mass, "BLOCK_L": BLOCK_L, "num_warps": NUM_WARPS},
+        race_chunks={**tiles, **drafts, **chunks, **rules, **most_registers},
         decide={**chunks, **drafts, **rules, "BLOCK_B": next_power_of_2(num_rows), "num_warps": 4},
     )
 
@@ -529,10 +529,10 @@ def _plan_rows(
     scored, sizes, grid = (*operands, knobs, found), (num_rows, vocab_size, beta), (rows, num_chunks)
     selected = (knobs, found, masses, listed, counts, floors, totals, num_rows, vocab_size, num_chunks)
     launches = [
-        Launch(scan_chunks_kernel, grid, (*scored, *sizes), options.scan),
-        Launch(count_chunks_kernel, grid, (*scored, bins, masses, *sizes), options.count),
-        Launch(gather_chunks_kernel, grid, (*scored, bins, masses, listed, counts, *sizes), options.gather),
-        Launch(select_rows_kernel, (rows,), selected, options.select),
+        Launch(scan_chunks_kernel, grid, (*scored, *sizes), options.scan_chunks),
+        Launch(count_chunks_kernel, grid, (*scored, bins, masses, *sizes), options.count_chunks),
+        Launch(gather_chunks_kernel, grid, (*scored, bins, masses, listed, counts, *sizes), options.gather_chunks),
+        Launch(select_rows_kernel, (rows,), selected, options.select_rows),
     ]
     return launches, (found, floors, totals)
 
@@ -568,7 +568,7 @@ def plan_verify(
         more, drawn_from = _plan_rows(Target(draft_logits), draft_operands, knobs, plain)
         launches += more
     (tops, top_tokens, _), _, totals = target_rows
-    raced = (torch.empty_like(tops), torch.empty_like(top_tokens))
+    raced: tuple[Tensor, ...] = (torch.empty_like(tops), torch.empty_like(top_tokens))
     if rule == COUPLED:
         raced += (tops, top_tokens, totals, totals)  # never touched
     else:
@@ -578,7 +578,7 @@ def plan_verify(
     raced_by = (*compared, *given, num_rows, vocab_size, beta, stream)
     decided = (accepted, next_tokens, bad_rows, tokens)
     launches += [
-        Launch(race_chunks_kernel, (rows, num_chunks), raced_by, options.race),
+        Launch(race_chunks_kernel, (rows, num_chunks), raced_by, options.race_chunks),
         Launch(decide_kernel, (batch,), (drafts_operand, *given, decided, num_rows, num_chunks), options.decide),
     ]
     return launches, decided
