@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from sections import Section
-from sections.measured import parts
+from matplotlib.figure import Figure
+
+from sections import Picture, Section
+from sections.measured import parts, table, where
 
 
 def lossless_table() -> str:
@@ -39,4 +43,59 @@ def _line(run: dict[str, Any]) -> str:
     return f"| {' | '.join([*cells, ', '.join(depending) or 'none'])} |"
 
 
-SECTIONS: dict[str, Section] = {"lossless": lossless_table}
+def human_eval_table() -> str:
+    """A line for each strategy on the prompts of HumanEval: texts equal to `generate`'s, and what drafts were worth."""
+    rows, under = [], []
+    for part in (*parts("human_eval", "cpu"), *parts("human_eval_adapter", "cpu")):
+        for run in part["rows"]:
+            kept = " ".join(f"{share:.2f}" for share in run["acceptance"])
+            step = f"{run['strategy']}, {run['block_size']}"
+            equal = f"{run['equal']} of {run['prompts']}"
+            rows.append([run["model"], step, equal, f"{run['tokens_per_forward']:.2f}", kept])
+        under.append(f"{run['max_new_tokens']} tokens a prompt at most, greedy, float32; {where(part)}.")
+    if not rows:
+        return "No figures are published yet: `python -m benchmarks.decoding.human_eval` measures them."
+    head = ["model", "strategy, block size", "texts equal to `generate`", "tokens a forward", "drafts kept by position"]
+    return table(head, rows, left=2) + f"\n\n{under[0]}"
+
+
+def _training() -> dict[str, Any] | None:
+    found = parts("human_eval_adapter", "cpu")
+    return found[0]["rows"][0]["training"] if found else None
+
+
+def training_table() -> str:
+    """What the adapter was worth before and after its training, on prompts that it never saw."""
+    training = _training()
+    if training is None:
+        return "No figures are published yet."
+    config = training["config"]
+    rows = [
+        [when, f"{figures['tokens_per_forward']:.2f}", " ".join(f"{share:.2f}" for share in figures["acceptance"])]
+        for when, figures in (("before", training["before"]), ("after", training["after"]))
+    ]
+    said = f"Rank {config['rank']}, {config['strategy']}, block size {config['block_size']}, {config['steps']} steps, "
+    said += f"{training['tokens']:,} tokens of text."
+    return table(["", "tokens a forward", "drafts kept by position"], rows) + f"\n\n{said}"
+
+
+def _description() -> str:
+    return json.dumps((_training() or {}).get("loss"))
+
+
+def _save(path: Path) -> None:
+    losses = (_training() or {}).get("loss") or []
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, color="#17364f")
+    axes.set(xlabel="step", ylabel="cross-entropy, nats a mask row")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Description": _description(), "Software": None})
+
+
+PICTURES = {"images/adapter.png": Picture(_save, _description)}
+SECTIONS: dict[str, Section] = {
+    "lossless": lossless_table,
+    "human-eval": human_eval_table,
+    "adapter": training_table,
+}

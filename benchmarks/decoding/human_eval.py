@@ -1,0 +1,147 @@
+"""Every strategy against `model.generate` on prompts of a file, greedily: texts equal, tokens a forward, acceptance.
+
+    python -m benchmarks.decoding.human_eval MODEL --title NAME --prompts HumanEval.jsonl.gz [--adapter DIR] [--out DIR]
+
+`generate` decodes a batch with padding, the package the same batch without. A text that differs is asked for once more
+by itself, where there is no padding. A run that was cut short goes on where it stopped: what a batch gave is kept in
+`OUT/human-eval-*.jsonl`. docs/lossless.md shows both parts: without an adapter, and with one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.core import record
+from tidar_kernels import Decoder
+from tidar_kernels.cli.checkpoints import read_prompts
+from tidar_kernels.integrations.transformers import loading
+from tidar_kernels.nn.adapters import load_peft_adapter
+
+# The step of each strategy, small enough that rows cost little beside weights.
+STRATEGIES = {"isd": 4, "self_speculation": 4, "tree": 4, "tidar": 2}
+Tokens = list[list[int]]
+
+
+def reference(model: Any, stop: list[int], new_tokens: int) -> Callable[[Tokens], Tokens]:
+    """`model.generate` on prompts of any lengths: the new tokens of each, up to the first that ends a text."""
+
+    def run(prompts: Tokens) -> Tokens:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        return [ended(row, stop) for row in out[:, longest:].tolist()]
+
+    return run
+
+
+def ended(tokens: list[int], stop: list[int]) -> list[int]:
+    """`tokens` up to the first that ends a text, without it."""
+    return tokens[: next((at for at, token in enumerate(tokens) if token in stop), len(tokens))]
+
+
+def kept(path: Path, batches: list[Tokens], compute: Callable[[Tokens], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `compute` gives for each batch; from the file `path` what is there already."""
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for index in range(len(done), len(batches)):
+        done.append(compute(batches[index]))
+        with path.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        print(f"{path.stem}: {index + 1} of {len(batches)} batches", file=sys.stderr, flush=True)
+    return done
+
+
+def measure(name: str, decoder: Decoder, stop: list[int], new_tokens: int) -> Callable[[Tokens], dict[str, Any]]:
+    """`prompts -> {"texts", "accepted"}` of a strategy: its texts, and of every step how many tokens it gave."""
+
+    def compute(prompts: Tokens) -> dict[str, Any]:
+        result = decoder.generate(prompts, new_tokens, stop_tokens=stop)
+        return {"texts": [ended(tokens, stop) for tokens in result.tokens], "accepted": result.accepted}
+
+    return compute
+
+
+def row(name: str, block_size: int, found: list[dict[str, Any]], equal: int) -> dict[str, Any]:
+    steps = [count for each in found for sequence in each["accepted"] for count in sequence]
+    return {
+        "strategy": name,
+        "block_size": block_size,
+        "prompts": sum(len(each["texts"]) for each in found),
+        "equal": equal,
+        "tokens": sum(len(text) for each in found for text in each["texts"]),
+        "tokens_per_forward": round(sum(steps) / len(steps), 4),
+        "acceptance": [round(sum(n > draft for n in steps) / len(steps), 4) for draft in range(1, block_size)],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.decoding.human_eval", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("model", help="a folder, or a name on the Hub")
+    parser.add_argument("--title", required=True, help="what the page calls the model")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="as `tidar-kernels lossless` has it"
+    )
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="of `tidar-kernels train-adapter`, for isd")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each prompt; default 64")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once; default 16")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    if options.adapter is not None:
+        options.strategies = ["isd"]
+    model, tokenizer = loading.load(options.model, torch.float32)
+    texts = read_prompts(options.prompts)[: options.limit]
+    prompts: Tokens = [tokenizer(text)["input_ids"] for text in texts]
+    batches = [prompts[at : at + options.batch_size] for at in range(0, len(prompts), options.batch_size)]
+    said = json.dumps([options.title, prompts, options.max_new_tokens, options.batch_size])
+    ends = model.generation_config.eos_token_id
+    stop = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def path(name: str) -> Path:
+        return options.out / f"human-eval-{zlib.crc32(said.encode()):08x}-{name}.jsonl"
+
+    generate = reference(model, stop, options.max_new_tokens)
+    expected = kept(path("generate"), batches, lambda batch: {"texts": generate(batch)})
+    files, rows = [path("generate")], []
+    for name in options.strategies:
+        drafting = options.adapter is not None
+        if drafting:
+            load_peft_adapter(model, options.adapter)
+        label, block_size = f"{name}, adapter" if drafting else name, STRATEGIES[name]
+        decoder = Decoder.from_transformers(
+            model, block_size=block_size, mask_token_id=min(2, len(tokenizer) - 1), strategy=name
+        )
+        found = kept(path(label), batches, measure(name, decoder, stop, options.max_new_tokens))
+        files.append(path(label))
+        equal = 0
+        more = {"training": json.loads((options.adapter / "training.json").read_text())} if drafting else {}
+        for batch, got, want in zip(batches, found, expected, strict=True):
+            for prompt, text, other in zip(batch, got["texts"], want["texts"], strict=True):
+                equal += text == other or text == generate([prompt])[0]
+        rows.append(row(label, block_size, found, equal) | more)
+        print(f"{label}: {equal} texts equal, {rows[-1]['tokens_per_forward']} tokens a forward pass", flush=True)
+    command = f"python -m benchmarks.decoding.human_eval MODEL --title {options.title} --prompts FILE"
+    part = "human_eval" if options.adapter is None else "human_eval_adapter"
+    record.add(
+        options.out, part, "cpu",
+        [{**each, "model": options.title, "max_new_tokens": options.max_new_tokens, "command": command} for each in rows],
+    )  # fmt: skip
+    for file in files:
+        file.unlink()
+    return 0 if all(each["equal"] == each["prompts"] for each in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
