@@ -134,10 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{label}: {equal} texts equal, {rows[-1]['tokens_per_forward']} tokens a forward pass", flush=True)
     command = f"python -m benchmarks.decoding.human_eval MODEL --title {options.title} --prompts FILE"
     part = "human_eval" if options.adapter is None else "human_eval_adapter"
-    record.add(
-        options.out, part, "cpu",
-        [{**each, "model": options.title, "max_new_tokens": options.max_new_tokens, "command": command} for each in rows],
-    )  # fmt: skip
+    said_of_all = {"model": options.title, "max_new_tokens": options.max_new_tokens, "command": command}
+    record.add(options.out, part, "cpu", [each | said_of_all for each in rows])
     for file in files:
         file.unlink()
     return 0 if all(each["equal"] == each["prompts"] for each in rows) else 1
