@@ -49,6 +49,13 @@ _VERIFY = {
     "race_chunks": ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras"),
     "decide": ("coupled", "rejection", "sample"),
 }
+# How a cache that the step kernel reads is stored, and the chips that this is compiled for: one of each family.
+STORED = {
+    "pages of 16": testing.CacheKind(16, "packed_nhd"),
+    "pages of 64": testing.CacheKind(64, "hnd"),
+    "float8 pages": testing.CacheKind(16, "packed_nhd", torch.float8_e4m3fn, "head"),
+}
+_STORED_CHIPS = (80, 90, 100)
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
 
 
@@ -61,8 +68,8 @@ class Case:
         chip: as text, so that cases sort: "90", "gfx942".
         dtype: "bfloat16" or "float32".
         head_dim: 0 where there is none.
-        variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", the
-            role of a projection, or the rule of verification.
+        variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", how
+            the cache is stored (`STORED`), the role of a projection, or the rule of verification.
     """
 
     kernel: str
@@ -94,6 +101,8 @@ def cases(chip: configs.Chip) -> list[Case]:
             table = configs.entries(TABLE_OF[kernel], chip, dtype == "float32", kind)
             found += [Case(kernel, str(chip), dtype, head_dim, kind) for head_dim in table]
     found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree alone")]
+    for head_dim, variant in itertools.product((64, 128), STORED if chip in _STORED_CHIPS else ()):
+        found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
     small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
     found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
@@ -189,11 +198,29 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
         pattern = pattern.windowed(1024)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
-    k_cache, v_cache = (operand(3, 8, slots, case.head_dim) for _ in range(2))
+    stored = STORED.get(case.variant)
+    if stored is None:
+        caches, options = [operand(3, 8, slots, case.head_dim) for _ in range(2)], {}
+    else:
+        caches, options = _stored(case, stored, slots, device)
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
     scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
-    rows, cached = Rows(q, *pattern.rows_on(device)), Cached(k_cache, v_cache, lengths, slots)
+    rows, cached = Rows(q, *pattern.rows_on(device)), Cached(*caches, lengths, slots, **options)
     return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
+
+
+def _stored(
+    case: Case, kind: testing.CacheKind, slots: int, device: torch.device
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Caches of three sequences in pages, and their table and scales."""
+    columns, dtype = slots // kind.page_size, kind.dtype or case.torch_dtype
+    shape = (3 * columns, 8, kind.page_size, case.head_dim)
+    strides, _ = testing.PAGED_LAYOUTS[kind.layout](*shape)
+    caches = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for _ in range(2)]
+    options = {"block_table": _operand(device, 3, columns, dtype=torch.int32)}
+    if kind.dtype is not None:
+        options |= {name: _operand(device, 3, 8, dtype=torch.float32) for name in ("k_scale", "v_scale")}
+    return caches, options
 
 
 @functools.cache

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from .operands import Cached, Keys, Rows
 
-__all__ = ["Places", "dense", "dequantise", "locate", "of_one_width", "plain", "quantise", "scales_at", "slot_scales"]
+__all__ = [
+    "Places",
+    "as_kept",
+    "dense",
+    "dequantise",
+    "locate",
+    "of_one_width",
+    "plain",
+    "quantise",
+    "scales_at",
+    "slot_scales",
+]
 
 # The least normal number of float32: a token of zeros has this scale by slot, so that nothing is divided by zero.
 SMALLEST_SCALE = 2.0**-126
@@ -111,6 +122,15 @@ def dense(cached: Cached, n: int | None = None, dtype: torch.dtype | None = None
     return found[0], found[1]
 
 
+def as_kept(keys: Keys, cached: Cached) -> Keys:
+    """Keys in flight as they are seen: beside a float8 cache those that enter it with the values that it will hold."""
+    if cached.k_scale is None or cached.kept_len == 0:
+        return keys
+    kept = Keys(*(x[:, :, : cached.kept_len] for x in keys))
+    seen = zip(keys, map(_as_cached, kept, cached[:2], (cached.k_scale, cached.v_scale)), strict=True)
+    return Keys(*(torch.cat([held, x[:, :, cached.kept_len :]], dim=2) for x, held in seen))
+
+
 def plain(keys: Keys, cached: Cached, n: int | None = None) -> tuple[Keys, Cached]:
     """The same keys without pages or float8: in flight as the cache will hold them, cached as they are worth.
 
@@ -119,10 +139,7 @@ def plain(keys: Keys, cached: Cached, n: int | None = None) -> tuple[Keys, Cache
     """
     if cached.block_table is None and cached.k_scale is None:
         return keys, cached
-    if cached.k_scale is not None:
-        kept = Keys(*(x[:, :, : cached.kept_len] for x in keys))
-        seen = zip(keys, map(_as_cached, kept, cached[:2], (cached.k_scale, cached.v_scale)), strict=True)
-        keys = Keys(*(torch.cat([held, x[:, :, cached.kept_len :]], dim=2) for x, held in seen))
+    keys = as_kept(keys, cached)
     if n is None:
         n = min(max(0, *cached.lengths.tolist()), cached.capacity) if len(cached.lengths) else 0
     values = dense(cached, n, keys.k.dtype)

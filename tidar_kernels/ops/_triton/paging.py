@@ -1,7 +1,7 @@
 """Pages and float8 values in kernels: what `ops/paging.py` defines, on tiles.
 
-float8 values are rounded in integer arithmetic and stored as bytes: so every chip can fill such a cache, whatever it
-can multiply, and all of them write the same bits.
+float8 values are bytes here, rounded and decoded in integer arithmetic: so every chip can fill and read such a cache,
+whatever it can convert or multiply, and all of them write and see the same bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Cached
+from ..paging import slot_scales
 from .launch import Strided, strided
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -45,6 +46,12 @@ def scale_operand(scale: Tensor | None, batch: int, num_kv_heads: int) -> Stride
     if scale is None:
         return None
     return strided(scale if scale.ndim == 3 else scale.expand(batch, num_kv_heads))
+
+
+def stored_as(cached: Cached) -> tuple[int, int, bool]:
+    """`(PAGE_SIZE, MANTISSA, SCALE_BY_SLOT)`: what a kernel knows of a cache when it is compiled; 0 for none."""
+    page_size = 0 if cached.block_table is None else cached.k_cache.shape[2]
+    return page_size, MANTISSA_BITS.get(cached.k_cache.dtype, 0), slot_scales(cached.k_scale)
 
 
 @triton.jit
@@ -85,3 +92,60 @@ def quantised(x, scale, MANTISSA: tl.constexpr):
     subnormal = (size + MAGIC).to(tl.int32, bitcast=True) - MAGIC_WORD
     code = tl.where(size < 2.0 ** (1 - BIAS), subnormal, normal)
     return (tl.where(value == value, code, 0x7F) | sign).to(tl.uint8)
+
+
+@triton.jit
+def dequantised(code, MANTISSA: tl.constexpr):
+    """The values of float8 numbers in float32, from their bytes; of e4m3fn NaN and of e5m2 NaN and infinities too."""
+    word = code.to(tl.uint16)
+    if MANTISSA == 2:  # the first byte of a float16
+        value = (word << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:  # a float16 too, whose exponent counts from 15 and not from 7
+        half = ((word & 0x80) << 8) | ((word & 0x7F) << 7)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = tl.where((word & 0x7F) == 0x7F, float("nan"), value)
+    return value
+
+
+@triton.jit
+def cached_places(b, n0, context, pages, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """`(page, slot, in_bounds)` of keys [n0, n0 + BLOCK_N) of sequence b: those below `context` whose page exists.
+
+    `page` is one number, or one a key where a tile can span pages. n0 is a multiple of BLOCK_N.
+    """
+    n = n0 + tl.arange(0, BLOCK_N)
+    in_bounds = n < context
+    if pages is None:
+        page, slot = b, n
+    elif PAGE_SIZE % BLOCK_N == 0:
+        page, first, exists = page_of(b, n0, n0 < context, pages, PAGE_SIZE)
+        slot, in_bounds = first + tl.arange(0, BLOCK_N), in_bounds & exists
+    else:
+        page, slot, in_bounds = page_of(b, n, in_bounds, pages, PAGE_SIZE)
+    return page, slot, in_bounds
+
+
+@triton.jit
+def cached_tile(
+    cache, scale, b, h, page, slot, in_bounds, like,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
+):  # fmt: skip
+    """The keys or values of head h at these places, `[len(slot), BLOCK_D]` in the dtype of `like`; 0 out of bounds.
+
+    Of a float8 cache stored * scale, with the scale of sequence b or of each slot: a product in float32, rounded once.
+    """
+    dim = tl.arange(0, BLOCK_D).to(tl.int64)
+    row_offset = page * cache.stride[0] + h * cache.stride[1] + slot.to(tl.int64) * cache.stride[2]
+    tile_mask = in_bounds[:, None] & (dim < HEAD_DIM)[None, :]
+    ptrs = cache.ptr + row_offset[:, None] + dim[None, :] * cache.stride[3]
+    if MANTISSA == 0:
+        tile = tl.load(ptrs, mask=tile_mask, other=0.0)
+    else:
+        value = dequantised(tl.load(ptrs, mask=tile_mask, other=0), MANTISSA)
+        if SCALE_BY_SLOT:
+            scale_offset = page * scale.stride[0] + h * scale.stride[1] + slot.to(tl.int64) * scale.stride[2]
+            value *= tl.load(scale.ptr + scale_offset, mask=in_bounds, other=0.0)[:, None]
+        else:
+            value *= tl.load(scale.ptr + b * scale.stride[0] + h * scale.stride[1])
+        tile = value.to(like.dtype)
+    return tile

@@ -64,8 +64,7 @@ def step_attention(
         backend: None picks by device; "triton" or "eager" by name.
         block_table: int32 `[batch, max_pages]`: key n of sequence b lies in slot `n % page_size` of page
             `block_table[b, n // page_size]`, and `max_len` is `max_pages * page_size`. Where keys lie does not change a
-            bit. What entries hold that no key below `lengths[b]` needs does not matter. Default: no pages. The kernels
-            gather pages and float8 into a contiguous copy of the capacity first.
+            bit. What entries hold that no key below `lengths[b]` needs does not matter. Default: no pages.
         k_scale, v_scale: float32, positive, of a float8 cache: the value of a slot is `stored * scale`, rounded to the
             dtype of q. Broadcastable to `[batch, kv_heads]`, or one a slot, in the shape of the cache without head_dim.
             In-flight rows that may enter the cache (`pattern.kept_len`) are seen with the values that it will hold.

@@ -18,6 +18,10 @@ With a sliding window (`reach`) a row's part of the line starts later. Tiles bef
 tiles that only some rows see, or see in part, come before step 1, masked. Tiles stay where they are, so bits stay too.
 Sinks, one more logit a head (`softmax_start`), belong to split 0.
 
+Pages, float8 and values of another width are read where they lie: a tile's places are looked up in the block table, its
+bytes decoded and scaled before they multiply. The tiles, their order and the products are those of a contiguous cache,
+so the bits are too.
+
 A program whose split holds no key of its rows returns at once, unless it is of split 0. With several splits a second
 kernel merges the partial results by log-sum-exp, in split order: of each row split 0 and the splits in which it sees
 keys. So a row's result does not depend on what other rows made a program write, and no memory is read that was not
@@ -37,6 +41,7 @@ from torch import Tensor
 
 from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
 from .._triton.launch import Launch, block_dim, cdiv, strided
+from .._triton.paging import cached_places, cached_tile, pages, scale_operand, stored, stored_as
 from .._triton.softmax import (
     attend_whole_tiles,
     raw_scores,
@@ -47,7 +52,7 @@ from .._triton.softmax import (
 )
 from .._triton.tiles import load_interval, load_tile, row_pointers
 from ..operands import Cached, Keys, Rows, Scores
-from ..paging import of_one_width, plain
+from ..paging import as_kept
 
 # The merge kernel loads partial results of 8 splits at a time, of so many rows that a thread has 16 values.
 COMBINED_SPLITS, COMBINED_VALUES = 8, 256
@@ -107,7 +112,8 @@ def _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N: tl.c
 
 @triton.jit(do_not_specialize=["kv_len", "num_kv_heads"])
 def sound_keys_kernel(
-    k, v, k_out, v_out, kv_len, num_kv_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
+    k, v, k_out, v_out, kv_len, num_kv_heads,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Copies of BLOCK_T keys in flight of one kv head: where a value is not finite, v becomes 0 and k NaN.
 
@@ -119,15 +125,39 @@ def sound_keys_kernel(
     b, head = (tl.program_id(0) // num_kv_heads).to(tl.int64), (tl.program_id(0) % num_kv_heads).to(tl.int64)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_bounds = (row < kv_len)[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    in_bounds_v = (row < kv_len)[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM_V)
     k_tile = tl.load(row_pointers(k, b * k.stride[0] + head * k.stride[1], row, BLOCK_D), mask=in_bounds)
     v_ptrs = row_pointers(v, b * v.stride[0] + head * v.stride[1], row, BLOCK_D)
-    v_tile = tl.load(v_ptrs, mask=in_bounds, other=0.0)
+    v_tile = tl.load(v_ptrs, mask=in_bounds_v, other=0.0)
     wide = v_tile.to(tl.float32)  # of half types and back: the same value
     broken = tl.max((wide - wide != 0.0).to(tl.int32), 1)[:, None] > 0
     k_out_ptrs = row_pointers(k_out, b * k_out.stride[0] + head * k_out.stride[1], row, BLOCK_D)
     tl.store(k_out_ptrs, tl.where(broken, float("nan"), k_tile.to(tl.float32)).to(k_tile.dtype), mask=in_bounds)
     v_out_ptrs = row_pointers(v_out, b * v_out.stride[0] + head * v_out.stride[1], row, BLOCK_D)
-    tl.store(v_out_ptrs, tl.where(broken, 0.0, wide).to(v_tile.dtype), mask=in_bounds)
+    tl.store(v_out_ptrs, tl.where(broken, 0.0, wide).to(v_tile.dtype), mask=in_bounds_v)
+
+
+@triton.jit
+def _attend_cached_tiles(
+    acc, m, l, q, k_cache, v_cache, k_scale, v_scale, b, kv_head, context, pages, start, stop, unit2, inner_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
+):  # fmt: skip
+    """`attend_whole_tiles` of a cache with pages, float8 or values of another width: the same products and order."""
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    # Places are looked up one tile ahead, and carried in registers: copies for the next iterations need not wait for
+    # a load of the same iteration.
+    page, slot, in_bounds = cached_places(b, start, tl.minimum(context, stop), pages, BLOCK_N, PAGE_SIZE)
+    for n0 in tl.range(start, stop, BLOCK_N):
+        k_tile = cached_tile(
+            k_cache, k_scale, b, kv_head, page, slot, in_bounds, q, HEAD_DIM, BLOCK_D, MANTISSA, SCALE_BY_SLOT
+        )
+        v_tile = cached_tile(
+            v_cache, v_scale, b, kv_head, page, slot, in_bounds, q, HEAD_DIM_V, BLOCK_D, MANTISSA, SCALE_BY_SLOT
+        )
+        acc, m, l = softmax_update(acc, m, l, raw_scores(q, k_tile), v_tile, unit2, inner_scale, None)
+        page, slot, in_bounds = cached_places(b, n0 + BLOCK_N, tl.minimum(context, stop), pages, BLOCK_N, PAGE_SIZE)
+    return acc, m, l
 
 
 # Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
@@ -136,18 +166,21 @@ def sound_keys_kernel(
     do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "tree_mask"],
 )
 def step_attention_kernel(
-    q, k, v, k_cache, v_cache, lengths, lead, own, reach, sinks, tree_mask, out, lse,
+    q, k, v, k_cache, v_cache, pages, k_scale, v_scale, lengths, lead, own, reach, sinks, tree_mask, out, lse,
     q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
-    SCORES_AHEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
+    SCORES_AHEAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one kv head, one split of the line.
 
     `out [split, batch, heads, q_len, d]` and `lse [split, batch, heads, q_len]` are the results, or with PARTIAL what
     `combine_splits_kernel` merges. lse is in natural log, with PARTIAL in base 2. `reach` is None without a window,
-    `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`).
+    `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`), `pages` without
+    pages (`Pages`; else they have PAGE_SIZE slots), `k_scale` and `v_scale` without float8 (else of MANTISSA bits).
     """
+    # A contiguous cache of one width and the dtype of q: its loop has pointers that advance, and loads without a mask.
+    DIRECT: tl.constexpr = pages is None and MANTISSA == 0 and HEAD_DIM == HEAD_DIM_V
     row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run at the same time
     kv_sequence = tl.program_id(0) // row_tiles
     b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
@@ -190,30 +223,57 @@ def step_attention_kernel(
         whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(in_bounds, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
         for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
             n = n0 + key
-            k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM)
-            v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM)
+            if DIRECT:
+                k_tile = load_tile(row_pointers(k_cache, k_cache_offset, n, BLOCK_D), None, HEAD_DIM)
+                v_tile = load_tile(row_pointers(v_cache, v_cache_offset, n, BLOCK_D), None, HEAD_DIM)
+            else:
+                page, slot, exists = cached_places(b64, n0, context, pages, BLOCK_N, PAGE_SIZE)
+                k_tile = cached_tile(
+                    k_cache, k_scale, b64, kv_head64, page, slot, exists, q_tile,
+                    HEAD_DIM, BLOCK_D, MANTISSA, SCALE_BY_SLOT,
+                )  # fmt: skip
+                v_tile = cached_tile(
+                    v_cache, v_scale, b64, kv_head64, page, slot, exists, q_tile,
+                    HEAD_DIM_V, BLOCK_D, MANTISSA, SCALE_BY_SLOT,
+                )  # fmt: skip
             visible = n[None, :] >= first_slot[:, None]
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
         start = tl.maximum(start, whole_start)
-    acc, m, l = attend_whole_tiles(
-        acc, m, l, q_tile, k_cache, k_cache_offset, v_cache, v_cache_offset, start, whole_end, unit2, inner_scale,
-        HEAD_DIM, BLOCK_N, SCORES_AHEAD,
-    )  # fmt: skip
+    if DIRECT:
+        acc, m, l = attend_whole_tiles(
+            acc, m, l, q_tile, k_cache, k_cache_offset, v_cache, v_cache_offset, start, whole_end, unit2, inner_scale,
+            HEAD_DIM, BLOCK_N, SCORES_AHEAD,
+        )  # fmt: skip
+    else:
+        acc, m, l = _attend_cached_tiles(
+            acc, m, l, q_tile, k_cache, v_cache, k_scale, v_scale, b64, kv_head64, context, pages, start, whole_end,
+            unit2, inner_scale, HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, MANTISSA, SCALE_BY_SLOT,
+        )  # fmt: skip
 
     # 2. the tiles where the context ends and the drafts begin
     for n0 in tl.range(tl.maximum(start, whole_end), tl.minimum(stop, end), BLOCK_N, num_stages=1):
         n = n0 + key
         cached, new = n < context, n - context
-        k_cache_ptrs, k_ptrs = (
-            row_pointers(k_cache, k_cache_offset, n, BLOCK_D),
-            row_pointers(k, k_offset, new, BLOCK_D),
-        )
-        v_cache_ptrs, v_ptrs = (
-            row_pointers(v_cache, v_cache_offset, n, BLOCK_D),
-            row_pointers(v, v_offset, new, BLOCK_D),
-        )
-        k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
-        v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
+        if DIRECT:
+            k_cache_ptrs = row_pointers(k_cache, k_cache_offset, n, BLOCK_D)
+            k_ptrs = row_pointers(k, k_offset, new, BLOCK_D)
+            v_cache_ptrs = row_pointers(v_cache, v_cache_offset, n, BLOCK_D)
+            v_ptrs = row_pointers(v, v_offset, new, BLOCK_D)
+            k_tile = _spliced_tile(k_cache_ptrs, k_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
+            v_tile = _spliced_tile(v_cache_ptrs, v_ptrs, cached, n < end, HEAD_DIM, ONE_LOAD)
+        else:
+            page, slot, exists = cached_places(b64, n0, context, pages, BLOCK_N, PAGE_SIZE)
+            k_tile = cached_tile(
+                k_cache, k_scale, b64, kv_head64, page, slot, exists, q_tile, HEAD_DIM, BLOCK_D, MANTISSA, SCALE_BY_SLOT
+            )
+            v_tile = cached_tile(
+                v_cache, v_scale, b64, kv_head64, page, slot, exists, q_tile,
+                HEAD_DIM_V, BLOCK_D, MANTISSA, SCALE_BY_SLOT,
+            )  # fmt: skip
+            in_flight = (n < end) & ~cached
+            k_new = load_tile(row_pointers(k, k_offset, new, BLOCK_D), in_flight, HEAD_DIM)
+            v_new = load_tile(row_pointers(v, v_offset, new, BLOCK_D), in_flight, HEAD_DIM_V)
+            k_tile, v_tile = tl.where(cached[:, None], k_tile, k_new), tl.where(cached[:, None], v_tile, v_new)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
         if reach is not None:
@@ -230,7 +290,7 @@ def step_attention_kernel(
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM)
-            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM)
+            v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM_V)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
                 visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
@@ -246,7 +306,7 @@ def step_attention_kernel(
     out_ptrs = out.ptr + split.to(tl.int64) * out.stride[0] + b64 * out.stride[1] + head64 * out.stride[2]
     out_ptrs = out_ptrs + row.to(tl.int64) * out.stride[3]
     out_ptrs = out_ptrs[:, None] + dim.to(tl.int64)[None, :] * out.stride[4]
-    tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & (dim[None, :] < HEAD_DIM))
+    tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & (dim[None, :] < HEAD_DIM_V))
 
 
 @triton.jit(
@@ -321,24 +381,39 @@ class _Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str, max_len: int, kv_len: int) -> _Layout:
-    """Tiles, splits and the kernels' options; kept, since every layer of every step asks for the same ones."""
-    config, split = step_config(chip, dtype, head_dim, kind), split_size(chip, max_len)
+def _layout(
+    chip: Chip | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    kind: str,
+    max_len: int,
+    kv_len: int,
+    cache: tuple[int, int, bool],
+) -> _Layout:
+    """Tiles, splits and the kernels' options; kept, since every layer of every step asks for the same ones.
+
+    `cache` is what `stored_as` says of it.
+    """
+    widest = max(head_dim, head_dim_v)
+    config, split = step_config(chip, dtype, widest, kind), split_size(chip, max_len)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
     # Without any key there is still one split: it writes the zeros.
     num_splits = max(1, cdiv(max_len + kv_len, split))
-    widths = {"HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim)}
+    widths = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": block_dim(widest)}
+    storage = dict(zip(("PAGE_SIZE", "MANTISSA", "SCALE_BY_SLOT"), cache, strict=True))
     # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
     choices = {"PARTIAL": num_splits > 1, "ONE_LOAD": not isinstance(chip, str)}
     # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
-    rows, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim), COMBINED_SPLITS)
+    rows, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim_v), COMBINED_SPLITS)
+    merged = {"HEAD_DIM": head_dim_v, "BLOCK_D": block_dim(head_dim_v), "SPLIT": split}
     return _Layout(
         config.BLOCK_M,
         split,
         num_splits,
         {**widths, "BLOCK_T": SOUND_KEYS, "num_warps": 4},
-        {**widths, "SPLIT": split, **options(config), **choices},
-        {**widths, "SPLIT": split, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4},
+        {**widths, "SPLIT": split, **options(config), **choices, **storage},
+        {**merged, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4},
     )
 
 
@@ -350,21 +425,22 @@ def plan_step_attention(
     Raises:
         TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
     """
-    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
-    k_cache, v_cache, lengths, max_context = cached.k_cache, cached.v_cache, cached.lengths, cached.max_context
+    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, as_kept(keys, cached), scores
+    lengths, max_context = cached.lengths, cached.max_context
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len, max_len = k.shape[1], k.shape[2], k_cache.shape[2]
+    num_kv_heads, kv_len, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    max_len = cached.capacity
     group = num_heads // num_kv_heads
     extras = reach is not None or softcap is not None or sinks is not None
     kind = TREE if tree_mask is not None else EXTRAS if extras else PLAIN
-    layout = _layout(chip, q.dtype, head_dim, kind, max_len, kv_len)
+    layout = _layout(chip, q.dtype, head_dim, head_dim_v, kind, max_len, kv_len, stored_as(cached))
     unit, inner = score_units(scale, softcap)
     launched = max(1, min(layout.num_splits, cdiv(max_context + kv_len, layout.split)))
 
-    out = q.new_empty(batch, num_heads, q_len, head_dim)
+    out = q.new_empty(batch, num_heads, q_len, head_dim_v)
     lse = q.new_empty(batch, num_heads, q_len, dtype=torch.float32)
     if layout.num_splits > 1:
-        part = q.new_empty(launched, batch, num_heads, q_len, head_dim, dtype=torch.float32)
+        part = q.new_empty(launched, batch, num_heads, q_len, head_dim_v, dtype=torch.float32)
         part_lse = q.new_empty(launched, batch, num_heads, q_len, dtype=torch.float32)
     else:
         part, part_lse = out.unsqueeze(0), lse
@@ -379,7 +455,8 @@ def plan_step_attention(
         step_attention_kernel,
         (cdiv(q_len * group, layout.block_m) * batch * num_kv_heads, launched),
         (
-            *(strided(q), *in_flight, strided(k_cache), strided(v_cache)),
+            *(strided(q), *in_flight, stored(cached.k_cache), stored(cached.v_cache)),
+            *(pages(cached), *(scale_operand(x, batch, num_kv_heads) for x in (cached.k_scale, cached.v_scale))),
             *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
@@ -398,16 +475,8 @@ def plan_step_attention(
 
 
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Run the kernels: `(out [batch, heads, q_len, head_dim_v], lse [batch, heads, q_len])`; arguments are checked.
-
-    The kernels read contiguous caches in the dtype of q. Pages and float8 are gathered into one first, of the whole
-    capacity, since lengths stay on the device: the bits are those of the contiguous cache, at the price of a copy.
-    """
-    keys, cached = plain(keys, cached, cached.capacity)
-    head_dim, head_dim_v = rows.q.shape[3], keys.v.shape[3]
-    if head_dim != head_dim_v:  # the kernels know one width
-        rows, keys, cached = of_one_width(rows, keys, cached)
+    """Run the kernels: `(out [batch, heads, q_len, head_dim_v], lse [batch, heads, q_len])`; arguments are checked."""
     launches, out, lse = plan_step_attention(rows, keys, cached, scores, chip_of(rows.q.device))
     for launch in launches:
         launch.run()
-    return out if head_dim == head_dim_v else out[..., :head_dim_v].contiguous(), lse
+    return out, lse
