@@ -198,29 +198,27 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
         pattern = pattern.windowed(1024)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
-    stored = STORED.get(case.variant)
-    if stored is None:
-        caches, options = [operand(3, 8, slots, case.head_dim) for _ in range(2)], {}
-    else:
-        caches, options = _stored(case, stored, slots, device)
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
     scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
-    rows, cached = Rows(q, *pattern.rows_on(device)), Cached(*caches, lengths, slots, **options)
+    rows, cached = Rows(q, *pattern.rows_on(device)), _cached(case, slots, lengths)
     return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
 
 
-def _stored(
-    case: Case, kind: testing.CacheKind, slots: int, device: torch.device
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Caches of three sequences in pages, and their table and scales."""
+def _cached(case: Case, slots: int, lengths: Tensor) -> Cached:
+    """Caches of three sequences and 8 heads, stored as the variant says: in pages with their table, with scales."""
+    device, kind = lengths.device, STORED.get(case.variant)
+    if kind is None:
+        k_cache, v_cache = (_operand(device, 3, 8, slots, case.head_dim, dtype=case.torch_dtype) for _ in "kv")
+        return Cached(k_cache, v_cache, lengths, slots)
     columns, dtype = slots // kind.page_size, kind.dtype or case.torch_dtype
     shape = (3 * columns, 8, kind.page_size, case.head_dim)
     strides, _ = testing.PAGED_LAYOUTS[kind.layout](*shape)
-    caches = [torch.empty_strided(shape, strides, dtype=dtype, device=device) for _ in range(2)]
-    options = {"block_table": _operand(device, 3, columns, dtype=torch.int32)}
+    k_cache, v_cache = (torch.empty_strided(shape, strides, dtype=dtype, device=device) for _ in "kv")
+    k_scale = v_scale = None
     if kind.dtype is not None:
-        options |= {name: _operand(device, 3, 8, dtype=torch.float32) for name in ("k_scale", "v_scale")}
-    return caches, options
+        k_scale, v_scale = (_operand(device, 3, 8, dtype=torch.float32) for _ in "kv")
+    table = _operand(device, 3, columns, dtype=torch.int32)
+    return Cached(k_cache, v_cache, lengths, slots, table, k_scale, v_scale)
 
 
 @functools.cache

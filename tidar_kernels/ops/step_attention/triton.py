@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, chip_of, options, split_size, step_config
+from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
 from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.paging import cached_places, cached_tile, pages, scale_operand, stored, stored_as
 from .._triton.softmax import (
@@ -383,20 +383,18 @@ class _Layout(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _layout(
     chip: Chip | None,
-    dtype: torch.dtype,
+    config: TileConfig,
     head_dim: int,
     head_dim_v: int,
-    kind: str,
     max_len: int,
     kv_len: int,
     cache: tuple[int, int, bool],
 ) -> _Layout:
-    """Tiles, splits and the kernels' options; kept, since every layer of every step asks for the same ones.
+    """Splits and the kernels' options; kept, since every layer of every step asks for the same ones.
 
-    `cache` is what `stored_as` says of it.
+    `cache` is what `stored_as` says of it. `config` is not looked up in here: tuning and tests plan with others.
     """
-    widest = max(head_dim, head_dim_v)
-    config, split = step_config(chip, dtype, widest, kind), split_size(chip, max_len)
+    widest, split = max(head_dim, head_dim_v), split_size(chip, max_len)
     # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
     # Without any key there is still one split: it writes the zeros.
     num_splits = max(1, cdiv(max_len + kv_len, split))
@@ -433,7 +431,8 @@ def plan_step_attention(
     group = num_heads // num_kv_heads
     extras = reach is not None or softcap is not None or sinks is not None
     kind = TREE if tree_mask is not None else EXTRAS if extras else PLAIN
-    layout = _layout(chip, q.dtype, head_dim, head_dim_v, kind, max_len, kv_len, stored_as(cached))
+    config = step_config(chip, q.dtype, max(head_dim, head_dim_v), kind)
+    layout = _layout(chip, config, head_dim, head_dim_v, max_len, kv_len, stored_as(cached))
     unit, inner = score_units(scale, softcap)
     launched = max(1, min(layout.num_splits, cdiv(max_context + kv_len, layout.split)))
 
