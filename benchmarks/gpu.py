@@ -1,4 +1,4 @@
-"""What `make gpu` runs, unattended, in one call of nine minutes: parity, then every CUDA table, as files.
+"""What `make gpu` runs, unattended, in one call of nine minutes: sanitizer, parity, every CUDA table, as files.
 
     python -m benchmarks.gpu --out DIR [--budget SECONDS] [--dry-run]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from .reports import pictures, targets
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0  # seconds in all; the rest of nine minutes is for starting and ending
 PARITY_SECONDS = 190.0  # at most
+SANITIZER_SECONDS = 50.0  # at most, of both tools together
 # Parts: their titles, and their shares of the time after parity. What a part leaves goes to those after it.
 SHARES = {
     "step": ("step attention", 0.36),
@@ -151,7 +153,11 @@ def start_part(suite: Suite, name: str, folder: Path, seconds: float, end: float
 
 
 def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> int:
-    """The tests marked cuda, within `seconds`; their outcome as a part of the results file. 0 if none failed."""
+    """The tests marked cuda, within `seconds`; their outcome as a part of the results file.
+
+    0 if every one of them ran and passed. A run that was cut, or that ran nothing, shows nothing: it is red. A dry run
+    has no CUDA, so its tests are skipped.
+    """
     if importlib.util.find_spec("pytest") is None:
         say("parity: not run, no pytest; every row still checks its own result")
         record.add(folder, "parity", suite.device, [{"operator": "parity", "not_available": "no pytest"}])
@@ -163,11 +169,32 @@ def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> 
     # A kernel that loses the device ends one worker, not all tests.
     parallel = suite.device == "cuda" and importlib.util.find_spec("xdist") is not None
     started = time.perf_counter()
-    code = launch(command + (["-n", "4"] if parallel else []), seconds)
+    # Nearly all of the time is compiling, on the host.
+    code = launch(command + (["-n", str(os.cpu_count() or 1)] if parallel else []), seconds)
     line = parity_row(report) | {"seconds": round(time.perf_counter() - started, 1), "stopped": code is None}
     print(f"parity: {line}", flush=True)
     record.add(folder, "parity", suite.device, [line])
-    return int(line["failed"] > 0 or code not in (None, 0, 5))  # 5: no test was collected
+    if suite.device != "cuda":
+        return int(line["failed"] > 0 or code not in (0, 5))  # 5: no test was collected
+    ran = line["tests"] - line["skipped"]
+    if code is None or not ran:
+        say(f"parity: expected a whole run, got {'one that was stopped' if code is None else 'one'} with {ran} tests")
+    return int(code != 0 or line["failed"] > 0 or not ran)
+
+
+def run_sanitizer(folder: Path, seconds: float, launch: Launcher) -> int:
+    """One small case of every kernel under compute-sanitizer, where it is installed; 1 if it found anything."""
+    program, rows = shutil.which("compute-sanitizer"), []
+    if program is None:
+        say("sanitizer: not run, no compute-sanitizer")
+        rows = [{"operator": "sanitizer", "not_available": "no compute-sanitizer"}]
+    for tool in ("memcheck", "racecheck") if program else ():
+        command = [program, "--tool", tool, "--error-exitcode", "9"]
+        code = launch([*command, sys.executable, "-m", "tidar_kernels", "doctor", "--parity"], seconds / 2)
+        rows.append({"operator": "sanitizer", "tool": tool, "exit_code": code, "stopped": code is None})
+        print(f"sanitizer: {rows[-1]}", flush=True)
+    record.add(folder, "sanitizer", "cuda", rows)
+    return int(any(row.get("exit_code") not in (None, 0) for row in rows))
 
 
 def parity_row(report: Path) -> dict[str, Any]:
@@ -184,6 +211,8 @@ def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, pari
     """Parity and every part within `budget` seconds; 0 if nothing failed."""
     end = time.perf_counter() + budget
     codes = {}
+    if parity and suite.device == "cuda":
+        codes["sanitizer"] = run_sanitizer(folder, min(SANITIZER_SECONDS, 0.1 * budget), launch)
     if parity:
         codes["parity"] = run_parity(suite, folder, min(PARITY_SECONDS, 0.4 * budget), launch)
     shares = sum(share for _, share in SHARES.values())

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+CAPTURED = 64  # calls between two events, at least
+
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile in microseconds."""
@@ -38,8 +40,10 @@ def time_cuda(calls: Sequence[Callable[[], Any]], budget_s: float = 0.15) -> dic
     """Time calls on the current CUDA stream, taking them in turn.
 
     The calls do the same work on different memory; together their operands should exceed L2, so that each finds its
-    own cold. They are captured in one CUDA graph, so that what is timed is the device and not Python.
+    own cold. They are captured in one CUDA graph, so that what is timed is the device and not Python; at least
+    `CAPTURED` of them, so that starting the graph on an idle device is spread over many.
     """
+    turns = -(-CAPTURED // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -48,16 +52,16 @@ def time_cuda(calls: Sequence[Callable[[], Any]], budget_s: float = 0.15) -> dic
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
+        for call in [*calls] * turns:
             call()
     seconds: list[float] = []
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    while len(seconds) < 7 or sum(seconds) * len(calls) < budget_s:
+    while len(seconds) < 7 or sum(seconds) * len(calls) * turns < budget_s:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3 / len(calls))
+        seconds.append(begin.elapsed_time(end) / 1e3 / (len(calls) * turns))
     return summary(seconds)
 
 

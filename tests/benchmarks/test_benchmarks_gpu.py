@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -122,6 +124,90 @@ def test_parity_counts_what_failed(tmp_path: Path) -> None:
     (line,) = part_of(tmp_path, "parity")
     assert (line["tests"], line["failed"], line["skipped"]) == (3, 1, 1)
     assert line["failures"] == ["tests.test_a::test_y"]
+
+
+@pytest.mark.parametrize(
+    ("code", "cases", "red"),
+    [
+        (0, "<testcase/>", 0),
+        (0, "", 1),  # nothing ran
+        (5, "", 1),
+        (0, "<testcase><skipped/></testcase>", 1),
+        (None, "<testcase/>", 1),  # cut
+        (1, "<testcase/>", 1),
+        (0, "<testcase/><testcase><error/></testcase>", 1),
+    ],
+)
+def test_parity_on_a_gpu_is_green_if_all_of_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, cases: str, red: int
+) -> None:
+    commands: list[list[str]] = []
+
+    def launch(command: list[str], seconds: float) -> int | None:
+        commands.append(command)
+        (tmp_path / "parity.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return code
+
+    suite = dataclasses.replace(gpu.FULL, timer=once)
+    monkeypatch.setattr(record, "add", lambda *given: None)
+    assert gpu.run_parity(suite, tmp_path, 10.0, launch) == red
+    assert commands[0][-2:] == ["-n", str(os.cpu_count())]
+
+
+@pytest.mark.parametrize(("codes", "red"), [((0, 0), 0), ((0, 9), 1), ((None, 0), 0)])
+def test_the_sanitizer_runs_both_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int | None, int], red: int
+) -> None:
+    left, commands = list(codes), []
+
+    def launch(command: list[str], seconds: float) -> int | None:
+        commands.append(command)
+        return left.pop(0)
+
+    monkeypatch.setattr(record, "add", lambda *given: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.run_sanitizer(tmp_path, 10.0, launch) == 0
+    assert not commands
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/tools/{name}")
+    assert gpu.run_sanitizer(tmp_path, 10.0, launch) == red
+    assert [command[:3] for command in commands] == [
+        ["/tools/compute-sanitizer", "--tool", tool] for tool in ("memcheck", "racecheck")
+    ]
+
+
+@pytest.mark.parametrize("calls", [1, 7, 16, 64, 100])
+def test_many_calls_lie_between_two_events(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """On a device that takes 10 us a call and 300 us to start a graph, 64 calls keep the bias below 5 us."""
+    fake = MagicMock()
+    clock = [0.0]
+    capturing: list[int] = []
+    fake.graph.return_value.__enter__ = lambda self: capturing.append(0)
+
+    def call() -> None:
+        if capturing:
+            capturing[0] += 1
+
+    def replay() -> None:
+        clock[0] += 0.3 + 0.01 * capturing[0]
+
+    fake.CUDAGraph.return_value.replay = replay
+
+    class Event:
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    fake.Event = lambda enable_timing: Event()
+    monkeypatch.setattr(torch, "cuda", fake)
+    found = timing.time_cuda([call] * calls)
+    assert capturing[0] >= 64
+    assert capturing[0] % calls == 0
+    assert 10.0 < found["p50_us"] < 15.0
 
 
 def test_a_row_that_took_its_process_down_is_not_tried_again(dry: gpu.Suite, tmp_path: Path) -> None:
