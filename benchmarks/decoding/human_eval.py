@@ -82,6 +82,15 @@ def row(name: str, block_size: int, found: list[dict[str, Any]], equal: int) -> 
     }
 
 
+def command(options: argparse.Namespace, strategy: str) -> str:
+    """The command line that measures one row again; MODEL, FILE and DIR stand for the reader's own paths."""
+    of_the_row = ["--strategies", strategy] if options.adapter is None else ["--adapter", "DIR"]
+    limit = [] if options.limit is None else ["--limit", str(options.limit)]
+    sizes = ["--max-new-tokens", str(options.max_new_tokens), "--batch-size", str(options.batch_size)]
+    start = ["python -m benchmarks.decoding.human_eval MODEL --title", options.title, "--prompts FILE"]
+    return " ".join([*start, *of_the_row, *limit, *sizes])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decoding.human_eval", description=__doc__.splitlines()[0]
@@ -130,12 +139,12 @@ def main(arguments: list[str] | None = None) -> int:
         for batch, got, want in zip(batches, found, expected, strict=True):
             for prompt, text, other in zip(batch, got["texts"], want["texts"], strict=True):
                 equal += text == other or text == generate([prompt])[0]
-        rows.append(row(label, block_size, found, equal) | more)
+        said_of_row = {"model": options.title, "max_new_tokens": options.max_new_tokens}
+        said_of_row["command"] = command(options, name)
+        rows.append(row(label, block_size, found, equal) | more | said_of_row)
         print(f"{label}: {equal} texts equal, {rows[-1]['tokens_per_forward']} tokens a forward pass", flush=True)
-    command = f"python -m benchmarks.decoding.human_eval MODEL --title {options.title} --prompts FILE"
     part = "human_eval" if options.adapter is None else "human_eval_adapter"
-    said_of_all = {"model": options.title, "max_new_tokens": options.max_new_tokens, "command": command}
-    record.add(options.out, part, "cpu", [each | said_of_all for each in rows])
+    record.add(options.out, part, "cpu", rows)
     for file in files:
         file.unlink()
     return 0 if all(each["equal"] == each["prompts"] for each in rows) else 1

@@ -37,10 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     for run in RUNS:
         print("lossless", *run, file=sys.stderr, flush=True)
         printed = io.StringIO()
+        run = (*run, "--max-new-tokens", str(options.max_new_tokens))
         with contextlib.redirect_stdout(printed):
-            code = cli.main(
-                ["lossless", options.model, *run, "--max-new-tokens", str(options.max_new_tokens), "--json"]
-            )
+            code = cli.main(["lossless", options.model, *run, "--json"])
         if code not in (0, 1):  # 1: some texts differ, which is a result
             return code
         found = json.loads(printed.getvalue())
