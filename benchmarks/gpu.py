@@ -184,13 +184,13 @@ def run_parity(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> 
 
 def run_sanitizer(folder: Path, seconds: float, launch: Launcher) -> int:
     """One small case of every kernel under compute-sanitizer, where it is installed; 1 if it found anything."""
-    program, rows = shutil.which("compute-sanitizer"), []
+    program, rows = shutil.which("compute-sanitizer"), list[dict[str, Any]]()
     if program is None:
         say("sanitizer: not run, no compute-sanitizer")
         rows = [{"operator": "sanitizer", "not_available": "no compute-sanitizer"}]
     for tool in ("memcheck", "racecheck") if program else ():
-        command = [program, "--tool", tool, "--error-exitcode", "9"]
-        code = launch([*command, sys.executable, "-m", "tidar_kernels", "doctor", "--parity"], seconds / 2)
+        command = [str(program), "--tool", tool, "--error-exitcode", "9", sys.executable]
+        code = launch([*command, "-m", "tidar_kernels", "doctor", "--parity"], seconds / 2)
         rows.append({"operator": "sanitizer", "tool": tool, "exit_code": code, "stopped": code is None})
         print(f"sanitizer: {rows[-1]}", flush=True)
     record.add(folder, "sanitizer", "cuda", rows)
