@@ -195,7 +195,13 @@ class KVCache:
         return 0 if self.pool is None else self.pool.free_pages
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """`(k_cache, v_cache)` of one layer, each `[batch, num_kv_heads, max_len, head_dim]`, or its pages: views."""
+        """`(k_cache, v_cache)` of one layer, each `[batch, num_kv_heads, max_len, head_dim]`, or its pages: views.
+
+        Raises:
+            ValueError: `index` is not in `[0, num_layers)`.
+        """
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < self.num_layers:
+            raise ValueError(f"layer: expected 0 <= layer < num_layers = {self.num_layers}, got {index!r}")
         return self.k[index], self.v[index]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -237,8 +243,11 @@ class KVCache:
         With pages, sequences that need more take them here.
 
         Raises:
-            ValueError: naming the sequence, its length bound, `num_tokens` and `max_len`; or too few pages are free.
+            TypeError: `num_tokens` is no number. ValueError: naming the sequence, its length bound, `num_tokens` and
+                `max_len`; or too few pages are free.
         """
+        if isinstance(num_tokens, (str, float)) or num_tokens is None:
+            raise TypeError(f"num_tokens: expected an int, got {type(num_tokens).__name__}")
         short = self.length_bounds + num_tokens > self._slots
         if not short.any():
             return
@@ -369,10 +378,15 @@ class KVCache:
         Nothing is committed: until `commit`, these slots are invisible. No gradient flows through the cache.
 
         Raises:
-            ValueError: the slots would pass `max_len` (nothing is written then), or shapes disagree.
+            TypeError, ValueError: there is no such layer, the slots would pass `max_len`, or k and v do not fit;
+                nothing is written then.
         """
+        caches = self.layer(layer)
+        for name, value in (("k", k), ("v", v)):
+            if not isinstance(value, Tensor) or value.ndim != 4:
+                checks.tensor(name, value, 4)
         self.check_room(k.shape[2])
-        ops.append_kv(*self.layer(layer), k.detach(), v.detach(), self.lengths, **self.options(layer))
+        ops.append_kv(*caches, k.detach(), v.detach(), self.lengths, **self.options(layer))
 
     def rotary_append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], keep: int
@@ -382,8 +396,9 @@ class KVCache:
         Raises:
             ValueError: as `append`, and `tidar_kernels.rotary_append`.
         """
+        caches = self.layer(layer)
         self.check_room(keep)
-        return rotary_append(q, k, v, rotary, *self.layer(layer), self.lengths, keep, **self.options(layer))
+        return rotary_append(q, k, v, rotary, *caches, self.lengths, keep, **self.options(layer))
 
     def commit(self, accepted: Tensor | int, at_most: int | None = None) -> None:
         """Advance the lengths: the first `accepted[b]` appended slots become context.
@@ -436,7 +451,13 @@ class KVCache:
         ops.compact_kv(k, v, lengths, paths, block_table=table, k_scale=scales[0], v_scale=scales[1])
 
     def lengths_known(self, lengths: list[int]) -> None:
-        """Tell the host's bounds the exact lengths, once they were read for another reason."""
+        """Tell the host's bounds the exact lengths, once they were read for another reason.
+
+        Raises:
+            ValueError: there is not one for each sequence, or one for all.
+        """
+        if len(lengths) not in (1, self.batch_size):
+            raise ValueError(f"lengths: expected {self.batch_size} lengths, got {len(lengths)}")
         self.length_bounds[:] = lengths
 
     def reset(self) -> None:

@@ -206,6 +206,7 @@ def test_a_batch_takes_over_a_mix_that_came_from_elsewhere(copied: Any) -> None:
         (lambda b: b.pattern(-1), ValueError, r"^request: expected >= 0, got -1$"),
         (lambda b: b.pattern(None), TypeError, r"^request: expected an int, got NoneType$"),
         (lambda b: b.positions(torch.zeros(2)), ValueError, r"^lengths: expected shape \[1\], got \[2\]$"),
+        (lambda b: patterns.batch(3), TypeError, r"^patterns: expected a sequence of patterns, got int$"),  # type: ignore[arg-type]
         (lambda b: patterns.batch([STEP], table=[3]), TypeError, r"^table: expected tidar_kernels.Pattern, got int at"),
         (lambda b: patterns.batch([STEP], num_rows=2**31), ValueError, r"^num_rows: expected < 2\*\*31"),
     ],

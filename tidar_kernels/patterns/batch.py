@@ -220,6 +220,8 @@ def batch(
         TypeError: an entry is neither a `Pattern` nor None. ValueError: there is no request, a pattern does not have as
             many keys as rows or is not in `table`, or rows do not fit.
     """
+    if not isinstance(patterns, Sequence):
+        raise TypeError(f"patterns: expected a sequence of patterns, got {type(patterns).__name__}")
     if not patterns:
         raise ValueError("patterns: expected at least one request, got none")
     for request, pattern in enumerate(patterns):
