@@ -129,8 +129,8 @@ def test_bounds_are_of_what_may_have_been_accepted() -> None:
         ((torch.tensor([1, 2, 3]),), "^at_most: expected an int beside a tensor of accepted counts, got None$"),
         ((13,), "^max_len: expected room for 13 more tokens in sequence 0, got 0 of 12 slots taken$"),
         ((torch.tensor([1, 2, 3]), 13), "^max_len: expected room for 13 more tokens"),
-        ((-1,), "^accepted: expected >= 0 tokens, got -1$"),
-        ((torch.tensor([1, 2, 3]), -1), "^at_most: expected >= 0 tokens, got -1$"),
+        ((-1,), "^accepted: expected >= 0, got -1$"),
+        ((torch.tensor([1, 2, 3]), -1), "^at_most: expected >= 0, got -1$"),
     ],
 )
 def test_commit_refuses(arguments: tuple[Any, ...], message: str) -> None:

@@ -298,7 +298,7 @@ BAD_CALLS: dict[str, tuple[Callable[[KVCache], Any], type[Exception], str]] = {
         ValueError,
         r"^layer: expected 0 <= layer < num_layers = \d, got 9$",
     ),
-    "a layer before the first": (lambda c: c.layer(-1), ValueError, r"^layer: expected 0 <= layer < .* got -1$"),
+    "a layer before the first": (lambda c: c.layer(-1), ValueError, r"^index: expected 0 <= index < .* got -1$"),
     "lists": (lambda c: c.append(0, [1.0], [1.0]), TypeError, r"^k: expected a torch.Tensor, got list$"),  # type: ignore[arg-type]
     "room": (lambda c: c.check_room("2"), TypeError, r"^num_tokens: expected an int, got str$"),  # type: ignore[arg-type]
     "lengths": (lambda c: c.lengths_known([1, 2]), ValueError, r"^lengths: expected 3 lengths, got 2$"),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import ops
 from .ops import checks, rotary_append
-from .patterns.rows import check_int, ordinary
+from .patterns.arguments import FLOAT_DTYPES, check_device, check_int, check_ints
+from .patterns.rows import ordinary
 
 __all__ = ["KVCache", "PagePool"]
 
@@ -130,8 +131,9 @@ class KVCache:
                 raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
             if size >= 2**31:  # lengths and pages are int32
                 raise ValueError(f"{name}: expected an int < 2**31, got {size}")
-        if dtype not in (*checks.FLOAT_DTYPES, *checks.FLOAT8_DTYPES):
+        if dtype not in (*FLOAT_DTYPES, *checks.FLOAT8_DTYPES):
             raise TypeError(f"dtype: expected a float dtype, float8_e4m3fn or float8_e5m2, got {dtype}")
+        device = check_device("device", device)
         self._max_len = max_len
         self.pool: PagePool | None = None
         self.block_table: Tensor | None = None
@@ -200,8 +202,7 @@ class KVCache:
         Raises:
             ValueError: `index` is not in `[0, num_layers)`.
         """
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < self.num_layers:
-            raise ValueError(f"layer: expected 0 <= layer < num_layers = {self.num_layers}, got {index!r}")
+        self._check_index("index", index, "num_layers")
         return self.k[index], self.v[index]
 
     def options(self, index: int) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class KVCache:
         Raises:
             ValueError: `index` is not in `[0, batch_size)`.
         """
-        self._check_sequence("index", index)
+        self._check_index("index", index)
         at = slice(index, index + 1)
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__)
@@ -233,9 +234,10 @@ class KVCache:
                 view.k_scale, view.v_scale = self.k_scale[:, at], self.v_scale[:, at]
         return view
 
-    def _check_sequence(self, name: str, index: int) -> None:
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < self.batch_size:
-            raise ValueError(f"{name}: expected 0 <= {name} < batch_size = {self.batch_size}, got {index!r}")
+    def _check_index(self, name: str, index: int, of: str = "batch_size") -> None:
+        """`index` counts sequences, or layers."""
+        if not isinstance(index, (int, np.integer)) or isinstance(index, bool) or not 0 <= index < getattr(self, of):
+            raise ValueError(f"{name}: expected 0 <= {name} < {of} = {getattr(self, of)}, got {index!r}")
 
     def check_room(self, num_tokens: int) -> None:
         """Raise before anything is written if `num_tokens` more would pass `max_len` in any sequence.
@@ -246,8 +248,7 @@ class KVCache:
             TypeError: `num_tokens` is no number. ValueError: naming the sequence, its length bound, `num_tokens` and
                 `max_len`; or too few pages are free.
         """
-        if isinstance(num_tokens, (str, float)) or num_tokens is None:
-            raise TypeError(f"num_tokens: expected an int, got {type(num_tokens).__name__}")
+        check_int("num_tokens", num_tokens, 0)
         short = self.length_bounds + num_tokens > self._slots
         if not short.any():
             return
@@ -265,7 +266,7 @@ class KVCache:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold this many tokens; 0 of a cache without pages."""
-        return 0 if self.page_size is None else -(-num_tokens // self.page_size)
+        return 0 if self.page_size is None else -(-check_int("num_tokens", num_tokens, 0) // self.page_size)
 
     def reserve(self, sequence: int, num_tokens: int) -> None:
         """Give a sequence pages for `num_tokens` in all, those that it has included. Without pages it has them.
@@ -273,7 +274,7 @@ class KVCache:
         Raises:
             ValueError: no such sequence, more than `max_len` tokens, or too few pages are free; nothing is taken then.
         """
-        self._check_sequence("sequence", sequence)
+        self._check_index("sequence", sequence)
         if check_int("num_tokens", num_tokens, 0) > self.max_len:
             raise ValueError(f"num_tokens: expected 0 <= num_tokens <= max_len = {self.max_len}, got {num_tokens}")
         if self.page_size is None:
@@ -290,7 +291,7 @@ class KVCache:
         Raises:
             ValueError: no such sequence.
         """
-        self._check_sequence("sequence", sequence)
+        self._check_index("sequence", sequence)
         self.sequence(sequence).reset()
         if self.block_table is not None:
             self._slots[sequence] = UNLIMITED
@@ -309,8 +310,8 @@ class KVCache:
             ValueError: no such sequences, or they are the same one, `num_tokens` is more than `of` has, or no page is
                 free for the copy; nothing has changed then.
         """
-        self._check_sequence("sequence", sequence)
-        self._check_sequence("of", of)
+        self._check_index("sequence", sequence)
+        self._check_index("of", of)
         if sequence == of:
             raise ValueError(f"of: expected another sequence than {sequence}, got the same")
         if check_int("num_tokens", num_tokens, 0) > self.length_bounds[of]:
@@ -344,7 +345,7 @@ class KVCache:
 
     def pages_of(self, sequence: int) -> tuple[int, ...]:
         """The pages of a sequence, in order; none of a cache without pages."""
-        self._check_sequence("sequence", sequence)
+        self._check_index("sequence", sequence)
         return tuple(self._pages[sequence])
 
     def _take(self, wanted: list[tuple[int, int]]) -> None:
@@ -381,12 +382,12 @@ class KVCache:
             TypeError, ValueError: there is no such layer, the slots would pass `max_len`, or k and v do not fit;
                 nothing is written then.
         """
-        caches = self.layer(layer)
+        self._check_index("layer", layer, "num_layers")
         for name, value in (("k", k), ("v", v)):
             if not isinstance(value, Tensor) or value.ndim != 4:
                 checks.tensor(name, value, 4)
         self.check_room(k.shape[2])
-        ops.append_kv(*caches, k.detach(), v.detach(), self.lengths, **self.options(layer))
+        ops.append_kv(*self.layer(layer), k.detach(), v.detach(), self.lengths, **self.options(layer))
 
     def rotary_append(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], keep: int
@@ -396,9 +397,9 @@ class KVCache:
         Raises:
             ValueError: as `append`, and `tidar_kernels.rotary_append`.
         """
-        caches = self.layer(layer)
-        self.check_room(keep)
-        return rotary_append(q, k, v, rotary, *caches, self.lengths, keep, **self.options(layer))
+        self._check_index("layer", layer, "num_layers")
+        self.check_room(check_int("keep", keep, 0))
+        return rotary_append(q, k, v, rotary, *self.layer(layer), self.lengths, keep, **self.options(layer))
 
     def commit(self, accepted: Tensor | int, at_most: int | None = None) -> None:
         """Advance the lengths: the first `accepted[b]` appended slots become context.
@@ -412,7 +413,7 @@ class KVCache:
                 there is not one count a sequence; nothing is committed then.
         """
         if isinstance(accepted, int):
-            name, at_most = "accepted", accepted
+            at_most = check_int("accepted", accepted, 0)
         else:
             checks.tensor("accepted", accepted, 1)
             checks.shape("accepted", accepted, (self.batch_size,))
@@ -420,11 +421,7 @@ class KVCache:
                 raise TypeError(f"accepted: expected an integer dtype, got {accepted.dtype}")
             if at_most is None:
                 raise ValueError("at_most: expected an int beside a tensor of accepted counts, got None")
-            name = "at_most"
-        if not isinstance(at_most, int):
-            raise TypeError(f"{name}: expected an int, got {type(at_most).__name__}")
-        if at_most < 0:
-            raise ValueError(f"{name}: expected >= 0 tokens, got {at_most}")
+            check_int("at_most", at_most, 0)
         self.check_room(at_most)
         self.lengths += accepted
         self.length_bounds += at_most
@@ -456,6 +453,7 @@ class KVCache:
         Raises:
             ValueError: there is not one for each sequence, or one for all.
         """
+        lengths = check_ints("lengths", lengths, 0)
         if len(lengths) not in (1, self.batch_size):
             raise ValueError(f"lengths: expected {self.batch_size} lengths, got {len(lengths)}")
         self.length_bounds[:] = lengths

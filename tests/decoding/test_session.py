@@ -271,7 +271,7 @@ def test_poison_in_the_prompt_and_later(model: Transformer) -> None:
         ({"max_new_tokens": 0}, ValueError, r"^max_new_tokens: expected >= 1, got 0$"),
         ({"params": {"temperature": 1}}, TypeError, r"^params: expected a SamplingParams, got dict$"),
         ({"stop_tokens": [40]}, ValueError, r"^stop_tokens: expected token ids in \[0, 40\), got 40$"),
-        ({"stop_strings": "end"}, ValueError, r"^stop_strings: expected non-empty strings, got 'end'$"),
+        ({"stop_strings": "end"}, TypeError, r"^stop_strings: expected a sequence of strings, got str$"),
         ({"stop_strings": [""]}, ValueError, r"^stop_strings: expected non-empty strings"),
         ({"stop_strings": ["end"]}, ValueError, r"^decode: expected a function from token ids to text"),
     ],

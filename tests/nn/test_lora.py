@@ -189,7 +189,7 @@ def test_a_half_model_keeps_its_adapter_in_float32() -> None:
     [
         ({"targets": ["q_proj", "o_proj"]}, ValueError, r"^targets: expected names of modules .*, got 'o_proj'$"),
         ({"targets": ["q_proj", "layers.0"]}, TypeError, r"^targets: expected layers.0 to be an nn.Linear, got Layer$"),
-        ({"rank": 0}, ValueError, r"^rank: expected at least 1, got 0$"),
+        ({"rank": 0}, ValueError, r"^rank: expected >= 1, got 0$"),
         ({"alpha": float("inf")}, ValueError, r"^alpha: expected a finite number, got inf$"),
     ],
 )

@@ -385,7 +385,7 @@ def test_a_projection_with_two_names_has_one_adapter() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": "q_proj"}, TypeError, r"^targets: expected a sequence of names, got the str 'q_proj'$"),
+        ({"targets": "q_proj"}, TypeError, r"^targets: expected a sequence of strings, got str$"),
         ({"targets": []}, ValueError, r"^targets: expected one or more names of modules, got none$"),
         ({"rank": 2.5}, TypeError, r"^rank: expected an int, got float$"),
         ({"rank": True}, TypeError, r"^rank: expected an int, got bool$"),

@@ -136,7 +136,7 @@ def test_frozen_operands_get_no_gradient() -> None:
         ({"pattern": tk.patterns.causal(12)}, ValueError, "pattern: expected a training pattern.*got causal"),
         ({"pattern": "causal"}, TypeError, "pattern: expected a tidar_kernels.Pattern, got str"),
         ({"alpha": -1.0}, ValueError, "alpha: expected >= 0, got -1.0"),
-        ({"alpha": float("nan")}, ValueError, "alpha: expected >= 0, got nan"),
+        ({"alpha": float("nan")}, ValueError, "alpha: expected a finite number, got nan"),
         ({"alpha": float("inf")}, ValueError, "alpha: expected a finite number, got inf"),
         ({"alpha": "1"}, TypeError, "alpha: expected a number, got str"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size: expected an int, got float"),

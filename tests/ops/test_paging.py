@@ -166,7 +166,7 @@ QUANTISED = CACHES | {
         (CACHES | {"v_cache": torch.zeros(6, 2, 4, 8)}, ValueError, r"^v_cache: expected shape \[7, 2, 4, 8\], got"),
         (CACHES | {"block_table": None}, ValueError, r"^k_cache: expected shape \[2, 2, 4, 8\], got"),
         (CACHES | {"k_scale": torch.ones(())}, TypeError, r"^k_cache: expected dtype float8_e4m3fn or .* with k_scale"),
-        (CACHES | {"v_scale": torch.ones(())}, TypeError, r"^k_cache: expected dtype float8_e4m3fn or .* with k_scale"),
+        (CACHES | {"v_scale": torch.ones(())}, TypeError, r"^k_cache: expected dtype float8_e4m3fn or .* with v_scale"),
         (QUANTISED | {"k_scale": None}, TypeError, r"^k_scale: expected a torch\.Tensor with a k_cache of .*float8"),
         (QUANTISED | {"v_scale": None}, TypeError, r"^v_scale: expected a torch\.Tensor with a v_cache of .*float8"),
         (QUANTISED | {"v_scale": 1.0}, TypeError, r"^v_scale: expected a torch\.Tensor .* got float$"),

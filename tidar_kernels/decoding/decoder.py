@@ -18,7 +18,7 @@ from ..ops.verify import RULES, Rule, SamplingParams
 from .prompts import as_prompts, as_stop_tokens
 from .session import DecoderModel, Event, FinishReason, Request, Session, StepConfig
 from .strategies import Strategy, StrategyName, autoregressive, by_name
-from .strategies.base import check_positions, check_ready
+from .strategies.base import check_interface, check_positions, check_ready
 
 __all__ = ["Decoder", "DecoderModel", "GenerationResult", "TokenStream"]
 
@@ -137,6 +137,7 @@ class Decoder:
             raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+        check_interface(model)
         self.model, self.mode, self.max_len = model, mode, max_len
         self.recognised: Any = None  # what `from_transformers` found a checkpoint to be
         self.prefill_chunk = patterns.check_int("prefill_chunk", prefill_chunk, 1)

@@ -19,6 +19,7 @@ from .. import patterns
 from ..cache import KVCache
 from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
 from .strategies import Batch, DecoderModel, Strategy
+from .strategies.base import check_interface
 
 __all__ = ["SlotResult", "StepConfig", "StepRunner"]
 
@@ -104,6 +105,9 @@ class StepRunner:
         page_size: int | None = None,
         num_pages: int | None = None,
     ) -> None:
+        check_interface(model)
+        if not isinstance(config, StepConfig):
+            raise TypeError(f"step: expected a StepConfig, got {type(config).__name__}")
         weight, shape = next(iter(model.parameters())), model.config
         self.model, self.config = model, config
         self.device, self.vocab_size = weight.device, shape.vocab_size

@@ -39,6 +39,7 @@ from typing import Any
 from .. import patterns
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import SamplingParams
+from ..patterns.arguments import check_strings
 from .interrupts import held, let_through
 from .prompts import as_prompt, as_stop_tokens
 from .requests import Event, FinishReason, Request, Taken
@@ -230,8 +231,7 @@ class Session:
                 since the session was made; nothing is written then.
         """
         tokens, stops = self._checked(prompt, max_new_tokens, stop_tokens)
-        if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
-            raise ValueError(f"stop_strings: expected non-empty strings, got {stop_strings!r}")
+        stop_strings = check_strings("stop_strings", stop_strings)
         if stop_strings and decode is None:
             raise ValueError("decode: expected a function from token ids to text beside stop_strings, got None")
         params = SamplingParams() if params is None else params
@@ -267,11 +267,11 @@ class Session:
         What a step under way would have brought it is dropped.
 
         Raises:
-            KeyError: no such request is running.
+            KeyError: no such request is running. TypeError, ValueError: it is not an int >= 0.
         """
         with held():
             with self._mutex:
-                if request_id not in self.requests:
+                if patterns.check_int("request_id", request_id, 0) not in self.requests:
                     raise KeyError(f"request_id: expected one of {sorted(self.requests)}, got {request_id}")
                 request = self.requests[request_id]
                 self._end(request, "cancelled")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..cache import KVCache
 from ..nn.attention import RotaryEmbedding, TiDARAttention
 from ..patterns import Pattern
+from ..patterns.arguments import check_int, check_number, check_strings
 from .causal import causal
 
 __all__ = ["PatchedAttention", "patch", "use_pattern"]
@@ -172,6 +173,16 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if names is not None and not isinstance(names, Mapping):
+        raise TypeError(f"names: expected a mapping, got {type(names).__name__}")
+    ignore = check_strings("ignore", ignore)
+    if call is not None and not callable(call):
+        raise TypeError(f"call: expected a function, got {type(call).__name__}")
+    if rope_theta is not None:
+        rope_theta = check_number("rope_theta", rope_theta, 1.0)
+    for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        if size is not None:
+            check_int(name, size, 1, 2**31)
     names = dict(_NAMES if names is None else names)
     if set(names) not in ({"q", "k", "v", "o"}, {"qkv", "o"}):
         raise TypeError(f"names: expected the keys q, k, v, o or qkv, o, got {', '.join(names)}")

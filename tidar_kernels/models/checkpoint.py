@@ -10,6 +10,7 @@ import torch
 
 from ..nn.files import replacing
 from ..nn.rotary import RotaryEmbedding
+from ..patterns.arguments import check_device, check_dtype, check_path
 from .transformer import Transformer, TransformerConfig
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -35,11 +36,16 @@ def save_checkpoint(
     """
     from safetensors.torch import save
 
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model: expected a tidar_kernels.models.Transformer, got {type(model).__name__}")
+    path = check_path("path", path)
+    check_dtype("dtype", dtype)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"metadata: expected a dict of strings, got {type(metadata).__name__}")
     metadata = dict(metadata or {})
     if _CONFIG_KEY in metadata:
         raise ValueError(f"metadata: expected keys other than {_CONFIG_KEY!r}, got {sorted(metadata)}")
     metadata[_CONFIG_KEY] = json.dumps(model.config.to_dict())
-    path = Path(path)
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     with replacing(path) as file:
         # Through bytes: safetensors' own file writer makes files that only their owner can read.
@@ -64,7 +70,9 @@ def load_checkpoint(
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = check_path("path", path)
+    check_dtype("dtype", dtype)
+    device = check_device("device", device)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a checkpoint file, got {path}")
     try:

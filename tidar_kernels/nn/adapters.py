@@ -11,13 +11,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops import checks
+from ..patterns.arguments import check_path, check_strings
 from .gated_lora import GatedLoRA, check_adapter, check_base, has_gated_lora, kind_of, lora_gate
 from .peft_files import CONFIG, WEIGHTS, number_of, read_config, read_weights, write
 
@@ -41,6 +41,11 @@ def _named(name: str, targets: Sequence[str] | str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:
@@ -84,8 +89,8 @@ def add_gated_lora(
         TypeError: a target is not an `nn.Linear`, or one that `GatedLoRA` refuses, by name. ValueError: no targets, or
             a target names no module, or one that has an adapter. Nothing is changed then.
     """
-    if isinstance(targets, str):
-        raise TypeError(f"targets: expected a sequence of names, got the str {targets!r}")
+    _check_module(model)
+    targets = check_strings("targets", targets)
     if not targets:
         raise ValueError("targets: expected one or more names of modules, got none")
     found: dict[str, nn.Linear] = {}
@@ -151,7 +156,8 @@ def load_peft_adapter(
             names the module, what was expected and what came. TypeError: a module is not an `nn.Linear`.
             Nothing is changed then.
     """
-    folder = Path(path)
+    _check_module(model)
+    folder = check_path("path", path)
     config, pairs = read_config(folder), {rename(name): pair for name, pair in read_weights(folder).items()}
     modules = dict(model.named_modules())
     found: dict[str, tuple[nn.Linear, int, float]] = {}
@@ -197,6 +203,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base_model: 
     Raises:
         ValueError: no adapter in the model, or some with and some without `use_rslora`. OSError: it was not written.
     """
+    _check_module(model)
+    folder = check_path("path", path)
+    if base_model is not None and not isinstance(base_model, str):
+        raise TypeError(f"base_model: expected a name, got {type(base_model).__name__}")
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, GatedLoRA)}
     if not adapters:
         raise ValueError("model: expected GatedLoRA modules, got none")
@@ -219,4 +229,4 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base_model: 
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write(Path(path), config, {name: (module.lora_a, module.lora_b) for name, module in adapters.items()})
+    write(folder, config, {name: (module.lora_a, module.lora_b) for name, module in adapters.items()})

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..cache import KVCache
 from ..distributed import ContextParallel
+from ..ops import checks
 from ..patterns import Pattern
+from ..patterns.arguments import check_bool, check_int, check_number
 from .rotary import RotaryEmbedding, apply_rotary
 
 __all__ = ["RMSNorm", "RotaryEmbedding", "TiDARAttention", "apply_rotary"]
@@ -43,7 +45,7 @@ class TiDARAttention(nn.Module):
         layer_idx: which layer of the cache this module owns.
 
     Raises:
-        ValueError: `num_kv_heads` does not divide `num_heads`.
+        TypeError, ValueError: a size is not an int >= 1, or `num_kv_heads` does not divide `num_heads`.
     """
 
     def __init__(
@@ -59,9 +61,15 @@ class TiDARAttention(nn.Module):
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        check_int("hidden_size", hidden_size, 1, 2**31)
+        check_int("num_heads", num_heads, 1, 2**31)
+        num_kv_heads = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, 1)
+        head_dim = check_int("head_dim", hidden_size // num_heads if head_dim is None else head_dim, 1, 2**31)
+        check_bool("qk_norm", qk_norm)
+        check_bool("bias", bias)
+        check_number("norm_eps", norm_eps)
+        check_int("layer_idx", layer_idx, 0)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.layer_idx = num_heads, num_kv_heads, head_dim, layer_idx
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
@@ -94,8 +102,14 @@ class TiDARAttention(nn.Module):
             `[batch, q_len, hidden_size]`.
 
         Raises:
-            TypeError: a cache beside a `ContextParallel`. RuntimeError: in a backward pass through a call with a cache.
+            TypeError, ValueError: an argument is of another type, or x has other dimensions; a cache beside a
+                `ContextParallel`. RuntimeError: in a backward pass through a call with a cache.
         """
+        checks.tensor("x", x, 3)
+        if not isinstance(pattern, (Pattern, ContextParallel)):
+            raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache: expected a tidar_kernels.KVCache, got {type(cache).__name__}")
         batch, rows, _ = x.shape
         # As many heads as the projections give: under tensor parallelism those of this rank.
         q, k, v = (

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..ops import gated_lora, row_invariant_linear
 from ..ops.linear import add_lora
+from ..patterns.arguments import FLOAT_DTYPES, check_dtype, check_int, check_number
 
 __all__ = ["GatedLoRA", "check_base", "has_gated_lora", "kind_of", "lora_gate"]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LINEAR_FORWARD = nn.Linear.forward
 
@@ -152,7 +152,7 @@ class GatedLoRA(nn.Module):
         check_adapter(rank, alpha, dtype)
         weight = linear.weight
         if dtype is None:
-            dtype = weight.dtype if weight.dtype in _FLOATS else torch.float32
+            dtype = weight.dtype if weight.dtype in FLOAT_DTYPES else torch.float32
         self.rank, self.alpha, self.use_rslora, self.row_invariant = rank, alpha, use_rslora, row_invariant
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=weight.device))
@@ -192,6 +192,8 @@ class GatedLoRA(nn.Module):
         gate = _gate.value
         if gate is None:
             raise RuntimeError("lora_gate: expected an open lora_gate(gate) around a model with GatedLoRA, got none")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         plain = _is_plain(self.base)
         if self.row_invariant and not plain:
             raise RuntimeError(f"base: expected a plain nn.Linear for row_invariant, got {_what_else(self.base)}")
@@ -209,16 +211,9 @@ class GatedLoRA(nn.Module):
 
 def check_adapter(rank: Any, alpha: Any, dtype: Any) -> None:
     """Raise unless an adapter can have this rank, alpha and dtype."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank: expected an int, got {type(rank).__name__}")
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    if dtype is not None and dtype not in _FLOATS:
-        raise TypeError(f"dtype: expected None or a float dtype that computes, got {dtype!r}")
+    check_int("rank", rank, 1, 2**31)
+    check_number("alpha", alpha)
+    check_dtype("dtype", dtype)
 
 
 def has_gated_lora(model: object) -> bool:

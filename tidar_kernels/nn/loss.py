@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed import ContextParallel
 from ..distributed.collectives import all_reduced
-from ..ops.checks import FLOAT_DTYPES, shape, tensor
-from ..patterns import Pattern, Role, check_int
+from ..ops.checks import shape, tensor
+from ..patterns import Pattern, Role
+from ..patterns.arguments import FLOAT_DTYPES, check_int, check_number
 
 __all__ = ["TiDARLoss", "label_counts", "tidar_loss"]
 
@@ -78,7 +78,11 @@ def _chunked_by_head(
     """The same sum and rows for any head: a chunk's logits are made again in the backward, not kept for it."""
 
     def losses_of(rows: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), label, reduction="none")
+        logits = head(rows)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"head: expected logits [{len(rows)}, vocab] of its rows, got {got}")
+        return F.cross_entropy(logits.float(), label, reduction="none")
 
     chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
     if torch.is_grad_enabled():
@@ -175,17 +179,14 @@ def tidar_loss(
     if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < whole.num_labels:
         expected = f"[{hidden.shape[0]}, >= {whole.num_labels}]"
         raise ValueError(f"tokens: expected shape {expected}, got {list(tokens.shape)}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if not alpha >= 0.0:
-        raise ValueError(f"alpha: expected >= 0, got {alpha}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    alpha = check_number("alpha", alpha, 0.0)
     check_int("chunk_size", chunk_size, 1)
     check_int("ignore_index", ignore_index, -(2**63))
     if counts is not None:
         tensor("counts", counts, 1)
         shape("counts", counts, (2,))
+        if counts.device != hidden.device:
+            raise ValueError(f"counts: expected device {hidden.device} like hidden, got {counts.device}")
 
     labels, kinds = _labels(tokens, local, ignore_index)
     known = labels != ignore_index

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops import checks
+
 __all__ = ["RotaryEmbedding", "apply_rotary"]
 
 
@@ -46,5 +48,5 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate `x [batch, rows, heads, head_dim]` by `(cos, sin)` from `RotaryEmbedding`."""
-    cos, sin = rotary
+    cos, sin = checks.rotary(rotary)
     return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..patterns import Pattern
+from ..patterns.arguments import FLOAT_DTYPES
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of quantised caches
 _CACHES = ("k_cache", "v_cache")
 
@@ -64,6 +64,14 @@ def heads(q: Tensor, num_kv_heads: int) -> None:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {num_heads} heads")
     if head_dim < 1:
         raise ValueError(f"q: expected a head_dim of at least 1, got shape {list(q.shape)}")
+
+
+def rotary(value: Any) -> tuple[Tensor, Tensor]:
+    """`value` is a pair of tensors, `(cos, sin)`."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
+        got = [type(x).__name__ for x in value] if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"rotary: expected a pair of tensors (cos, sin), got {got}")
+    return value[0], value[1]
 
 
 def scale(value: float | None, head_dim: int) -> float:
@@ -163,6 +171,9 @@ def caches(
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"v_cache: expected dtype {k_cache.dtype} like k_cache, got {v_cache.dtype}")
     if k_cache.dtype in FLOAT8_DTYPES or k_scale is not None or v_scale is not None:
+        if k_cache.dtype not in FLOAT8_DTYPES:
+            name = "k_scale" if k_scale is not None else "v_scale"
+            raise TypeError(f"k_cache: expected dtype float8_e4m3fn or float8_e5m2 with {name}, got {k_cache.dtype}")
         _scale("k_scale", k_scale, k_cache, batch)
         _scale("v_scale", v_scale, v_cache, batch)
         if (k_scale.ndim == 3) != (v_scale.ndim == 3):
@@ -191,12 +202,9 @@ def _block_table(value: Any, k_cache: Tensor, batch: int) -> None:
 
 def _scale(name: str, value: Any, cache: Tensor, batch: int) -> None:
     """`value` is the scale of a float8 cache: float32, there, broadcastable to `[batch, kv_heads]` or by slot."""
-    of_cache = f"{name[0]}_cache"
-    if cache.dtype not in FLOAT8_DTYPES:
-        raise TypeError(f"{of_cache}: expected dtype float8_e4m3fn or float8_e5m2 with {name}, got {cache.dtype}")
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected a torch.Tensor with a {of_cache} of {cache.dtype}, got {type(value).__name__}"
+            f"{name}: expected a torch.Tensor with a {name[0]}_cache of {cache.dtype}, got {type(value).__name__}"
         )
     if value.dtype != torch.float32:
         raise TypeError(f"{name}: expected dtype float32, got {value.dtype}")

@@ -13,6 +13,7 @@ batch              ragged batches: every request its pattern and number of rows 
 
 from __future__ import annotations
 
+from .arguments import check_int
 from .batch import PatternBatch, PatternTable, batch
 from .block_diffusion import block_causal, block_diffusion_training, block_step, set_block_training
 from .causal import causal
@@ -21,7 +22,7 @@ from .idlm import idlm_training, isd_step
 from .jacobi_forcing import jacobi_forcing_training
 from .packing import packed
 from .pattern import Pattern
-from .rows import Role, check_int
+from .rows import Role
 from .tidar import tidar_prefill, tidar_step, tidar_training
 from .tree import tree
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import check_device, check_instances, check_int, check_ints, check_sequence
 from .causal import causal
 from .pattern import Pattern
-from .rows import check_int, ordinary, pack_tree_mask, unpack_tree_mask
+from .rows import ordinary, pack_tree_mask, unpack_tree_mask
 
 __all__ = ["PatternBatch", "PatternTable", "batch", "cut"]
 
@@ -78,18 +79,14 @@ class PatternBatch(_Derived):
     num_rows: int
 
     def __post_init__(self) -> None:
-        if not self.patterns:
-            raise ValueError("patterns: expected at least one, got none")
+        object.__setattr__(self, "patterns", tuple(check_instances("patterns", self.patterns, Pattern)))
         for index, pattern in enumerate(self.patterns):
-            if not isinstance(pattern, Pattern):
-                raise TypeError(f"patterns: expected tidar_kernels.Pattern, got {type(pattern).__name__} at {index}")
             if pattern.kv_len != pattern.q_len:
                 raise ValueError(
                     f"patterns: expected as many keys as rows, got {pattern.kv_len} keys of {pattern.q_len} rows in "
                     f"{pattern.name} at {index}"
                 )
-        if check_int("num_rows", self.num_rows, 0) >= 2**31:
-            raise ValueError(f"num_rows: expected < 2**31 (cu_rows is int32), got {self.num_rows}")
+        check_int("num_rows", self.num_rows, 0, 2**31)  # cu_rows is int32
         for name in ("kinds", "cu_rows"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.ndim != 1:
@@ -121,9 +118,20 @@ class PatternBatch(_Derived):
 
     def positions(self, lengths: Tensor | None = None) -> Tensor:
         """The position of each row, int64 `[num_rows]` on the device: minus its request's context, or with `lengths
-        [batch]` not; 0 of a row that is nobody's."""
-        if lengths is not None and lengths.shape != (len(self),):
-            raise ValueError(f"lengths: expected shape [{len(self)}], got {list(lengths.shape)}")
+        [batch]`, int32 or int64 and on that device, not; 0 of a row that is nobody's.
+
+        Raises:
+            TypeError, ValueError: `lengths` is none of these.
+        """
+        if lengths is not None:
+            if not isinstance(lengths, Tensor):
+                raise TypeError(f"lengths: expected a torch.Tensor, got {type(lengths).__name__}")
+            if lengths.shape != (len(self),):
+                raise ValueError(f"lengths: expected shape [{len(self)}], got {list(lengths.shape)}")
+            if lengths.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"lengths: expected dtype int32 or int64, got {lengths.dtype}")
+            if lengths.device != self.device:
+                raise ValueError(f"lengths: expected device {self.device} like the batch, got {lengths.device}")
         request, token = self.rows_of()
         somebodys = request < len(self)
         request = torch.where(somebodys, request, 0)
@@ -159,13 +167,14 @@ class PatternBatch(_Derived):
         Raises:
             ValueError: there is not one context length a request.
         """
+        context_lens = check_ints("context_lens", context_lens, 0, 2**31)
         if len(context_lens) != len(self):
             raise ValueError(f"context_lens: expected {len(self)} lengths, got {len(context_lens)}")
         return [self.pattern(request).dense(length) for request, length in enumerate(context_lens)]
 
     def windowed(self, window: int) -> PatternBatch:
         """The same requests with a sliding window (`Pattern.windowed`); kept, and on the same `kinds` and `cu_rows`."""
-        if window not in self._windowed:
+        if check_int("window", window, 1) not in self._windowed:
             self._windowed[window] = replace(self, patterns=tuple(p.windowed(window) for p in self.patterns))
         return self._windowed[window]
 
@@ -220,8 +229,8 @@ def batch(
         TypeError: an entry is neither a `Pattern` nor None. ValueError: there is no request, a pattern does not have as
             many keys as rows or is not in `table`, or rows do not fit.
     """
-    if not isinstance(patterns, Sequence):
-        raise TypeError(f"patterns: expected a sequence of patterns, got {type(patterns).__name__}")
+    device = check_device("device", device)
+    patterns = check_sequence("patterns", patterns, "patterns")
     if not patterns:
         raise ValueError("patterns: expected at least one request, got none")
     for request, pattern in enumerate(patterns):
@@ -229,16 +238,14 @@ def batch(
             raise TypeError(f"patterns: expected tidar_kernels.Pattern, got {type(pattern).__name__} at {request}")
     counts = [0 if pattern is None else pattern.q_len for pattern in patterns]
     if rows is not None:
+        rows = check_ints("rows", rows, 0)
         if len(rows) != len(patterns):
             raise ValueError(f"rows: expected {len(patterns)} numbers of rows, got {len(rows)}")
         for request, (count, most) in enumerate(zip(rows, counts, strict=True)):
-            if check_int("rows", count, 0) > most:
+            if count > most:
                 raise ValueError(f"rows: expected at most the {most} rows of its pattern, got {count} in {request}")
-        counts = list(rows)
-    distinct = list(table or [])
-    for index, known in enumerate(distinct):
-        if not isinstance(known, Pattern):
-            raise TypeError(f"table: expected tidar_kernels.Pattern, got {type(known).__name__} at {index}")
+        counts = rows
+    distinct = [] if table is None else check_instances("table", table, Pattern)
     kinds = []
     for pattern in patterns:
         if pattern is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .arguments import check_int
 from .halves import next_token, noisy_then_clean, of_rows
 from .pattern import Pattern
-from .rows import Role, check_int, intervals
+from .rows import Role, intervals
 
 __all__ = ["block_causal", "block_diffusion_training", "block_step", "set_block_training"]
 

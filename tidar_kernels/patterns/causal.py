@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .arguments import check_int
 from .pattern import Pattern
-from .rows import check_int, intervals
+from .rows import intervals
 
 __all__ = ["causal"]
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import check_int, check_ints
 from .halves import of_rows
 from .pattern import Pattern
-from .rows import check_int, intervals
+from .rows import intervals
 
 __all__ = ["dflash_training"]
 
@@ -25,11 +26,12 @@ def dflash_training(context_len: int, anchors: Sequence[int], block_size: int) -
             in `[0, context_len]`.
     """
     n, block = check_int("context_len", context_len, 0), check_int("block_size", block_size, 1)
+    anchors = check_ints("anchors", anchors, 0)
     for anchor in anchors:
-        if check_int("anchors", anchor, 0) > n:
+        if anchor > n:
             raise ValueError(f"anchors: expected <= context_len = {n}, got {anchor}")
     row = torch.arange(len(anchors) * block, device="cpu")
-    anchor_of = torch.tensor(list(anchors), dtype=torch.int64, device="cpu")[row // block]
+    anchor_of = torch.tensor(anchors, dtype=torch.int64, device="cpu")[row // block]
     noisy, own_start = row >= 0, n + row // block * block
     lead, own = intervals(torch.zeros_like(row), anchor_of, noisy), intervals(own_start, own_start + block, noisy)
     name = f"dflash_training(context_len={n}, {len(anchors)} anchors, block_size={block})"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rows import Role, check_int, unpack_tree_mask
+from .arguments import check_int
+from .rows import Role, unpack_tree_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_int
 from .pattern import Pattern
-from .rows import Role, check_int
+from .rows import Role
 
 __all__ = ["next_token", "noisy_then_clean", "of_rows"]
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import check_int
 from .halves import of_rows
 from .pattern import Pattern
-from .rows import Role, check_documents, check_int, intervals
+from .rows import Role, check_documents, intervals
 
 __all__ = ["idlm_training", "isd_step"]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from .arguments import check_int
 from .halves import next_token, of_rows
 from .pattern import Pattern
-from .rows import check_int, intervals
+from .rows import intervals
 
 __all__ = ["jacobi_forcing_training"]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import check_instances
 from .pattern import Pattern
 from .rows import intervals, pack_tree_mask, unpack_tree_mask
 
@@ -22,11 +23,7 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     Raises:
         TypeError: an entry is not a `Pattern`. ValueError: there is none.
     """
-    if not patterns:
-        raise ValueError("patterns: expected at least one, got none")
-    for index, pattern in enumerate(patterns):
-        if not isinstance(pattern, Pattern):
-            raise TypeError(f"patterns: expected tidar_kernels.Pattern, got {type(pattern).__name__} at {index}")
+    patterns = check_instances("patterns", patterns, Pattern)
     lengths = torch.tensor([pattern.kv_len for pattern in patterns], device="cpu")
     rows = torch.tensor([pattern.q_len for pattern in patterns], device="cpu")
     offsets = (lengths.cumsum(0) - lengths).repeat_interleave(rows)

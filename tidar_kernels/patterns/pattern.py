@@ -26,7 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._moved import renamed_keyword
 from . import drawing
-from .rows import Role, check_int, intervals, ordinary, pack_tree_mask, unpack_tree_mask
+from .arguments import check_device, check_int
+from .rows import Role, intervals, ordinary, pack_tree_mask, unpack_tree_mask
 
 __all__ = ["Pattern"]
 
@@ -124,6 +125,7 @@ class Pattern(_Derived):
 
     def _fill_in(self) -> None:
         """Defaults where a field is None, and ordinary tensors in the place of inference tensors."""
+        check_int("kv_len", self.kv_len, 0, 2**31)  # intervals are int32
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.positions, Tensor):
             rows = self.positions.numel()
@@ -140,8 +142,6 @@ class Pattern(_Derived):
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        if not isinstance(self.kv_len, int) or isinstance(self.kv_len, bool):
-            raise TypeError(f"kv_len: expected an int, got {type(self.kv_len).__name__}")
         for name in ("lead", "own", "positions"):
             _check_tensor(name, getattr(self, name), torch.int32)
         rows = self.positions.numel()
@@ -309,7 +309,7 @@ class Pattern(_Derived):
         return self.rows_on(device)[3]
 
     def _copies(self, device: torch.device | str) -> tuple[Any, ...]:
-        device = torch.device(device)
+        device = check_device("device", device)
         if device not in self._on_device:
             needed = (self.lead, self.own, self.positions, self.reach, self.tree_mask)
             self._on_device[device] = tuple(None if x is None else ordinary(x, device) for x in needed)
@@ -339,8 +339,7 @@ class Pattern(_Derived):
             TypeError, ValueError: `window` is not an int >= 1. ValueError: the positions of the keys are not known, or
                 do not ascend by one within an interval, so that what a window leaves of it is no interval.
         """
-        if window not in self._windowed:
-            check_int("window", window, 1)
+        if check_int("window", window, 1) not in self._windowed:
             self._windowed[window] = self._clip(window)
         return self._windowed[window]
 
@@ -387,7 +386,7 @@ class Pattern(_Derived):
         """
         _check_tensor("rows", rows, torch.int64)
         if rows.ndim != 1 or bool(((rows < 0) | (rows >= self.q_len)).any()):
-            raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.tolist()[:8]}")
+            raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.flatten()[:8].tolist()}")
         by_row = ("lead", "own", "positions", "roles", "predicts", "reach", "tree_mask")
         chosen: dict[str, Any] = {name: getattr(self, name) for name in by_row}
         chosen = {name: None if value is None else value[rows] for name, value in chosen.items()}
@@ -399,7 +398,7 @@ class Pattern(_Derived):
         Raises:
             TypeError, ValueError: `context_len` is not an int >= 0.
         """
-        check_int("context_len", context_len, 0)
+        check_int("context_len", context_len, 0, 2**31)
         with torch.inference_mode(False):  # a mask made while decoding must still serve training
             in_flight = self._in_intervals()
             if self.tree_mask is not None:

@@ -1,15 +1,16 @@
-"""What pattern files write rows with: roles, intervals, tree masks, and the check of an int."""
+"""What pattern files write rows with: roles, intervals and tree masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Role", "check_documents", "check_int", "intervals", "ordinary", "pack_tree_mask", "unpack_tree_mask"]
+from .arguments import check_ints
+
+__all__ = ["Role", "check_documents", "intervals", "ordinary", "pack_tree_mask", "unpack_tree_mask"]
 
 
 class Role(IntEnum):
@@ -20,22 +21,13 @@ class Role(IntEnum):
     MASK = 2  # a mask token that this forward pass fills
 
 
-def check_int(name: str, value: Any, at_least: int) -> int:
-    """`value`, if it is an int >= `at_least`; else the TypeError or ValueError that says what came instead."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name}: expected >= {at_least}, got {value}")
-    return value
-
-
 def check_documents(seq_len: int, document_lengths: Sequence[int] | None) -> Tensor:
     """Tokens of each document in a sequence, int64 `[documents]`; None is one document.
 
     Raises:
         TypeError, ValueError: a length is not an int >= 1, or they do not sum to `seq_len`.
     """
-    lengths = [seq_len] if document_lengths is None else [check_int("document_lengths", n, 1) for n in document_lengths]
+    lengths = [seq_len] if document_lengths is None else check_ints("document_lengths", document_lengths, 1)
     if sum(lengths) != seq_len:
         raise ValueError(f"document_lengths: expected a sum of seq_len = {seq_len}, got {sum(lengths)}")
     return torch.tensor(lengths, device="cpu")

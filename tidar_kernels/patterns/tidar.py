@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import check_int, check_ints
 from .pattern import Pattern
-from .rows import Role, check_documents, check_int, intervals
+from .rows import Role, check_documents, intervals
 
 __all__ = ["tidar_prefill", "tidar_step", "tidar_training"]
 
@@ -55,7 +56,7 @@ def tidar_step(block_size: int, bidirectional: bool = True, levels: Sequence[int
     block = check_int("block_size", block_size, 1)
     if not isinstance(bidirectional, bool):
         raise TypeError(f"bidirectional: expected a bool, got {type(bidirectional).__name__}")
-    chosen = list(range(1, block + 1)) if levels is None else [check_int("levels", level, 1) for level in levels]
+    chosen = list(range(1, block + 1)) if levels is None else check_ints("levels", levels, 1)
     if chosen[:1] != [1] or chosen != sorted(set(chosen)) or chosen[-1] > block:
         raise ValueError(f"levels: expected ascending ints from 1 to at most {block}, got {chosen}")
     row = torch.arange(block + len(chosen) * block, device="cpu")
@@ -102,11 +103,11 @@ def tidar_training(
     """
     s, block = check_int("seq_len", seq_len, 1), check_int("block_size", block_size, 1)
     lengths = check_documents(s, document_lengths)
-    prompts = [0] * len(lengths) if prompt_lengths is None else list(prompt_lengths)
+    prompts = [0] * len(lengths) if prompt_lengths is None else check_ints("prompt_lengths", prompt_lengths, 0)
     if len(prompts) != len(lengths):
         raise ValueError(f"prompt_lengths: expected one for each of {len(lengths)} documents, got {len(prompts)}")
     for length, prompt in zip(lengths.tolist(), prompts, strict=True):
-        if check_int("prompt_lengths", prompt, 0) > length:
+        if prompt > length:
             raise ValueError(f"prompt_lengths: expected <= the document's length {length}, got {prompt}")
 
     document = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import check_sequence
 from .pattern import Pattern
 from .rows import Role, pack_tree_mask
 
@@ -26,6 +27,7 @@ def tree(parents: Sequence[int]) -> Pattern:
         TypeError: a parent is not an int. ValueError: there is no node, a parent is out of range, on a cycle, or comes
             after its child.
     """
+    parents = check_sequence("parents", parents, "ints")
     nodes = len(parents)
     if not nodes:
         raise ValueError("parents: expected at least one node, got none")

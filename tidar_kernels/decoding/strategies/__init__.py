@@ -71,7 +71,7 @@ def by_name(name: str, drafts: int, shifted: bool = False) -> Strategy:
 
 
 def _kind(name: str) -> tuple[type[Strategy], Callable[[int, bool], Strategy]]:
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise ValueError(f"strategy: expected a Strategy or one of {', '.join(get_args(StrategyName))}, got {name!r}")
     return _KINDS[name]
 

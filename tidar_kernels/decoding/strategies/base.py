@@ -31,7 +31,17 @@ from ...patterns.rows import ordinary
 from ..exact import exact_rows
 from .head import one_pass_rows
 
-__all__ = ["Batch", "DecoderModel", "Drafting", "StepResult", "Strategy", "check_positions", "check_ready", "judge"]
+__all__ = [
+    "Batch",
+    "DecoderModel",
+    "Drafting",
+    "StepResult",
+    "Strategy",
+    "check_interface",
+    "check_positions",
+    "check_ready",
+    "judge",
+]
 
 
 class DecoderModel(Protocol):
@@ -61,6 +71,16 @@ class DecoderModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def parameters(self) -> Iterator[Any]: ...
+
+
+def check_interface(model: Any) -> None:
+    """Raise TypeError for what is no `DecoderModel`; a model of transformers is none before it is prepared."""
+    missing = [name for name in ("config", "logits", "parameters") if not hasattr(model, name)]
+    if missing or not callable(model):
+        raise TypeError(
+            f"model: expected a DecoderModel, or one of transformers by Decoder.from_transformers, got "
+            f"{type(model).__name__}, which {f'has no {missing[0]}' if missing else 'cannot be called'}"
+        )
 
 
 def check_ready(model: DecoderModel) -> None:

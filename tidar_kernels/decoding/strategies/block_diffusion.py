@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import patterns
 from ...ops.verify import Verified
 from ...patterns import Pattern
+from ...patterns.arguments import check_bool, check_number
 from .base import Batch, StepResult, Strategy
 
 __all__ = ["BlockDiffusion"]
@@ -55,11 +56,9 @@ class BlockDiffusion(Strategy):
         part: int | None = None,
     ) -> None:
         self.drafts = patterns.check_int("length", length, 1)
-        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
-            raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
-        if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
-        if shifted and not aligned:
+        check_number("threshold", threshold, 0.0, 1.0)
+        check_bool("aligned", aligned)
+        if check_bool("shifted", shifted) and not aligned:
             raise ValueError("shifted: expected aligned=True beside it, got False")
         self.part = length if part is None else patterns.check_int("part", part, 1)
         if length % self.part:

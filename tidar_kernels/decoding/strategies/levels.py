@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 from .tidar import TiDAR, tidar
 
 __all__ = ["Plan", "Profile", "auto", "plan"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import patterns
+from ...patterns.arguments import check_bool
 from .base import Batch, StepResult, Strategy, judge
 
 __all__ = ["SelfSpeculation"]
@@ -30,7 +31,7 @@ class SelfSpeculation(Strategy):
 
     def __init__(self, length: int, *, adapted_seed: bool = False) -> None:
         self.drafts = patterns.check_int("length", length, 2)
-        self._gate = True if adapted_seed else None
+        self._gate = True if check_bool("adapted_seed", adapted_seed) else None
         self._draft, self._verify = patterns.block_step(length), patterns.causal(length)
 
     def step(self, batch: Batch) -> StepResult:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import patterns
 from ...ops.verify import SamplingTensors, Verified, sample
+from ...patterns.arguments import check_ints, check_sequence
 from ...patterns.rows import ordinary
 from .base import Batch, StepResult, Strategy
 
@@ -47,7 +49,8 @@ class Tree(Strategy):
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         known: dict[Path, int] = {(): 0}
-        for path in sorted(map(_checked, paths), key=lambda path: (len(path), path)):
+        ways = [_checked(path) for path in check_sequence("paths", paths, "paths")]
+        for path in sorted(ways, key=lambda path: (len(path), path)):
             if path in known:
                 raise ValueError(f"paths: expected each node once, got {path} twice")
             if path[:-1] not in known:
@@ -63,8 +66,8 @@ class Tree(Strategy):
         # For each node: where its token is among the candidates, its parent, and the nodes on its path, then -1.
         candidate = [0, *((len(path) - 1) * self.ranks + path[-1] for path in self.paths)]
         parent = [0, *(known[path[:-1]] for path in self.paths)]
-        ways = [[known[path[:n]] for n in range(len(path) + 1)] for path in known]
-        padded = [way + [-1] * (self.drafts - len(way)) for way in ways]
+        nodes = [[known[path[:n]] for n in range(len(path) + 1)] for path in known]
+        padded = [way + [-1] * (self.drafts - len(way)) for way in nodes]
         self._tables = tuple(torch.tensor(x, device="cpu") for x in (candidate, parent, padded))
         self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
 
@@ -164,7 +167,8 @@ def _likely(depth: int) -> list[Path]:
     return chain + chosen
 
 
-def _checked(path: Sequence[int]) -> Path:
-    if not path:
+def _checked(path: Any) -> Path:
+    ranks = check_ints("paths", path, 0)
+    if not ranks:
         raise ValueError(f"paths: expected one rank or more a node, got {path!r}")
-    return tuple(patterns.check_int("paths", rank, 0) for rank in path)
+    return tuple(ranks)

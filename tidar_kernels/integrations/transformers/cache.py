@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...cache import KVCache
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 from ...patterns.rows import ordinary
 
 __all__ = ["TiDARCache", "TiDARCacheLayer"]

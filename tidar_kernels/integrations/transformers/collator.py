@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...patterns import Pattern, check_int, tidar_training
+from ...patterns import Pattern, tidar_training
+from ...patterns.arguments import check_int
 
 __all__ = ["IGNORE_INDEX", "TiDARCollator", "batch_pattern", "pack"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 from .loading import load, tidar_entry
 
 __all__ = ["MASK_TOKEN", "Conversion", "add_mask_token", "convert"]

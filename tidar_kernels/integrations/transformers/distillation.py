@@ -29,7 +29,8 @@ from ...decoding.decoder import Decoder
 from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
 from ...nn.distillation import adapter_pattern, distillation_loss
 from ...nn.files import replacing
-from ...patterns import Role, check_int
+from ...patterns import Role
+from ...patterns.arguments import check_int
 from .loading import tidar_entry
 from .model import TransformersModel
 

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from ...decoding.decoder import Decoder
 from ...decoding.strategies.base import check_ready
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 from .loading import tidar_entry
 from .trace import Difference, Trace
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, Trainer
 from ...distributed import ContextParallel, shared_out
 from ...distributed.collectives import all_reduced
 from ...nn.loss import TiDARLoss, label_counts, tidar_loss
-from ...patterns import Pattern, check_int
+from ...patterns import Pattern
+from ...patterns.arguments import check_int
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
 from .logits import LogitShape
 

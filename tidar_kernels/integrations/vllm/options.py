@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...decoding.strategies import StrategyName
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 from .plugin import ARCHITECTURES, check_version
 from .settings import Settings
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...decoding.strategies import Drafting, StrategyName, class_of, isd, tidar
-from ...patterns import check_int
+from ...patterns.arguments import check_int
 
 __all__ = ["Settings"]
 

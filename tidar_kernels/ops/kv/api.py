@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...patterns.arguments import check_int
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
 from ..operands import Cached, Keys
@@ -60,7 +61,7 @@ def append_kv(
     Twin: `tidar_kernels.eager.append_kv`. Kernel: `triton.py` beside this file.
     """
     if cu_rows is not None:
-        k, v = _ragged(k=k, v=v)
+        k, v = _ragged(cu_rows, k=k, v=v)
     checks.operands(4, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     batch = _batch(k_cache, k, lengths, block_table, cu_rows)
     (_, num_kv_heads, _, head_dim), head_dim_v, (of_rows, _, num_new, _) = k_cache.shape, v_cache.shape[3], k.shape
@@ -184,9 +185,8 @@ def rotary_append(
     Twin: `tidar_kernels.eager.rotary_append`. Kernel: `triton.py` beside this file.
     """
     if cu_rows is not None:
-        q, k, v = _ragged(q=q, k=k, v=v)
-    cos, sin = rotary
-    cos, sin = cos if cos.ndim == 4 else cos.unsqueeze(0), sin if sin.ndim == 4 else sin.unsqueeze(0)
+        q, k, v = _ragged(cu_rows, q=q, k=k, v=v)
+    cos, sin = (x if x.ndim == 4 else x.unsqueeze(0) for x in checks.rotary(rotary))
     checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
     of_rows, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
     if head_dim % 2:
@@ -201,6 +201,8 @@ def rotary_append(
         k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale, head_dim_v=v_cache.shape[3]
     )
     most = rows if isinstance(keep, Tensor) else keep
+    if type(most) is not int:
+        check_int("keep", most, 0)
     if not 0 <= most <= rows:
         raise ValueError(f"keep: expected 0 <= keep <= {rows} rows, got {keep}")
     written = Written(cu_rows, keep if isinstance(keep, Tensor) else None)
@@ -222,8 +224,9 @@ def rotary_append(
     return turned if cu_rows is None else (turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1))
 
 
-def _ragged(**values: Tensor) -> list[Tensor]:
+def _ragged(cu_rows: Any, **values: Tensor) -> list[Tensor]:
     """Ragged rows `[rows, heads, d]` as the operators take them, `[1, heads, rows, d]`: views."""
+    checks.tensor("cu_rows", cu_rows, 1)
     for name, value in values.items():
         checks.tensor(name, value, 3)
     return [value.transpose(0, 1).unsqueeze(0) for value in values.values()]

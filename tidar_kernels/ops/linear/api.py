@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...patterns.arguments import FLOAT_DTYPES
 from .. import checks
 from ..declaration import Backend, Gradient, Operator, check_backend, no_second_derivative
 from . import cpu, reference
@@ -44,7 +45,9 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _autocast(x: Any, *others: Any) -> tuple[Any, ...]:
     """The operands as autocast wants them: in its dtype, where it is on."""
     operands = (x, *others)
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return operands
+    if not torch.is_autocast_enabled(x.device.type):
         return operands
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(o.to(dtype) if isinstance(o, Tensor) else o for o in operands)
@@ -173,7 +176,7 @@ def _rows_of_gate(gate: Tensor, x: Tensor) -> Tensor:
     """The gate, one number a row of x flattened: float32 (float64 beside float64), contiguous."""
     if not isinstance(gate, Tensor):
         raise TypeError(f"gate: expected a torch.Tensor, got {type(gate).__name__}")
-    if gate.dtype != torch.bool and gate.dtype not in checks.FLOAT_DTYPES:
+    if gate.dtype != torch.bool and gate.dtype not in FLOAT_DTYPES:
         raise TypeError(f"gate: expected dtype bool or a float, got {gate.dtype}")
     if gate.device != x.device:
         raise ValueError(f"gate: expected device {x.device} like the other operands, got {gate.device}")

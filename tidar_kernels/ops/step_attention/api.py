@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import Pattern
+from ...patterns.arguments import check_int
 from .. import checks
 from ..declaration import Backend, Operator, check_backend, no_gradient
 from ..operands import Cached, Keys, Rows, Scores
@@ -87,8 +88,11 @@ def step_attention(
     )
     if max_context is None:
         max_context = max_len
-    elif not 0 <= max_context <= max_len:
-        raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
+    else:
+        if type(max_context) is not int:
+            check_int("max_context", max_context, 0)
+        if not 0 <= max_context <= max_len:
+            raise ValueError(f"max_context: expected 0 <= max_context <= max_len = {max_len}, got {max_context}")
     lengths = checks.lengths(lengths, batch, q.device, max_context, "max_context")
     if block_table is not None:
         checks.entries(block_table, k_cache, torch.zeros_like(lengths), lengths)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...patterns.arguments import check_instances, check_number
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
 from . import cpu, reference
@@ -61,11 +62,15 @@ def _check_rows(
     if isinstance(params, SamplingParams):
         params = [params] * batch
     if not isinstance(params, SamplingTensors):
+        params = check_instances("params", params, SamplingParams)
         if len(params) != batch:
             raise ValueError(f"params: expected one for each of {batch} sequences, got {len(params)}")
         params = sampling_tensors(params, logits.device)
     checks.shape("params.knobs", params.knobs, (batch, len(Knob)))
-    positions = torch.as_tensor(positions, device=logits.device)
+    try:
+        positions = torch.as_tensor(positions, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:  # which of them depends on what it was
+        raise TypeError(f"positions: expected an int tensor, got {type(positions).__name__}") from error
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
     checks.shape("positions", positions, (batch,))
@@ -167,8 +172,8 @@ def verify(
     if (draft_logits is None) == (rule == "rejection"):
         got = "none" if draft_logits is None else "some"
         raise ValueError(f'draft_logits: expected for rule "rejection" and no other, got {got} for {rule!r}')
-    if not 0.0 <= beta <= 1.0 or (mix is None and beta != 1.0):
-        raise ValueError(f"beta: expected a number in [0, 1], and 1 without mix, got {beta}")
+    if check_number("beta", beta, 0.0, 1.0) != 1.0 and mix is None:
+        raise ValueError(f"beta: expected 1 without mix, got {beta}")
     check_backend(backend, logits.device)
     if backend == "eager":
         verified = Verified(*reference.verify(

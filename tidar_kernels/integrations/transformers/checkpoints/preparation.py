@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ....decoding.strategies import Strategy, StrategyName, by_name
-from ....patterns import check_int
+from ....patterns.arguments import check_int
 from ..loading import check_name, load, read_tokenizer
 from ..model import TransformersModel, decoder_model
 from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
