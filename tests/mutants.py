@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("tidar_kernels", "tests", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
 # Of every room its modules, and the tests that are to notice.
 ROOMS = {
-    "patterns": (["tidar_kernels/patterns"], ["tests/patterns"]),
+    "patterns": (["tidar_kernels/patterns"], ["tests/patterns", "tests/test_wrong_arguments.py"]),
     "cache": (["tidar_kernels/cache.py"], ["tests/test_cache.py", "tests/test_paged_cache.py"]),
     "session": (
         ["tidar_kernels/decoding/session.py", "tidar_kernels/decoding/runner.py"],
