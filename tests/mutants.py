@@ -56,6 +56,14 @@ EXCLUDED = ["tidar_kernels/patterns/drawing.py"]  # whether a picture is good is
 _FEWEST = "fewest = (mass < top_p.double() * mass[..., -1:]).sum(-1, keepdim=True).clamp(max=vocab_size - 1)"
 KEPT: dict[tuple[str, str], str] = {
     (
+        "tidar_kernels/ops/attention/cpu.py",
+        "if int(more[late:].max()) + late - besides <= MAX_BEHIND and late <= MAX_BEHIND:",
+    ): "which rows are cut into staircases is a matter of speed; the others are edge tiles, with the same results",
+    (
+        "tidar_kernels/ops/attention/cpu.py",
+        "for start, stop in zip(starts, [*starts[1:], len(lo)], strict=True):",
+    ): "both have as many by construction",
+    (
         "tidar_kernels/ops/verify/reference.py",
         _FEWEST,
     ): "at most that by itself for top_p <= 1; SamplingParams has no other",
