@@ -31,6 +31,7 @@ JUNK: dict[str, Any] = {
     "a meta tensor": torch.empty(2, device="meta"),
 }  # fmt: skip
 ROWS = 3
+PROFILE = strategies.Profile((0.5,), (1, 4), (1.0, 2.0))
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -185,6 +186,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "KVCache.pages_for": lambda: (cache(4).pages_for, {"num_tokens": 2}),
     "KVCache.reserve": lambda: (cache(4).reserve, {"sequence": 0, "num_tokens": 5}),
     "KVCache.release": lambda: (cache(4).release, {"sequence": 0}),
+    "KVCache.reading": lambda: (lambda lengths: cache().reading(lengths).__enter__(), {"lengths": ints(0, 0)}),
     "KVCache.share": lambda: (cache(4).share, {"sequence": 1, "of": 0, "num_tokens": 0}),
     "KVCache.pages_of": lambda: (cache(4).pages_of, {"sequence": 0}),
     "KVCache.append": lambda: (cache().append, operands("k", "v", layer=0)),
@@ -280,6 +282,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "strategies.BlockDiffusion": lambda: (strategies.BlockDiffusion, defaults(strategies.BlockDiffusion, length=4)),
     "strategies.SelfSpeculation": lambda: (strategies.SelfSpeculation, defaults(strategies.SelfSpeculation, length=4)),
     "strategies.Tree": lambda: (strategies.Tree, {"paths": [[0], [0, 0]]}),
+    "strategies.Adaptive": lambda: (strategies.Adaptive, {"profile": PROFILE, "max_block_size": 3}),
+    "strategies.adaptive": lambda: (strategies.adaptive, {"profile": PROFILE, "max_block_size": 3}),
     "strategies.by_name": lambda: (strategies.by_name, {"name": "isd", "drafts": 3, "shifted": True}),
     "strategies.class_of": lambda: (strategies.class_of, {"name": "isd"}),
     "strategies.isd": lambda: (strategies.isd, defaults(strategies.isd, stride=3)),

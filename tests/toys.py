@@ -94,7 +94,7 @@ class Learned:
             mixed = attention(q, k, v, pattern)
         else:
             cache.append(0, k[:, :, : pattern.kept_len], v[:, :, : pattern.kept_len])
-            mixed = step_attention(q, k, v, *cache.layer(0), cache.lengths, pattern)
+            mixed = step_attention(q, k, v, *cache.layer(0), cache.context_lengths, pattern)
         return torch.nn.functional.linear(mixed.transpose(1, 2).reshape(batch, rows, 32), self.out, None) + x
 
     def logits(self, hidden: Tensor) -> Tensor:

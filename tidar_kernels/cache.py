@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,8 @@ class KVCache:
         self.length_bounds = np.zeros(batch_size, dtype=np.int64)
         self._slots = np.full(batch_size, 0 if page_size else max_len, dtype=np.int64)  # that each sequence has
 
+    _context: Tensor | None = None  # what `reading` was given
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle has no tensors of float8: theirs go as bytes, with their dtype."""
         state = vars(self).copy()
@@ -196,6 +200,33 @@ class KVCache:
         """Pages that no sequence has; 0 of a cache without pages."""
         return 0 if self.pool is None else self.pool.free_pages
 
+    @property
+    def context_lengths(self) -> Tensor:
+        """int32 `[batch_size]` on the device: the committed tokens that attention reads, `lengths` but in `reading`."""
+        return self.lengths if self._context is None else self._context
+
+    @contextmanager
+    def reading(self, lengths: Tensor) -> Iterator[None]:
+        """Context in which attention reads so many committed tokens of each sequence, 0 of one that is idle.
+
+        Where tokens are appended, and at which positions, stays as it is.
+
+        Args:
+            lengths: int32 `[batch_size]` on the device, each 0 or that of `self.lengths`.
+
+        Raises:
+            TypeError, ValueError: on entering, it is no such tensor.
+        """
+        checks.tensor("lengths", lengths, 1)
+        checks.shape("lengths", lengths, (self.batch_size,))
+        if lengths.dtype != torch.int32:
+            raise TypeError(f"lengths: expected torch.int32, got {lengths.dtype}")
+        before, self._context = self._context, lengths
+        try:
+            yield
+        finally:
+            self._context = before
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """`(k_cache, v_cache)` of one layer, each `[batch, num_kv_heads, max_len, head_dim]`, or its pages: views.
 
@@ -225,6 +256,7 @@ class KVCache:
         view = object.__new__(KVCache)
         view.__dict__.update(self.__dict__)
         view.lengths, view.length_bounds, view._slots = self.lengths[at], self.length_bounds[at], self._slots[at]
+        view._context = None if self._context is None else self._context[at]
         view._pages = self._pages[at]  # the list itself: pages that the view takes are those of the sequence
         if self.block_table is not None:
             view.block_table = self.block_table[at]

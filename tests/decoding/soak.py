@@ -28,7 +28,16 @@ from tests.toys import Learned
 from tidar_kernels import SamplingParams, Session
 from tidar_kernels.decoding.requests import Event, Request
 from tidar_kernels.decoding.runner import StepConfig
-from tidar_kernels.decoding.strategies import SelfSpeculation, Strategy, autoregressive, isd, tidar, tree
+from tidar_kernels.decoding.strategies import (
+    Profile,
+    SelfSpeculation,
+    Strategy,
+    adaptive,
+    autoregressive,
+    isd,
+    tidar,
+    tree,
+)
 
 __all__ = ["Found", "References", "main", "soak", "tiny_model"]
 
@@ -44,6 +53,8 @@ STRATEGIES: tuple[Callable[[random.Random], Strategy], ...] = (
     lambda draw: SelfSpeculation(draw.randint(2, 5)),
     lambda draw: tree(draw.randint(2, 4)),
     lambda draw: autoregressive(),
+    # By rows that cost something, so that it changes over as requests come and go.
+    lambda draw: adaptive(Profile((), (1, 100), (1.0, draw.uniform(1.0, 20.0))), draw.randint(2, 8)),
 )
 SAMPLINGS = (
     SamplingParams(),

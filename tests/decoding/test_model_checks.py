@@ -116,12 +116,13 @@ def test_a_captured_step_is_forgotten_when_weights_move() -> None:
     runner: Any = Decoder(model, 4, batch_size=1, max_len=64).session._runner
     runner._use_graph = True  # as on a GPU
     runner.weights_may_have_moved()
-    captured = runner._graph = object()
+    captured = {"a step": object()}
+    runner._graphs.update(captured)
     runner.weights_may_have_moved()
-    assert runner._graph is captured
+    assert runner._graphs == captured
     model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
     runner.weights_may_have_moved()
-    assert runner._graph is None
+    assert not runner._graphs
 
 
 @pytest.mark.parametrize("where", ["made", "run"])

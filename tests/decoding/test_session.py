@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.toys import sharp_model
+from tidar_kernels import ops
 from tidar_kernels.decoding.decoder import Decoder
 from tidar_kernels.decoding.session import Session, StepConfig
 from tidar_kernels.decoding.strategies import autoregressive, tidar
@@ -320,7 +321,7 @@ def test_capture_and_replay_are_on_the_devices_of_the_weights(
             runner.cache.length_bounds[:] = bounds
 
     @contextmanager
-    def using(thing: On) -> Iterator[None]:
+    def using(thing: On, pool: Any = None) -> Iterator[None]:
         thing.use()
         yield
 
@@ -384,15 +385,63 @@ def test_a_captured_step_is_forgotten_when_weights_lie_elsewhere() -> None:
     """And only then. What captures a step needs a GPU; what forgets one does not."""
     model = sharp_model()
     runner = Session(model, StepConfig(autoregressive()), 1, 8)._runner
-    captured = runner._graph = object()
+    captured: Any = {"a step": object()}
+    runner._graphs.update(captured)
     runner.weights_may_have_moved()
-    assert runner._graph is captured, "there is no graph on this device"
+    assert runner._graphs == captured, "there is no graph on this device"
     runner._use_graph = True
     runner.weights_may_have_moved()
-    assert runner._graph is None, "its weights are not known"
-    runner._graph = captured
+    assert not runner._graphs, "its weights are not known"
+    runner._graphs.update(captured)
     runner.weights_may_have_moved()
-    assert runner._graph is captured
+    assert runner._graphs == captured
     model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
     runner.weights_may_have_moved()
-    assert runner._graph is None
+    assert not runner._graphs
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_no_key_of_a_slot_that_was_left_is_read(
+    model: Transformer, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else notices: with the same neighbours the others' K/V has the same bits, left or not."""
+    read: list[list[int]] = []
+    attend = ops.step_attention
+
+    def counted(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, lengths: Any, *args: Any, **options: Any) -> Any:
+        read.append(lengths.tolist())
+        return attend(q, k, v, k_cache, v_cache, lengths, *args, **options)
+
+    monkeypatch.setattr(ops, "step_attention", counted)
+    caches, tokens = [], []
+    for leaves in (False, True):
+        session = Session(model, StepConfig(tidar(4), 39), 3, 128, page_size=page_size)
+        ids = [session.add(prompt(i), 30, PARAMS[i]) for i in range(3)]
+        requests = dict(session.requests)
+        for _ in range(4):
+            session.step()
+        if leaves:
+            kept = len(prompt(1)) + len(session.remove(ids[1]).tokens)
+        read.clear()
+        session.step()
+        idle = [lengths[1] for lengths in read]
+        assert len(read) == CONFIG.num_layers
+        assert set(idle) == {0} if leaves else min(idle) > 0
+        assert all(lengths[0] > 0 and lengths[2] > 0 for lengths in read)
+        if leaves and page_size is None:  # it stays as it was committed
+            assert int(session.cache.lengths[1]) == kept
+        while {ids[0], ids[2]} & set(session.requests):
+            session.step()
+        caches.append([x.clone() for x in (session.cache.k, session.cache.v)])
+        tokens.append([requests[i].tokens for i in (ids[0], ids[2])])
+        if leaves:  # whoever joins is read again
+            session.add(prompt(4), 6)
+            read.clear()
+            session.step()
+            assert {lengths[0] for lengths in read} == {len(prompt(4))}
+    assert tokens[0] == tokens[1]
+    if page_size is None:
+        for slot in (0, 2):
+            length = len(prompt(slot)) + 29
+            for ours, theirs in zip(*caches, strict=True):
+                assert torch.equal(ours[:, slot, :, :length], theirs[:, slot, :, :length])

@@ -15,14 +15,19 @@ from .. import patterns
 from ..cache import KVCache
 from ..nn.adapters import has_gated_lora
 from ..ops.verify import RULES, Rule, SamplingParams
+from .costs import row_costs
 from .prompts import as_prompts, as_stop_tokens
 from .session import DecoderModel, Event, FinishReason, Request, Session, StepConfig
-from .strategies import Strategy, StrategyName, autoregressive, by_name
+from .strategies import Adaptive, Profile, Strategy, StrategyName, autoregressive, by_name
 from .strategies.base import check_interface, check_positions, check_ready
 
 __all__ = ["Decoder", "DecoderModel", "GenerationResult", "TokenStream"]
 
 Mode = Literal["tidar", "autoregressive"]
+
+AUTO_BLOCK_SIZE = 16  # the longest block of "auto" for a model that does not say with which it was trained
+AUTO_CONTEXT = 512  # committed tokens while "auto" measures what rows cost
+AUTO_REPEATS = 5
 
 
 @dataclass
@@ -84,6 +89,9 @@ class Decoder:
     Args:
         model: the model; its parameters' dtype and device are those of the cache.
         block_size: B, the most tokens a step commits; default what the model was trained with. Unused autoregressively.
+            "auto": up to that, the block length and the levels follow the running acceptance, by what rows cost. That
+            is measured before the first step, once for each number of sequences: a few steps of each setting
+            (`strategies.adaptive`). The output is the same.
         mask_token_id: the token of mask rows; default the model's own. Unused autoregressively.
         mode: "tidar" (draft and verify, by `strategy`) or "autoregressive".
         strategy: "tidar"; "isd", "flare", "self_speculation", "tree" or "block_diffusion" with their usual options; or
@@ -114,7 +122,7 @@ class Decoder:
     def __init__(
         self,
         model: DecoderModel,
-        block_size: int | None = None,
+        block_size: int | Literal["auto"] | None = None,
         mask_token_id: int | None = None,
         *,
         mode: Mode = "tidar",
@@ -151,6 +159,7 @@ class Decoder:
             raise TypeError(f"exact: expected a bool, got {type(exact).__name__}")
         adapted = has_gated_lora(model) if adapted is None else adapted
         common: dict[str, Any] = {"prefill_chunk": self.prefill_chunk, "adapted": adapted, "exact": exact}
+        self._auto: dict[int, StepConfig] | None = None  # by the number of sequences, where the block size is "auto"
         if mode == "autoregressive":
             self.block_size, self.mask_token_id = 1, 0
             self._step = StepConfig(autoregressive(), **common)
@@ -159,7 +168,13 @@ class Decoder:
             if block_size is not None or strategy not in ("isd", "flare"):
                 raise ValueError(f'stride: expected for strategy "isd" or "flare" without block_size, got {stride}')
             block_size = stride
-        if not isinstance(strategy, Strategy):
+        if block_size == "auto":
+            if strategy != "tidar":
+                name = strategy.name if isinstance(strategy, Strategy) else strategy
+                raise ValueError(f'block_size: expected a number for strategy "{name}", got "auto"')
+            longest = getattr(model.config, "block_size", None) or AUTO_BLOCK_SIZE
+            strategy, self._auto = Adaptive(Profile((), (1,), (1.0,)), longest), {}
+        elif not isinstance(strategy, Strategy):
             block_size = getattr(model.config, "block_size", None) if block_size is None else block_size
             shifted = bool(getattr(model.config, "shifted_masks", False))
             strategy = by_name(strategy, patterns.check_int("block_size", block_size, 1), shifted)
@@ -191,7 +206,7 @@ class Decoder:
         model: Any,
         tokenizer: Any = None,
         *,
-        block_size: int | None = None,
+        block_size: int | Literal["auto"] | None = None,
         mask_token_id: int | None = None,
         strategy: StrategyName | Strategy | None = None,
         mode: Mode = "tidar",
@@ -231,7 +246,7 @@ class Decoder:
         found = prepared(
             model,
             tokenizer,
-            block_size=block_size,
+            block_size=None if block_size == "auto" else block_size,
             mask_token_id=mask_token_id,
             strategy=strategy,
             stride=options.get("stride"),
@@ -247,8 +262,8 @@ class Decoder:
         if found.beta is not None:
             options["beta"] = found.beta
         options.setdefault("adapted", has_gated_lora(found.model.model))
-        sizes = found.block_size, found.mask_token_id
-        decoder = cls(found.model, *sizes, mode=mode, strategy=found.strategy, **options)
+        size = block_size if block_size == "auto" else found.block_size
+        decoder = cls(found.model, size, found.mask_token_id, mode=mode, strategy=found.strategy, **options)
         decoder.recognised = found.recognised
         return decoder
 
@@ -327,7 +342,20 @@ class Decoder:
             return self._session
 
     def _new_session(self, batch_size: int, max_len: int) -> Session:
-        return Session(self.model, self._step, batch_size, max_len, cuda_graph=self._cuda_graph)
+        return Session(self.model, self._step_of(batch_size), batch_size, max_len, cuda_graph=self._cuda_graph)
+
+    def _step_of(self, batch_size: int) -> StepConfig:
+        """How a session of so many sequences decodes; with block size "auto" its rows are timed first."""
+        if self._auto is None or not isinstance(self._step.strategy, Adaptive):
+            return self._step
+        if batch_size not in self._auto:
+            strategies = [setting.strategy for setting in self._step.strategy.settings]
+            costs = row_costs(
+                self.model, self._step, strategies, batch_size, AUTO_CONTEXT, AUTO_REPEATS, self._cuda_graph
+            )
+            adaptive = Adaptive(Profile((), *costs), self.block_size)
+            self._auto[batch_size] = replace(self._step, strategy=adaptive)
+        return self._auto[batch_size]
 
     def _start(
         self, input_ids: Any, max_new_tokens: int, params: SamplingParams, stop_tokens: Sequence[int]

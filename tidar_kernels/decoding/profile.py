@@ -1,16 +1,15 @@
-"""Measure what `strategies.auto` chooses by: a model's acceptance on given prompts, and this machine's cost of rows."""
+"""Measure what `strategies.auto` and `adaptive` choose by: a model's acceptance on prompts, and what rows cost here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from .costs import row_costs
 from .decoder import Decoder
-from .session import DecoderModel, Session, StepConfig
+from .session import DecoderModel, StepConfig
 from .strategies import Profile, tidar
-from .strategies.levels import acceptance_of, latencies
+from .strategies.levels import acceptance_of, shapes
 
 __all__ = ["profile"]
 
@@ -51,24 +50,7 @@ def profile(
     if context_len is None:
         context_len = sum(map(len, prompts)) // len(prompts) + new_tokens // 2
 
-    def step(block_size: int, levels: Sequence[int] | None) -> Callable[[], Any]:
-        chosen = StepConfig(tidar(block_size, levels=levels), decoder.mask_token_id)
-        session = Session(model, chosen, batch_size, context_len + block_size)
-        session.cache.k.normal_()
-        session.cache.v.normal_()
-        session.cache.lengths.fill_(context_len)
-        session.cache.lengths_known([context_len] * batch_size)
-        run = session.replayed()
-
-        def call() -> None:
-            with torch.inference_mode():
-                run()
-
-        return call
-
-    sizes = sorted({1, 2, 4, 8, 16, 32} & set(range(1, max_block_size + 1)) | {max_block_size})
-    shapes = [(b, levels) for b in sizes for levels in ([1], [1, max(2, b // 2)], None) if levels is None or b > 2]
-    on_gpu = next(iter(model.parameters())).device.type == "cuda"
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-    rows, seconds = latencies(step, shapes, repeats, synchronize)
+    timed = [tidar(block_size, levels=levels) for block_size, levels in shapes(max_block_size)]
+    step = StepConfig(timed[-1], decoder.mask_token_id)
+    rows, seconds = row_costs(model, step, timed, batch_size, context_len, repeats)
     return Profile(acceptance_of(accepted, max_block_size), rows, seconds)

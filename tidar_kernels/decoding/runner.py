@@ -1,7 +1,10 @@
 """The device's half of a session: the buffers of its slots, the prefill of a prompt, the step, its CUDA graph.
 
 Everything that a step needs stays on the device in buffers that never move. The host reads one small tensor a step:
-what was accepted. On CUDA the whole step is captured once as a graph and replayed at every length.
+what was accepted. On CUDA the whole step is captured once as a graph and replayed at every length; of a strategy that
+chooses among several (`strategies.adaptive`), once for each that was chosen.
+
+A slot that nobody has is computed with the others, but its context is not read.
 """
 
 from __future__ import annotations
@@ -67,6 +70,13 @@ class StepConfig:
         return self.strategy.slots
 
 
+class Captured(NamedTuple):
+    """A step as a CUDA graph, and the forward passes in it."""
+
+    graph: Any
+    forwards: int
+
+
 class SlotResult(NamedTuple):
     """What a step did in one slot.
 
@@ -128,7 +138,9 @@ class StepRunner:
         self._prompts: list[Any] = [None] * batch_size  # int64 arrays of tokens whose K/V is in the cache
         self._begun = [0] * batch_size  # tokens that a slot shares, or has copied, from another one
         self.forwards = self.prefill_forwards = 0
+        self._choice = config.strategy.choice()
         self._active = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._awake = torch.ones(batch_size, dtype=torch.int32, device=self.device)  # 0: left, and its K/V is not read
         # Of each slot's tokens those at its end that are drafts yet: the next step commits them, and brings none anew.
         self._known_drafts = [0] * batch_size
         drafts = torch.full((batch_size, config.drafts), -1, device=self.device)
@@ -143,10 +155,11 @@ class StepRunner:
             drafts=drafts,
             adapted=config.adapted,
             exact=config.exact,
+            awake=self._awake,
         )
         # [accepted, next token, bad row, drafts ..] of every slot
         self._report = torch.zeros(batch_size, config.drafts + 3, dtype=torch.int64, device=self.device)
-        self._graph: Any = None
+        self._graphs: dict[str, Captured] = {}  # by the label of the strategy
         self._weights: tuple[int, ...] = ()  # where they lie, as a captured step knows them
         on_gpu = self.device.type == "cuda"
         self._use_graph = config.strategy.graphable and (on_gpu if cuda_graph is None else cuda_graph)
@@ -207,7 +220,8 @@ class StepRunner:
         """
         self._make_room_for(params)
         one = replace(self._batch.sequence(slot), exact=self.config.exact and known > 0)
-        self._active[slot] = 0
+        self._active[slot], self._awake[slot] = 0, 1
+        self._choice.began(slot)
         known = self.config.strategy.kept(known or self._begun[slot])
         self._set_length(one, slot, known)
         try:
@@ -229,9 +243,9 @@ class StepRunner:
         one.cache.lengths_known([length])
 
     def leave(self, slot: int) -> None:
-        """Stop computing a slot. Its K/V and length stay, as committed, until the next request joins there; with pages
-        they go."""
-        self._active[slot] = 0
+        """Stop decoding a slot. Its K/V and length stay, as committed, until the next request joins there, but steps
+        read none of it; with pages they go."""
+        self._active[slot] = self._awake[slot] = 0
         self._prompts[slot], self._begun[slot] = None, 0
         if self.cache.page_size is None:
             self.cache.lengths[slot] = self.lengths[slot]
@@ -279,12 +293,12 @@ class StepRunner:
         size = len(self.lengths)
         if self._batch.seen is None and params.repetition_penalty != 1.0:
             self._batch.seen = torch.zeros(size, self.vocab_size, dtype=torch.bool, device=self.device)
-            self._graph = None
+            self._graphs.clear()
         if self._batch.draft_logits is None and self.config.rule == "rejection" and self.config.drafts > 1:
             dtype = next(iter(self.model.parameters())).dtype
             shape = (size, self.config.drafts, self.vocab_size)
             self._batch.draft_logits = torch.zeros(shape, dtype=dtype, device=self.device)
-            self._graph = None
+            self._graphs.clear()
 
     def _prefill(self, one: Batch, prompt: list[int], pattern: patterns.Pattern) -> Tensor:
         """One forward pass over prompt tokens and the mask rows after them; commits the tokens."""
@@ -314,7 +328,9 @@ class StepRunner:
                     return {slot: self._run_alone(slot) for slot in slots}
                 report = self._report.tolist()
         self.forwards += forwards
-        return {slot: self._result(slot, report[slot], forwards) for slot in slots}
+        results = {slot: self._result(slot, report[slot], forwards) for slot in slots}
+        self._choice.settle()
+        return results
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -344,12 +360,17 @@ class StepRunner:
 
     def _result(self, slot: int, report: list[int], forwards: int) -> SlotResult:
         accepted, _, bad, *drafts = report
+        self._choice.saw(slot, sum(draft >= 0 for draft in drafts), accepted)
         known, self._known_drafts[slot] = self._known_drafts[slot], 0
         return SlotResult(drafts[known:accepted], bad >= 0, forwards)
 
     def _device_step(self, batch: Batch, active: Tensor, report: Tensor) -> int:
         """The step on the device, from the buffers into the buffers; returns how many forward passes it took."""
-        found, drafts, following, logits, forwards, path = self.config.strategy.step(batch)
+        strategy = self._choice.strategy
+        found, drafts, following, logits, forwards, path = strategy.step(batch.narrowed(strategy.drafts))
+        if strategy.drafts < batch.drafts.shape[1]:
+            narrower = 0, batch.drafts.shape[1] - strategy.drafts
+            drafts, following = (torch.nn.functional.pad(x, narrower, value=-1) for x in (drafts, following))
         report.copy_(torch.cat([torch.stack(found, dim=1), drafts], dim=1))
         kept = found.accepted * active
         if batch.seen is not None:
@@ -357,11 +378,11 @@ class StepRunner:
             batch.seen.scatter_(1, torch.where(taken, drafts, drafts[:, :1]), True)
         if path is not None:
             batch.cache.compact(path)
-        batch.cache.commit(kept, at_most=drafts.shape[1])
+        batch.cache.commit(kept, at_most=strategy.drafts)
         batch.drafts[:, 0] = found.next_tokens.clamp(min=0 if self.config.strategy.seeded else -1)
         batch.drafts[:, 1:] = following
         if batch.draft_logits is not None and logits is not None:
-            batch.draft_logits[:, 1:] = logits
+            batch.draft_logits[:, 1 : strategy.drafts] = logits
         return forwards
 
     # Its graph.
@@ -377,35 +398,43 @@ class StepRunner:
 
             return run
         with self._inference():
-            if self._graph is None:
-                self._capture()
-        replay: Callable[[], object] = self._graph.replay  # which goes to the device that it was captured on
+            captured = self._captured()
+        replay: Callable[[], object] = captured.graph.replay  # which goes to the device that it was captured on
         return replay
 
     def weights_may_have_moved(self) -> None:
-        """Forget a captured step whose weights lie elsewhere now, as after `load_state_dict(assign=True)`."""
+        """Forget captured steps whose weights lie elsewhere now, as after `load_state_dict(assign=True)`."""
         weights = tuple(x.data_ptr() for x in self.model.parameters()) if self._use_graph else ()
         if weights != self._weights:
-            self._graph, self._weights = None, weights
+            self._graphs.clear()
+            self._weights = weights
 
     def _replay(self) -> tuple[list[list[int]], int]:
-        if self._graph is None:
-            self._capture()
-        self.cache.check_room(self.config.slots)
-        self._graph.replay()
-        self.cache.length_bounds += self.config.drafts
+        captured = self._captured()
+        self.cache.check_room(self._choice.strategy.slots)
+        captured.graph.replay()
+        self.cache.length_bounds += self._choice.strategy.drafts
         self._host_report.copy_(self._report, non_blocking=True)
         self._reported.record()
         self._reported.synchronize()
-        return self._host_report.tolist(), self._forwards_captured
+        return self._host_report.tolist(), captured.forwards
 
-    def _capture(self) -> None:
+    def _captured(self) -> Captured:
+        """The graph of the strategy that takes the next step."""
+        label = self._choice.strategy.label
+        if label not in self._graphs:
+            self._graphs[label] = self._capture()
+        return self._graphs[label]
+
+    def _capture(self) -> Captured:
         """Record the step as a CUDA graph. Warm-up runs with every slot inactive, and leaves the buffers as found."""
         batch = self._batch
         buffers = [x for x in (batch.drafts, self._active, batch.seen, batch.draft_logits) if x is not None]
         saved, bounds = [x.clone() for x in buffers], self.cache.length_bounds.copy()
         self._active.zero_()
         graph = torch.cuda.CUDAGraph()
+        # One pool for all: they run one after the other, and keep nothing in it from one replay to the next.
+        pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -414,12 +443,12 @@ class StepRunner:
                     self._device_step(batch, self._active, self._report)
                     self.cache.length_bounds[:] = bounds
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self._forwards_captured = self._device_step(batch, self._active, self._report)
+            with torch.cuda.graph(graph, pool=pool):
+                forwards = self._device_step(batch, self._active, self._report)
         finally:  # what cannot be captured raises, and leaves the batch as it was
             self.cache.length_bounds[:] = bounds
             for buffer, content in zip(buffers, saved, strict=True):
                 buffer.copy_(content)
-        self._graph = graph
         self._host_report = torch.empty(self._report.shape, dtype=torch.int64, pin_memory=True, device="cpu")
         self._reported = torch.cuda.Event()
+        return Captured(graph, forwards)

@@ -137,5 +137,5 @@ class TiDARAttention(nn.Module):
                 q, k = cache.rotary_append(self.layer_idx, q, k, v, rotary, keep)
             k_cache, v_cache = cache.layer(self.layer_idx)
             options = cache.options(self.layer_idx)
-            out = ops.step_attention(q, k, v, k_cache, v_cache, cache.lengths, pattern, **options)
+            out = ops.step_attention(q, k, v, k_cache, v_cache, cache.context_lengths, pattern, **options)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+from .adaptive import Adaptive, adaptive
 from .base import Batch, DecoderModel, Drafting, StepResult, Strategy
 from .block_diffusion import BlockDiffusion
 from .isd import FLARE, ISD, isd
@@ -15,6 +16,7 @@ from .tidar import TiDAR, autoregressive, tidar
 from .tree import Tree, tree
 
 __all__ = [
+    "Adaptive",
     "Batch",
     "BlockDiffusion",
     "DecoderModel",
@@ -26,6 +28,7 @@ __all__ = [
     "Strategy",
     "StrategyName",
     "Tree",
+    "adaptive",
     "auto",
     "autoregressive",
     "by_name",

@@ -33,6 +33,7 @@ from .head import one_pass_rows
 
 __all__ = [
     "Batch",
+    "Choice",
     "DecoderModel",
     "Drafting",
     "StepResult",
@@ -114,6 +115,7 @@ class Batch:
         seen: bool `[batch, vocab]` for repetition penalties, or None.
         adapted: the model's gated adapters are on for mask rows, see `tidar_kernels.nn.adapters`.
         exact: draft rows have the bits of single-token decoding, see `tidar_kernels.decoding.exact`.
+        awake: int32 `[batch]`, 0 for a sequence that is idle, whose K/V is not read, else 1; None: all are awake.
     """
 
     model: DecoderModel
@@ -127,6 +129,7 @@ class Batch:
     seen: Tensor | None = None
     adapted: bool = False
     exact: bool = False
+    awake: Tensor | None = None
 
     def sequence(self, index: int) -> Batch:
         """Sequence `index` alone, on the same memory."""
@@ -142,7 +145,15 @@ class Batch:
             drafts=self.drafts[at],
             draft_logits=part(self.draft_logits),
             seen=part(self.seen),
+            awake=part(self.awake),
         )
+
+    def narrowed(self, drafts: int) -> Batch:
+        """The first `drafts` drafts of every sequence, on the same memory; itself if that is all of them."""
+        if drafts == self.drafts.shape[1]:
+            return self
+        logits = None if self.draft_logits is None else self.draft_logits[:, :drafts]
+        return replace(self, drafts=self.drafts[:, :drafts], draft_logits=logits)
 
     def forward(
         self, tokens: Tensor, pattern: Pattern, is_mask: Tensor | Literal[False], gate: bool | None = None
@@ -154,6 +165,7 @@ class Batch:
         if is_mask is not False:
             tokens = tokens.masked_fill(is_mask, self.mask_token_id)
         with (
+            nullcontext() if self.awake is None else self.cache.reading(self.cache.lengths * self.awake),
             exact_rows(pattern) if self.exact else nullcontext(),
             lora_gate(is_mask if gate is None else gate) if self.adapted else nullcontext(),
         ):
@@ -195,6 +207,26 @@ class StepResult(NamedTuple):
     logits: Tensor | None = None
     forwards: int = 1
     path: Tensor | None = None
+
+
+class Choice:
+    """Which strategy takes the next step of a session: here always the same one.
+
+    Attributes:
+        strategy: of the next step.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def began(self, slot: int) -> None:
+        """A request has joined a slot."""
+
+    def saw(self, slot: int, drafts: int, accepted: int) -> None:
+        """The step accepted so many of a slot's drafts."""
+
+    def settle(self) -> None:
+        """The step is over, and all of its slots were seen: choose the next one's strategy."""
 
 
 class Strategy(ABC):
@@ -240,6 +272,10 @@ class Strategy(ABC):
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
         """One step of every sequence; commits nothing."""
+
+    def choice(self) -> Choice:
+        """What chooses the strategy of each step of one session."""
+        return Choice(self)
 
     @property
     def slots(self) -> int:

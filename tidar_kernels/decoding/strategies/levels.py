@@ -9,14 +9,12 @@ most expected tokens a second. What is decoded does not depend on the choice.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+import numpy as np
 
 from ...patterns.arguments import check_int
 from .tidar import TiDAR, tidar
@@ -68,6 +66,12 @@ class Plan:
     tokens_per_second: float
 
 
+@functools.lru_cache(maxsize=1024)
+def _skips(block_size: int, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """For 1 .. `block_size` accepted drafts, how many positions the next ones lie further out than they could."""
+    return tuple(n - max(level for level in levels if level <= n) for n in range(1, block_size + 1))
+
+
 def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequence[int]) -> float:
     """Tokens a step, in the long run.
 
@@ -76,24 +80,26 @@ def expected_tokens(acceptance: Sequence[float], block_size: int, levels: Sequen
     states' stationary distribution.
     """
     kept = [*acceptance[: block_size - 1], *[0.0] * (block_size - 1 - len(acceptance))]
-    size = block_size
-    move = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-    tokens = torch.zeros(size, dtype=torch.float64, device="cpu")
-    for skipped in range(size):
+    skips = _skips(block_size, tuple(levels))
+    size = 1 + max(skips)
+    move = [[0.0] * size for _ in range(size)]
+    tokens = [0.0] * size
+    for skipped, to in enumerate(move):
         so_far = 1.0
-        for accepted in range(1, size - skipped + 1):
-            row = skipped + accepted  # of the draft after these
-            stays = kept[row - 1] if accepted < size - skipped else 0.0
-            level = max(x for x in levels if x <= accepted)
-            move[skipped, accepted - level] += so_far * (1.0 - stays)
-            tokens[skipped] += so_far * (1.0 - stays) * accepted
+        for accepted, stays in enumerate([*kept[skipped:], 0.0], start=1):
+            ends = so_far * (1.0 - stays)
+            to[skips[accepted - 1]] += ends
+            tokens[skipped] += ends * accepted
             so_far *= stays
-    # The stationary distribution solves p (move - 1) = 0, sum p = 1; state 0 is reached from every other.
-    stays_put = torch.eye(size, dtype=torch.float64, device="cpu")
-    system = torch.cat([(move - stays_put).T, torch.ones(1, size, dtype=torch.float64, device="cpu")])
-    right = torch.zeros(size + 1, 1, dtype=torch.float64, device="cpu")
+    if size == 1:  # a block for every acceptance
+        return tokens[0]
+    # The stationary distribution solves p (move - 1) = 0, sum p = 1. State 0 is reached from every other, so it is the
+    # only one, and the sum may stand for any one of the equations.
+    system = np.array(move).T - np.eye(size)
+    system[-1] = 1.0
+    right = np.zeros(size)
     right[-1] = 1.0
-    return float(torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0] @ tokens)
+    return float(np.linalg.solve(system, right) @ np.array(tokens))
 
 
 def _plans(profile: Profile, block_size: int) -> Iterator[Plan]:
@@ -144,22 +150,7 @@ def acceptance_of(accepted: Sequence[int], block_size: int) -> tuple[float, ...]
     return tuple(after / (before + 1) for before, after in itertools.pairwise(reached))
 
 
-def latencies(
-    step: Callable[[int, Sequence[int] | None], Callable[[], Any]],
-    shapes: Sequence[tuple[int, Sequence[int] | None]],
-    repeats: int = 20,
-    synchronize: Callable[[], Any] = lambda: None,
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """`Profile.rows` and `Profile.seconds`: median times of `step(block_size, levels)()`, the shapes taking turns."""
-    calls = {b * (1 + (b if levels is None else len(levels))): step(b, levels) for b, levels in shapes}
-    seconds: dict[int, list[float]] = {rows: [] for rows in calls}
-    for repeat in range(repeats + 2):
-        for rows, call in calls.items():
-            synchronize()
-            started = time.perf_counter()
-            call()
-            synchronize()
-            if repeat >= 2:  # the first two warm up
-                seconds[rows].append(time.perf_counter() - started)
-    ordered = sorted(calls)
-    return tuple(ordered), tuple(statistics.median(seconds[rows]) for rows in ordered)
+def shapes(max_block_size: int) -> list[tuple[int, Sequence[int] | None]]:
+    """Block sizes, powers of two and the longest, each with one level, with two and with all, which is None."""
+    sizes = sorted({1, 2, 4, 8, 16, 32} & set(range(1, max_block_size + 1)) | {max_block_size})
+    return [(b, levels) for b in sizes for levels in ([1], [1, max(2, b // 2)], None) if levels is None or b > 2]

@@ -245,7 +245,7 @@ def tidar_attention_forward(
         else:
             index = _layer_index(module, tidar_cache)
             k_cache, v_cache, options = _append(tidar_cache, index, key, value, pattern.kept_len)
-            lengths = tidar_cache.lengths
+            lengths = tidar_cache.context_lengths
             out = ops.step_attention(query, key, value, k_cache, v_cache, lengths, pattern, **numbers, **options)
         return _as_rows(out[..., :width]), None
 
