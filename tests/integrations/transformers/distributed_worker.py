@@ -6,13 +6,16 @@ import copy
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from tidar_kernels.integrations.transformers import TiDARCollator, TiDARTrainer, compute_loss, count_labels
@@ -130,19 +133,38 @@ def tensor_parallel(folder: Path) -> int:
     return compared
 
 
-def trained(folder: Path, context: int = 1) -> int:
-    """Four steps of the Trainer, in which `context` processes share each batch, end with the weights of one process."""
-    documents = corpus(32)
+class Stream(IterableDataset[dict[str, Any]]):
+    def __init__(self, documents: list[dict[str, Any]]) -> None:
+        self.documents = documents
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.documents)
+
+
+def a_trainer(folder: Path, model: nn.Module, documents: Any, context: int = 1, **more: Any) -> TiDARTrainer:
+    arguments: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.1, "lr_scheduler_type": "constant",
+        "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "report_to": [],
+        "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TiDARTrainer(
+        model=model, args=TrainingArguments(output_dir=str(folder), **arguments | more), data_collator=COLLATE,
+        train_dataset=documents, eval_dataset=corpus(6), context_parallel=context,
+    )  # fmt: skip
+
+
+def trained(
+    folder: Path,
+    context: int = 1,
+    *,
+    documents: Any = None,
+    before: Callable[[TiDARTrainer], Any] = lambda trainer: None,
+    **more: Any,
+) -> int:
+    """Steps of the Trainer, in which `context` processes share each batch, end with the weights of one process."""
     model = tiny()
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
-        learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, save_strategy="no",
-        logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = TiDARTrainer(
-        model=model, args=arguments, data_collator=COLLATE, train_dataset=documents, eval_dataset=documents[:6],
-        context_parallel=context,
-    )  # fmt: skip
+    trainer = a_trainer(folder, model, corpus(32) if documents is None else documents, context, **more)
+    before(trainer)
     seen: list[list[dict[str, Any]]] = []
     own = trainer.get_batch_samples
 
@@ -153,9 +175,11 @@ def trained(folder: Path, context: int = 1) -> int:
 
     trainer.get_batch_samples = noted  # type: ignore[method-assign]
     trainer.train()
+    steps = trainer.state.global_step
+    assert steps > 3
     reference = tiny()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-    for batches, log in zip(seen[:4], trainer.state.log_history, strict=False):
+    for batches, log in zip(seen[:steps], [log for log in trainer.state.log_history if "loss" in log], strict=True):
         everybodys: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybodys, batches)
         own_batches, total = everybodys[::context], 0.0
@@ -177,9 +201,58 @@ def trained(folder: Path, context: int = 1) -> int:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         moved += not torch.equal(one, first)
     if context == dist.get_world_size():
-        expected = compute_loss(model, COLLATE(documents[:6])).loss.detach()
+        expected = compute_loss(model, COLLATE(corpus(6))).loss.detach()
         torch.testing.assert_close(torch.tensor(trainer.evaluate()["eval_loss"]), expected)
     return moved
+
+
+def evaluated(folder: Path) -> int:
+    """Whatever was evaluated before, by whom and how often, all processes train together."""
+
+    def before(trainer: TiDARTrainer) -> None:
+        a_trainer(folder, trainer.model, corpus(8)).evaluate()
+        trainer.evaluate()
+        trainer.predict(corpus(6))
+
+    compared = trained(folder, before=before)
+    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    for more in ({"bf16": True}, {"torch_compile": True, "torch_compile_backend": "eager"}, best):
+        trainer = a_trainer(folder, tiny(), corpus(32), max_steps=1, eval_strategy="steps", eval_steps=1, **more)
+        for _ in range(3):
+            trainer.evaluate()
+            trainer.train()
+            together(trainer.model)
+        compared += 1
+    trainer = a_trainer(folder, torch.compile(tiny(), backend="eager"), corpus(32), max_steps=1)  # type: ignore[arg-type]
+    trainer.evaluate()
+    trainer.train()
+    together(trainer.model)
+    return compared
+
+
+def together(model: nn.Module) -> None:
+    """All processes have the same weights."""
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    firsts = weights.clone()
+    dist.broadcast(firsts, 0)
+    assert torch.equal(weights, firsts)
+
+
+def refused(folder: Path) -> int:
+    """Processes that would train each for itself, or wait for each other, are refused before the first step."""
+    trainer = a_trainer(folder, tiny(), corpus(32))
+    trainer._wrap_model = _marked  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^model: expected one whose gradients are averaged over 2 processes, got"):
+        trainer.train()
+    for option, value in (("dispatch_batches", True), ("even_batches", False)):
+        with pytest.raises(ValueError, match=rf"^args.accelerator_config: expected {option} = .*, got {value}$"):
+            a_trainer(folder, tiny(), corpus(32), accelerator_config={option: value})
+    return 100
+
+
+def _marked(model: nn.Module, *args: Any) -> nn.Module:
+    model._is_accelerate_prepared = True  # type: ignore[assignment]
+    return model
 
 
 if __name__ == "__main__":
@@ -192,6 +265,13 @@ if __name__ == "__main__":
             "tp": lambda: tensor_parallel(folder),
             "trainer": lambda: trained(folder),
             "trainer_cp": lambda: trained(folder, context=2),
+            "trainer_uneven": lambda: trained(
+                folder, documents=corpus(29), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=3
+            ),
+            "trainer_stream": lambda: trained(folder, documents=Stream(corpus(33))),
+            "trainer_stream_cp": lambda: trained(folder, context=2, documents=Stream(corpus(33))),
+            "trainer_evaluated": lambda: evaluated(folder),
+            "trainer_refused": lambda: refused(folder),
         }.get(how, lambda: gradients(how))
         print("compared", run())
     finally:

@@ -20,9 +20,15 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "cp", "tp", "trainer", "trainer_cp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "cp", "tp", "trainer", "trainer_cp", "trainer_evaluated"])
 def test_two_processes_are_one_large_batch(how: str, tmp_path: Path) -> None:
     compare(2, how, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["uneven", "stream", "stream_cp", "refused"])
+def test_two_processes_have_their_shares(how: str, tmp_path: Path) -> None:
+    compare(2, f"trainer_{how}", tmp_path)
 
 
 @pytest.mark.distributed

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 
 from ...distributed import ContextParallel, shared_out
@@ -263,6 +265,11 @@ def _take_back(module: nn.Module, name: str) -> None:
         setattr(module, name, before)
 
 
+def _averages(model: nn.Module) -> bool:
+    """Whether `model`, or what `torch.compile` made of it, averages gradients over processes (DDP)."""
+    return any(isinstance(module, DistributedDataParallel) for module in (model, getattr(model, "_orig_mod", None)))
+
+
 class TiDARTrainer(Trainer):
     """`transformers.Trainer` with the TiDAR objective; all of its options, callbacks and checkpoints work as they do.
 
@@ -282,7 +289,9 @@ class TiDARTrainer(Trainer):
         TypeError: `data_collator` is not a `TiDARCollator`.
         ValueError: the mask token is outside the model's vocabulary, `label_smoothing_factor` or `compute_loss_func`
             asks for another loss, several GPUs would share this process (launch one process a GPU instead),
-            `context_parallel` does not divide the number of processes, or Accelerate is to share out rows or heads.
+            `context_parallel` does not divide the number of processes, Accelerate is to share out rows or heads, or
+            `accelerator_config` is to slice batches or to leave some processes without one; `train`: gradients would
+            not be averaged over the processes.
     """
 
     # The loss is divided by the labels of the whole accumulated step, so the trainer must not divide it again.
@@ -294,6 +303,7 @@ class TiDARTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.alpha, self.chunk_size = alpha, chunk_size
         self._context = self._shared_batches(check_int("context_parallel", context_parallel, 1))
+        self._deal_examples()
         collator = self.data_collator
         if not isinstance(collator, TiDARCollator):
             raise TypeError(f"data_collator: expected a TiDARCollator, got {type(collator).__name__}")
@@ -309,6 +319,8 @@ class TiDARTrainer(Trainer):
             raise ValueError(f"args: expected one GPU a process (torchrun, accelerate launch), got {self.args.n_gpu}")
         # The collator takes what it knows; the model's signature, by which columns are dropped, knows no prompt_length.
         self.args.remove_unused_columns = False
+        # Every batch has labels; of a wrapped model the trainer may not see that it takes them.
+        self.label_names = ["labels"]
         # Older trainers read in this whether the loss is scaled already.
         self.model_accepts_loss_kwargs = True
 
@@ -339,6 +351,55 @@ class TiDARTrainer(Trainer):
         # What data loaders are dealt by, and nothing else.
         self.accelerator._prepare_device_mesh = lambda: mesh
         return mesh["cp"]
+
+    def _deal_examples(self) -> None:
+        """Have every process read a stream by itself and keep its share of the examples.
+
+        By default the first process would read it all and slice collated batches, which are one row of many documents.
+
+        Raises:
+            ValueError: batches are to be sliced, or the processes to have different numbers of them.
+        """
+        loaders = self.accelerator.dataloader_config
+        if self.accelerator.num_processes == 1:
+            return
+        if loaders.dispatch_batches:
+            raise ValueError(
+                "args.accelerator_config: expected dispatch_batches = False (each process reads the data), got True"
+            )
+        if not loaders.even_batches:
+            raise ValueError(
+                "args.accelerator_config: expected even_batches = True (a process without a batch is waited for), "
+                "got False"
+            )
+        loaders.dispatch_batches = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, whatever was evaluated before.
+
+        Accelerate marks a model that it prepares to be evaluated, and never wraps one with that mark: each process
+        would train for itself. So what was prepared, by this trainer or by another, is prepared again.
+        """
+        if not _averages(self.model_wrapped) and self._is_data_parallel():
+            self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            for module in self.model.modules():
+                vars(module).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """`transformers.Trainer.training_step` of a model whose gradients are averaged over the processes."""
+        if not _averages(model) and self._is_data_parallel():
+            raise ValueError(
+                f"model: expected one whose gradients are averaged over {self.accelerator.num_processes} processes, "
+                f"got {type(model).__name__}, which Accelerate has not wrapped"
+            )
+        return super().training_step(model, *args, **kwargs)
+
+    def _is_data_parallel(self) -> bool:
+        """Whether DDP is to average gradients: several processes, and nobody has sharded the weights."""
+        return self.accelerator.distributed_type.value.startswith("MULTI_") and not any(
+            isinstance(parameter, DTensor) for parameter in self.model.parameters()
+        )
 
     def get_cp_size(self) -> int:
         """How many processes share a batch: `transformers.Trainer` counts batches and steps by it."""
