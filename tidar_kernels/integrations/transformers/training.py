@@ -380,9 +380,10 @@ class TiDARTrainer(Trainer):
         Accelerate marks a model that it prepares to be evaluated, and never wraps one with that mark: each process
         would train for itself. So what was prepared, by this trainer or by another, is prepared again.
         """
+        model: Any = self.model
         if not _averages(self.model_wrapped) and self._is_data_parallel():
-            self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            for module in self.model.modules():
+            self.model_wrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            for module in model.modules():
                 vars(module).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
 
@@ -397,8 +398,9 @@ class TiDARTrainer(Trainer):
 
     def _is_data_parallel(self) -> bool:
         """Whether DDP is to average gradients: several processes, and nobody has sharded the weights."""
+        model: Any = self.model
         return self.accelerator.distributed_type.value.startswith("MULTI_") and not any(
-            isinstance(parameter, DTensor) for parameter in self.model.parameters()
+            isinstance(parameter, DTensor) for parameter in model.parameters()
         )
 
     def get_cp_size(self) -> int:
