@@ -56,6 +56,14 @@ EXCLUDED = ["tidar_kernels/patterns/drawing.py"]  # whether a picture is good is
 _FEWEST = "fewest = (mass < top_p.double() * mass[..., -1:]).sum(-1, keepdim=True).clamp(max=vocab_size - 1)"
 KEPT: dict[tuple[str, str], str] = {
     (
+        "tidar_kernels/patterns/pattern.py",
+        'raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.flatten()[:8].tolist()}")',
+    ): "how many of the wrong values an error shows",
+    (
+        "tidar_kernels/patterns/tidar.py",
+        "lead=intervals(torch.zeros_like(row), torch.where(is_mask, level, m + 1), row >= 0),",
+    ): "true of every row: each has a lead",
+    (
         "tidar_kernels/ops/attention/cpu.py",
         "if int(more[late:].max()) + late - besides <= MAX_BEHIND and late <= MAX_BEHIND:",
     ): "which rows are cut into staircases is a matter of speed; the others are edge tiles, with the same results",

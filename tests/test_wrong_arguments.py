@@ -284,6 +284,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "strategies.Tree": lambda: (strategies.Tree, {"paths": [[0], [0, 0]]}),
     "strategies.Adaptive": lambda: (strategies.Adaptive, {"profile": PROFILE, "max_block_size": 3}),
     "strategies.adaptive": lambda: (strategies.adaptive, {"profile": PROFILE, "max_block_size": 3}),
+    "strategies.Profile": lambda: (strategies.Profile, dict(vars(PROFILE))),
+    "strategies.auto": lambda: (strategies.auto, {"profile": PROFILE, "max_block_size": 2}),
+    "strategies.plan": lambda: (strategies.plan, {"profile": PROFILE, "max_block_size": 2}),
     "strategies.by_name": lambda: (strategies.by_name, {"name": "isd", "drafts": 3, "shifted": True}),
     "strategies.class_of": lambda: (strategies.class_of, {"name": "isd"}),
     "strategies.isd": lambda: (strategies.isd, defaults(strategies.isd, stride=3)),
@@ -318,7 +321,7 @@ ELSEWHERE = {
     "models.shipped_figures",
     "strategies.autoregressive",
     *(f"strategies.{name}" for name in ("Batch", "DecoderModel", "Drafting", "StepResult", "Strategy", "StrategyName")),
-    *(f"strategies.{name}" for name in ("Plan", "Profile", "auto", "plan")),
+    "strategies.Plan",
 }
 
 

@@ -102,7 +102,7 @@ def test_profile_and_auto_on_a_model() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Profile((1.2,), (1,), (1.0,)), r"^acceptance: expected shares in \[0, 1\]"),
+        (lambda: Profile((1.2,), (1,), (1.0,)), r"^acceptance: expected a number in \[0, 1\]"),
         (lambda: Profile((), (), ()), r"^rows: expected them to ascend"),
         (lambda: Profile((), (2, 1), (1.0, 1.0)), r"^rows: expected them to ascend"),
         (lambda: Profile((), (1, 2), (1.0,)), r"^rows: expected them to ascend"),

@@ -16,10 +16,12 @@ __all__ = [
     "check_bool",
     "check_device",
     "check_dtype",
+    "check_instance",
     "check_instances",
     "check_int",
     "check_ints",
     "check_number",
+    "check_numbers",
     "check_path",
     "check_sequence",
     "check_strings",
@@ -74,6 +76,18 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         within = f">= {low:g}" if math.isinf(high) else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected {within}, got {value}")
     return number
+
+
+def check_numbers(name: str, values: Any, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """`values` as a list of floats, if it has finite numbers in `[low, high]` and nothing else."""
+    return [check_number(name, value, low, high) for value in check_sequence(name, values, "numbers")]
+
+
+def check_instance(name: str, value: Any, of: type[T]) -> T:
+    """`value`, if it is an object of this class."""
+    if not isinstance(value, of):
+        raise TypeError(f"{name}: expected a tidar_kernels.{of.__name__}, got {type(value).__name__}")
+    return value
 
 
 def check_bool(name: str, value: Any) -> bool:

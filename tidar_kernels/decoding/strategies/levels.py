@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...patterns.arguments import check_int
+from ...patterns.arguments import check_instance, check_int, check_ints, check_numbers
 from .tidar import TiDAR, tidar
 
 __all__ = ["Plan", "Profile", "auto", "plan"]
@@ -32,7 +32,8 @@ class Profile:
         rows, seconds: latency of a step with that many rows; rows ascending.
 
     Raises:
-        ValueError: a share is not in [0, 1], the rows do not ascend, or there are not as many latencies.
+        TypeError, ValueError: a share is not a number in [0, 1], the rows are no ints that ascend, or there is not a
+            latency > 0 for each.
     """
 
     acceptance: tuple[float, ...]
@@ -40,11 +41,11 @@ class Profile:
     seconds: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not all(0.0 <= share <= 1.0 for share in self.acceptance):
-            raise ValueError(f"acceptance: expected shares in [0, 1], got {self.acceptance}")
-        if not self.rows or list(self.rows) != sorted(set(self.rows)) or len(self.rows) != len(self.seconds):
+        check_numbers("acceptance", self.acceptance, 0.0, 1.0)
+        rows, latencies = check_ints("rows", self.rows, 1), check_numbers("seconds", self.seconds)
+        if not rows or rows != sorted(set(rows)) or len(rows) != len(latencies):
             raise ValueError(f"rows: expected them to ascend, one for each of seconds, got {self.rows}")
-        if not all(seconds > 0.0 for seconds in self.seconds):
+        if not all(seconds > 0.0 for seconds in latencies):
             raise ValueError(f"seconds: expected > 0, got {self.seconds}")
 
     def latency(self, rows: int) -> float:
@@ -124,6 +125,7 @@ def plan(profile: Profile, max_block_size: int = 32) -> Plan:
     Raises:
         TypeError, ValueError: `max_block_size` is not an int >= 1.
     """
+    check_instance("profile", profile, Profile)
     check_int("max_block_size", max_block_size, 1)
     # Beyond what was measured nothing is known to stay.
     sizes = range(1, min(max_block_size, len(profile.acceptance) + 1) + 1)
