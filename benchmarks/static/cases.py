@@ -30,6 +30,7 @@ from tidar_kernels.ops.linear import triton as linear
 from tidar_kernels.ops.linear.operands import Adapter, Projection
 from tidar_kernels.ops.operands import Cached, Keys, Results, Rows, Scores
 from tidar_kernels.ops.step_attention import triton as step_attention
+from tidar_kernels.ops.step_attention.api import rows_of
 from tidar_kernels.ops.verify import Knob
 from tidar_kernels.ops.verify import triton as verify
 from tidar_kernels.ops.verify.operands import Drafted, Requests, Target
@@ -49,11 +50,13 @@ _VERIFY = {
     "race_chunks": ("coupled", "rejection", "point_mass", "coupled extras", "rejection extras"),
     "decide": ("coupled", "rejection", "sample"),
 }
-# How a cache that the step kernel reads is stored, and the chips that this is compiled for: one of each family.
+# How what the step kernel reads lies in memory, and the chips that this is compiled for: one of each family.
 STORED = {
     "pages of 16": testing.CacheKind(16, "packed_nhd"),
     "pages of 64": testing.CacheKind(64, "hnd"),
     "float8 pages": testing.CacheKind(16, "packed_nhd", torch.float8_e4m3fn, "head"),
+    "ragged": testing.CacheKind(),
+    "ragged pages": testing.CacheKind(16, "packed_nhd"),
 }
 _STORED_CHIPS = (80, 90, 100)
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
@@ -69,7 +72,7 @@ class Case:
         dtype: "bfloat16" or "float32".
         head_dim: 0 where there is none.
         variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", how
-            the cache is stored (`STORED`), the role of a projection, or the rule of verification.
+            rows and cache lie in memory (`STORED`), the role of a projection, or the rule of verification.
     """
 
     kernel: str
@@ -104,6 +107,7 @@ def cases(chip: configs.Chip) -> list[Case]:
     for head_dim, variant in itertools.product((64, 128), STORED if chip in _STORED_CHIPS else ()):
         found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
+    found += [Case("combine_splits", str(chip), "bfloat16", 128, "ragged")] * (chip in _STORED_CHIPS)
     small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
     found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
     found += [Case(kernel, str(chip), "bfloat16", 128) for kernel in _LISTS]
@@ -197,17 +201,21 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
     if extras:
         pattern = pattern.windowed(1024)
     operand = partial(_operand, device, dtype=case.torch_dtype)
-    q, k, v = (operand(3, heads, pattern.q_len, case.head_dim, layout="bnhd") for heads in (32, 8, 8))
+    batch: patterns.Pattern | patterns.PatternBatch = pattern
+    shape = 3, pattern.q_len
+    if case.variant.startswith("ragged"):
+        batch, shape = patterns.batch([pattern] * 3).to(device), (1, 3 * pattern.q_len)
+    q, k, v = (operand(shape[0], heads, shape[1], case.head_dim, layout="bnhd") for heads in (32, 8, 8))
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
     scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
-    rows, cached = Rows(q, *pattern.rows_on(device)), _cached(case, slots, lengths)
+    rows, cached = rows_of(q, batch), _cached(case, slots, lengths)
     return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
 
 
 def _cached(case: Case, slots: int, lengths: Tensor) -> Cached:
     """Caches of three sequences and 8 heads, stored as the variant says: in pages with their table, with scales."""
     device, kind = lengths.device, STORED.get(case.variant)
-    if kind is None:
+    if kind is None or not kind.page_size:
         k_cache, v_cache = (_operand(device, 3, 8, slots, case.head_dim, dtype=case.torch_dtype) for _ in "kv")
         return Cached(k_cache, v_cache, lengths, slots)
     columns, dtype = slots // kind.page_size, kind.dtype or case.torch_dtype

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patterns import Pattern
+from ..patterns import Pattern, PatternBatch
 from ..patterns.arguments import FLOAT_DTYPES
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of quantised caches
@@ -49,6 +49,13 @@ def same_kind(reference: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name}: expected device {device} like the other operands, got {value.device}")
 
 
+def ragged(**values: Tensor) -> list[Tensor]:
+    """Ragged rows `[rows, heads, d]` as the operators take them, `[1, heads, rows, d]`: views."""
+    for name, value in values.items():
+        tensor(name, value, 3)
+    return [value.transpose(0, 1).unsqueeze(0) for value in values.values()]
+
+
 def operands(rank: int, **values: Any) -> None:
     """Every value is a tensor of this rank, and all are of one kind: the float dtype and device of the first."""
     for name, value in values.items():
@@ -59,7 +66,7 @@ def operands(rank: int, **values: Any) -> None:
 
 def heads(q: Tensor, num_kv_heads: int) -> None:
     """Query heads are a multiple of key/value heads; there is at least one, and it has a dimension."""
-    num_heads, head_dim = q.shape[1], q.shape[3]
+    num_heads, head_dim = q.shape[1], q.shape[-1]
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} kv_heads in dimension 1, got {num_heads} heads")
     if head_dim < 1:
@@ -134,6 +141,30 @@ def attention_operands(
     expected = pattern.kv_len if num_keys is None else num_keys
     if of_keys[2] != expected:
         raise ValueError(f"k: expected {expected} in-flight keys for {pattern.name}, got {of_keys[2]}")
+
+
+def requests(q: Tensor, k: Tensor, v: Tensor, batch: PatternBatch) -> None:
+    """q, k and v, 3-D tensors, fit each other and the ragged batch; on the CPU its rows fit its patterns too."""
+    heads(q, k.shape[1])
+    shape("k", k, (len(q), k.shape[1], q.shape[2]))
+    shape("v", v, (*k.shape[:2], v.shape[2]))
+    if len(q) != batch.num_rows:
+        raise ValueError(f"q: expected {batch.num_rows} rows for the batch of {len(batch)} requests, got {len(q)}")
+    if batch.device != q.device:
+        raise ValueError(f"pattern: expected device {q.device} like the other operands, got {batch.device}")
+    if not readable(batch.cu_rows):
+        return
+    ends, kinds, known = batch.cu_rows.tolist(), batch.kinds.tolist(), len(batch.patterns)
+    if ends[0] != 0 or ends[-1] > len(q) or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cu_rows: expected to ascend from 0 to at most the number of rows = {len(q)}, got {ends}")
+    for request, (kind, first, end) in enumerate(zip(kinds, ends, ends[1:], strict=False)):
+        if first < end and not 0 <= kind < known:
+            raise ValueError(f"kinds: expected a pattern 0 <= kind < {known}, got {kind} in request {request}")
+        if first < end and end - first > batch.patterns[kind].q_len:
+            raise ValueError(
+                f"cu_rows: expected at most the {batch.patterns[kind].q_len} rows of {batch.patterns[kind].name} in "
+                f"request {request}, got {end - first}"
+            )
 
 
 def caches(

@@ -6,17 +6,24 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Cached", "Keys", "Results", "Rows", "Scores"]
+__all__ = ["Cached", "Keys", "Results", "Rows", "Scores", "results_of"]
 
 
 class Rows(NamedTuple):
     """The query rows and what of the in-flight keys and of the context each sees (`tidar_kernels.Pattern`).
+
+    Of a ragged batch (`tidar_kernels.patterns.batch`) q has a batch of 1 and the rows of all requests one after
+    another, `lead .. tree_mask` are the rows of its patterns one after another (`PatternTable`), and keys in flight lie
+    as q does. The rows of request b, which are its keys too, are `[cu_rows[b], cu_rows[b + 1])`: the first ones of
+    pattern `kinds[b]`, whose rows begin at `offsets[kinds[b]]`.
 
     Attributes:
         q: `[batch, heads, q_len, head_dim]`.
         lead, own: int32 `[q_len, 2]`.
         reach: int32 `[q_len]`, or None: all of the context.
         tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys (`Pattern.tree_mask`), or None.
+        cu_rows, kinds, offsets: int32 `[batch + 1]`, `[batch]` and `[patterns + 1]` of a ragged batch, else None.
+        max_rows: of a ragged batch the most rows that a request can have.
     """
 
     q: Tensor
@@ -24,6 +31,10 @@ class Rows(NamedTuple):
     own: Tensor
     reach: Tensor | None = None
     tree_mask: Tensor | None = None
+    cu_rows: Tensor | None = None
+    kinds: Tensor | None = None
+    offsets: Tensor | None = None
+    max_rows: int = 0
 
 
 class Keys(NamedTuple):
@@ -91,3 +102,11 @@ class Results(NamedTuple):
     lse: Tensor
     grad_out: Tensor
     grad_lse: Tensor | None = None
+
+
+def results_of(rows: Rows, head_dim_v: int) -> Tensor:
+    """Room for what rows of a step give, `[batch, heads, q_len, head_dim_v]`; of a ragged batch in the order of q's."""
+    batch, num_heads, q_len, _ = rows.q.shape
+    if rows.cu_rows is None:
+        return rows.q.new_empty(batch, num_heads, q_len, head_dim_v)
+    return rows.q.new_empty(batch, q_len, num_heads, head_dim_v).transpose(1, 2)

@@ -19,10 +19,12 @@ from .operands import Cached, Keys, Rows
 __all__ = [
     "Places",
     "as_kept",
+    "as_kept_rows",
     "dense",
     "dequantise",
     "locate",
     "of_one_width",
+    "of_sequence",
     "plain",
     "quantise",
     "scales_at",
@@ -131,6 +133,21 @@ def as_kept(keys: Keys, cached: Cached) -> Keys:
     return Keys(*(torch.cat([held, x[:, :, cached.kept_len :]], dim=2) for x, held in seen))
 
 
+def as_kept_rows(keys: Keys, cached: Cached, sequence: Tensor, kept: Tensor) -> Keys:
+    """`as_kept` of ragged keys `[1, kv_heads, rows, d]`: those of row i are of sequence `sequence[i]`, and enter the
+    cache where `kept[i]`."""
+    seen = []
+    for x, cache, scale in zip(keys, cached[:2], (cached.k_scale, cached.v_scale), strict=True):
+        if scale is None or slot_scales(scale):
+            of_row = scale
+        else:
+            of_row = scale.expand(len(cached.lengths), x.shape[1])[sequence]
+        # A row is a sequence of one key here, whose scales are those of a sequence.
+        held = _as_cached(x[0].transpose(0, 1).unsqueeze(2), cache, of_row).squeeze(2).transpose(0, 1)[None]
+        seen.append(torch.where(kept[:, None], held, x))
+    return Keys(*seen)
+
+
 def plain(keys: Keys, cached: Cached, n: int | None = None) -> tuple[Keys, Cached]:
     """The same keys without pages or float8: in flight as the cache will hold them, cached as they are worth.
 
@@ -155,6 +172,25 @@ def of_one_width(rows: Rows, keys: Keys, cached: Cached) -> tuple[Rows, Keys, Ca
 
     cached = cached._replace(k_cache=widened(cached.k_cache), v_cache=widened(cached.v_cache))
     return rows._replace(q=widened(rows.q)), Keys(*map(widened, keys)), cached
+
+
+def of_sequence(cached: Cached, b: int) -> Cached:
+    """What one sequence has of a cache: a cache of one sequence, over the same pages."""
+    one, paged = slice(b, b + 1), cached.block_table is not None
+
+    def scale(x: Tensor | None) -> Tensor | None:
+        if x is None or (slot_scales(x) and paged):
+            return x
+        return x[one] if slot_scales(x) else x.expand(len(cached.lengths), cached.k_cache.shape[1])[one]
+
+    return cached._replace(
+        k_cache=cached.k_cache if paged else cached.k_cache[one],
+        v_cache=cached.v_cache if paged else cached.v_cache[one],
+        lengths=cached.lengths[one],
+        block_table=None if cached.block_table is None else cached.block_table[one],
+        k_scale=scale(cached.k_scale),
+        v_scale=scale(cached.v_scale),
+    )
 
 
 def _as_cached(x: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:

@@ -318,7 +318,7 @@ def attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def _attention(rows: Rows, keys: Keys, scores: Scores) -> tuple[Tensor, Tensor]:
-    (q, lead, own, _, _), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    (q, lead, own, *_), (k, v), (scale, softcap, sinks) = rows, keys, scores
     plan = _plan_of(lead, own, softcap is None)
     heads = _Heads(q.shape[0], q.shape[1], k.shape[1])
     out = torch.empty_like(q)
@@ -409,7 +409,7 @@ def attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results)
 
 
 def _attention_backward(rows: Rows, keys: Keys, scores: Scores, results: Results) -> tuple[Tensor, Tensor, Tensor]:
-    (q, lead, own, _, _), (k, v), (scale, softcap, _) = rows, keys, scores
+    (q, lead, own, *_), (k, v), (scale, softcap, _) = rows, keys, scores
     out, lse, grad_out, grad_lse = results
     if grad_lse is not None and softcap is None:
         # dS gains P * grad_lse. Its product with K is what attention gives for V = K, that with Q is a dV for dO = Q.

@@ -356,7 +356,7 @@ def plan_attention_backward(
 
     Gradients have the layout of q, k, v, but for dk and dv that `rows_padded` moves.
     """
-    (q, lead, own, _, _), (k, v), (out, lse, grad_out, grad_lse) = rows, keys, results
+    (q, lead, own, *_), (k, v), (out, lse, grad_out, grad_lse) = rows, keys, results
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads

@@ -225,11 +225,9 @@ def rotary_append(
 
 
 def _ragged(cu_rows: Any, **values: Tensor) -> list[Tensor]:
-    """Ragged rows `[rows, heads, d]` as the operators take them, `[1, heads, rows, d]`: views."""
+    """Ragged rows `[rows, heads, d]` as the operators take them, beside a table of where those of a sequence begin."""
     checks.tensor("cu_rows", cu_rows, 1)
-    for name, value in values.items():
-        checks.tensor(name, value, 3)
-    return [value.transpose(0, 1).unsqueeze(0) for value in values.values()]
+    return checks.ragged(**values)
 
 
 def _batch(k_cache: Tensor, k: Tensor, lengths: Any, block_table: Any, ragged: Any) -> int:

@@ -16,7 +16,7 @@ Twins: `reference.py`. Values are copied bit for bit. Every slot not named above
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,18 +25,12 @@ from torch import Tensor
 
 from .._triton.launch import Launch, block_dim, cdiv, next_power_of_2, strided
 from .._triton.paging import MANTISSA_BITS, page_of, pages, quantised, scale_of_rows, scale_operand, stored
+from .._triton.ragged import Ragged, sequence_of
 from ..operands import Cached, Keys
 from .operands import Turned, Written
 
 EVERY_ROW = Written()
 BLOCK_T = 16  # a step appends B = 4..32 tokens: one or two programs a head
-
-
-class Ragged(NamedTuple):
-    """`cu_rows` as a kernel operand, with the number of sequences."""
-
-    ptr: Any
-    batch: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,17 +73,6 @@ def _pointers(x, b, h, row, dim):
 
 
 @triton.jit
-def _sequence_of(row, ragged):
-    """`(sequence, token)` of ragged rows: as many sequences as end at or before a row come before its own."""
-    sequence = tl.zeros_like(row)
-    for first in range(0, ragged.batch, 64):
-        i = first + tl.arange(0, 64)
-        end = tl.load(ragged.ptr + 1 + i, mask=i < ragged.batch, other=2147483647).to(tl.int64)
-        sequence += tl.sum((end[None, :] <= row[:, None]).to(tl.int64), axis=1)
-    return sequence, row - tl.load(ragged.ptr + sequence, mask=sequence < ragged.batch, other=0)
-
-
-@triton.jit
 def _target(row, b, keep, lengths, max_len, pages, ragged, kept, PAGE_SIZE: tl.constexpr):
     """Where the first `keep` rows of a sequence, and no more than `kept`, go: `(sequence, page, slot, written)`."""
     if ragged is None:
@@ -97,7 +80,7 @@ def _target(row, b, keep, lengths, max_len, pages, ragged, kept, PAGE_SIZE: tl.c
         written = token < keep
         length = tl.load(lengths + sequence).to(tl.int64)
     else:
-        sequence, token = _sequence_of(row, ragged)
+        sequence, token = sequence_of(row, ragged)
         written = (sequence < ragged.batch) & (token < keep)
         length = tl.load(lengths + sequence, mask=written, other=0).to(tl.int64)
     if kept is not None:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...patterns import Pattern
+from ...patterns import Pattern, PatternBatch
 from ...patterns.arguments import check_int
 from .. import checks
 from ..declaration import Backend, Operator, check_backend, no_gradient
-from ..operands import Cached, Keys, Rows, Scores
+from ..operands import Cached, Keys, Rows, Scores, results_of
+from ..paging import as_kept_rows
 from . import cpu, reference
 
-__all__ = ["operator", "step_attention"]
+__all__ = ["operator", "rows_of", "step_attention"]
 
 
 def step_attention(
@@ -25,7 +26,7 @@ def step_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | PatternBatch,
     scale: float | None = None,
     *,
     max_context: int | None = None,
@@ -46,6 +47,11 @@ def step_attention(
     was launched: draft row m of a step at length P equals single-token decoding at length P + m. It has no gradient: a
     backward pass through it is a RuntimeError; `backend="eager"` has one.
 
+    With a ragged batch (`tidar_kernels.patterns.batch`) q is `[rows, heads, head_dim]`, the rows of all requests one
+    after another, k and v are `[rows, kv_heads, head_dim]`, and each request has the bits that it has alone. What the
+    batch is made of is read on the device: a captured graph serves every mix of its patterns. Rows that are nobody's
+    see no key.
+
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32, float16 or bfloat16; any strides, as for all operands.
         k, v: `[batch, kv_heads, kv_len, head_dim]`, the in-flight keys and values; `kv_heads` divides `heads`. Values
@@ -54,7 +60,7 @@ def step_attention(
             `[num_pages, kv_heads, page_size, head_dim]`; slots at and past `lengths[b]` are never read. Values as v. Of
             the dtype of q, or with scales float8_e4m3fn or float8_e5m2.
         lengths: int32 or int64 `[batch]`, tokens of context in each sequence; stays on the device.
-        pattern: `pattern.q_len` and `pattern.kv_len` match q and k.
+        pattern: `pattern.q_len` and `pattern.kv_len` match q and k; of a ragged batch, `pattern.num_rows`.
         scale: of the scores, positive; default `1 / sqrt(head_dim)`.
         max_context: an upper bound of `lengths` that the host happens to know; fewer programs are launched, the bits
             stay. Default `max_len`.
@@ -72,17 +78,25 @@ def step_attention(
 
     Returns:
         `[batch, heads, q_len, head_dim_v]` in the dtype of q; a row that sees no key is 0 with lse = -inf
-        (its head's sink, with sinks).
+        (its head's sink, with sinks). Of a ragged batch `[rows, heads, head_dim_v]`, and lse `[rows, heads]`.
 
     Raises:
-        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths, the entries of a table on the
-            CPU, or backend do not fit.
+        TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths, backend, or on the CPU the
+            entries of a table or the rows of a ragged batch do not fit.
 
     Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
     """
-    checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    checks.attention_operands(q, k, v, pattern, head_dim_v=v.shape[3])
+    given = q, k, v
+    if isinstance(pattern, PatternBatch):
+        q, k, v = checks.ragged(q=q, k=k, v=v)
+        checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+        checks.requests(*given, pattern)
+    else:
+        checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+        checks.attention_operands(q, k, v, pattern, head_dim_v=v.shape[3])
     batch, num_kv_heads, _, head_dim = k.shape
+    if isinstance(pattern, PatternBatch):
+        batch = len(pattern)
     max_len = checks.caches(
         *(k_cache, v_cache, batch, num_kv_heads, head_dim, block_table, k_scale, v_scale), head_dim_v=v.shape[3]
     )
@@ -100,7 +114,7 @@ def step_attention(
     check_backend(backend, q.device)
     if backend == "eager":
         return reference.step_attention(
-            *(q, k, v, k_cache, v_cache, lengths, pattern, scale),
+            *(*given, k_cache, v_cache, lengths, pattern, scale),
             softcap=softcap,
             sinks=sinks,
             return_lse=return_lse,
@@ -108,11 +122,38 @@ def step_attention(
             k_scale=k_scale,
             v_scale=v_scale,
         )
-    rows = Rows(q, *pattern.rows_on(q.device))
-    kept_len = 0 if k_scale is None else pattern.kept_len
-    cached = Cached(k_cache, v_cache, lengths, max_context, block_table, k_scale, v_scale, kept_len)
-    out, lse = operator(rows, Keys(k, v), cached, scores)
+    cached, keys = Cached(k_cache, v_cache, lengths, max_context, block_table, k_scale, v_scale), Keys(k, v)
+    if k_scale is not None:
+        if isinstance(pattern, PatternBatch):
+            keys = _as_kept(keys, cached, pattern)
+        else:
+            cached = cached._replace(kept_len=pattern.kept_len)
+    out, lse = operator(rows_of(q, pattern), keys, cached, scores)
+    if isinstance(pattern, PatternBatch):
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
     return (out, lse) if return_lse else out
+
+
+def rows_of(q: Tensor, pattern: Pattern | PatternBatch) -> Rows:
+    """Query rows as the operator takes them: `[batch, heads, q_len, head_dim]`, of a ragged batch with a batch of 1."""
+    if isinstance(pattern, Pattern):
+        return Rows(q, *pattern.rows_on(q.device))
+    table, most = pattern.table, max(one.q_len for one in pattern.patterns)
+    return Rows(
+        *(q, table.lead, table.own, table.reach, table.tree_mask),
+        *(pattern.cu_rows.contiguous(), pattern.kinds.contiguous(), table.offsets),
+        max_rows=min(most, pattern.num_rows),
+    )
+
+
+def _as_kept(keys: Keys, cached: Cached, batch: PatternBatch) -> Keys:
+    """The keys in flight of a ragged batch as they are seen: those that enter a float8 cache as it will hold them."""
+    if not len(batch):
+        return keys
+    request, token = batch.rows_of()
+    somebodys = request < len(batch)
+    request = torch.where(somebodys, request, 0)
+    return as_kept_rows(keys, cached, request, somebodys & (token < batch.kept[request]))
 
 
 def _kernel() -> Callable[..., Any]:
@@ -124,14 +165,15 @@ def _kernel() -> Callable[..., Any]:
 def _fake(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     q = rows.q
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty((*q.shape[:3], keys.v.shape[3])), lse
+    return results_of(rows, keys.v.shape[3]), lse
 
 
 operator = Operator(
     "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor lead, Tensor own, float scale, int max_context, "
     "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? tree_mask=None, "
-    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, int kept_len=0) -> (Tensor, Tensor)",
+    "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, int kept_len=0, "
+    "Tensor? cu_rows=None, Tensor? kinds=None, Tensor? offsets=None, int max_rows=0) -> (Tensor, Tensor)",
     Rows,
     Keys,
     Cached,

@@ -7,6 +7,7 @@ sliding window the context is what every row reaches, and a small masked call fo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ...patterns.rows import unpack_tree_mask
 from .._cpu import TensorMemo, add_sinks, broken_keys, capped_attention, share, unit_stride, without
-from ..operands import Cached, Keys, Rows, Scores
-from ..paging import of_one_width, plain
+from ..operands import Cached, Keys, Rows, Scores, results_of
+from ..paging import of_one_width, of_sequence, plain
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -73,8 +74,35 @@ def _attend(
     return out, lse if empty is None else lse.masked_fill(empty, -math.inf)
 
 
+def _requests(rows: Rows) -> Iterator[tuple[int, slice, Rows]]:
+    """`(request, its rows, what they are alone)` of each request of a ragged batch; idle ones are left out."""
+    ends, kinds, offsets = (x.tolist() for x in (rows.cu_rows, rows.kinds, rows.offsets) if x is not None)
+    for request, (first, end) in enumerate(itertools.pairwise(ends)):
+        if first < end:
+            at, count = slice(offsets[kinds[request]], offsets[kinds[request]] + end - first), end - first
+            lead, own = (x[at].clamp(max=count) for x in (rows.lead, rows.own))
+            reach, tree_mask = (None if x is None else x[at] for x in (rows.reach, rows.tree_mask))
+            if tree_mask is not None:  # wide enough for the widest tree, not for longer patterns
+                tree_mask = torch.nn.functional.pad(tree_mask, (0, max(0, -(-count // 32) - tree_mask.shape[1])))
+            yield request, slice(first, end), Rows(rows.q[:, :, first:end], lead, own, reach, tree_mask)
+
+
+def _each_alone(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
+    """`step_attention` of a ragged batch: a call a request, so that its bits are those that it has alone."""
+    out = results_of(rows, keys.v.shape[3]).zero_()
+    lse = out.new_full(rows.q.shape[:3], -math.inf, dtype=torch.promote_types(out.dtype, torch.float32))
+    if scores.sinks is not None:
+        lse.copy_(scores.sinks[:, None].expand_as(lse))
+    for request, at, alone in _requests(rows):
+        new = Keys(*(x[:, :, at] for x in keys))
+        out[:, :, at], lse[:, :, at] = step_attention(alone, new, of_sequence(cached, request), scores)
+    return out, lse
+
+
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
+    if rows.cu_rows is not None:
+        return _each_alone(rows, keys, cached, scores)
     keys, cached = plain(keys, cached)
     head_dim, head_dim_v = rows.q.shape[3], keys.v.shape[3]
     if head_dim != head_dim_v:  # ATen knows one width
@@ -88,7 +116,7 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         # A row that sees a broken key is NaN, and the others have the bits that they always have.
         seeing = (visible & broken.unsqueeze(2)).any(-1).repeat_interleave(out.shape[1] // broken.shape[1], dim=1)
         return out.masked_fill(seeing.unsqueeze(-1), math.nan), lse.masked_fill(seeing, math.nan)
-    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    (q, lead, own, reach, tree_mask, *_), (k, v), (scale, softcap, sinks) = rows, keys, scores
     k_cache, v_cache, lengths = cached.k_cache, cached.v_cache, cached.lengths
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -24,7 +24,12 @@ def step_attention(
 
     That call has one sequence and one row, and finds its keys in one piece of memory: its bits cannot depend on how the
     token came to be computed. The other rows are one call for all, as in `cpu.step_attention`.
+
+    Raises:
+        ValueError: the batch is ragged.
     """
+    if rows.cu_rows is not None:
+        raise ValueError("pattern: expected a Pattern for exact rows, got a ragged batch")
     keys, cached = plain(keys, cached)
     q, batch = rows.q, len(rows.q)
     alone = []

@@ -22,6 +22,10 @@ Pages, float8 and values of another width are read where they lie: a tile's plac
 bytes decoded and scaled before they multiply. The tiles, their order and the products are those of a contiguous cache,
 so the bits are too.
 
+The requests of a ragged batch lie one after another, and the device alone knows which rows are whose. A program finds
+its request by its row tile (`_row_tile_of`), and a row of the merge its own; the rows of the patterns are read in their
+table. What follows is that of the request alone, so the bits are too.
+
 A program whose split holds no key of its rows returns at once, unless it is of split 0. With several splits a second
 kernel merges the partial results by log-sum-exp, in split order: of each row split 0 and the splits in which it sees
 keys. So a row's result does not depend on what other rows made a program write, and no memory is read that was not
@@ -42,6 +46,7 @@ from torch import Tensor
 from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
 from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.paging import cached_places, cached_tile, pages, scale_operand, stored, stored_as
+from .._triton.ragged import sequence_of
 from .._triton.softmax import (
     attend_whole_tiles,
     raw_scores,
@@ -51,7 +56,7 @@ from .._triton.softmax import (
     softmax_update,
 )
 from .._triton.tiles import load_interval, load_tile, row_pointers
-from ..operands import Cached, Keys, Rows, Scores
+from ..operands import Cached, Keys, Rows, Scores, results_of
 from ..paging import as_kept
 
 # The merge kernel loads partial results of 8 splits at a time, of so many rows that a thread has 16 values.
@@ -61,9 +66,13 @@ SOUND_KEYS = 16  # keys in flight that a program checks: a step of B = 8 has 72 
 
 
 @triton.jit
-def _context_len(lengths, b, max_context):
-    """Tokens of context, never outside the cache whatever `lengths` holds."""
-    return tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), max_context)
+def _context_len(lengths, b, max_context, requests):
+    """Tokens of context, never outside the cache whatever `lengths` holds; 0 of rows that are nobody's."""
+    if requests is None:
+        length = tl.load(lengths + b)
+    else:
+        length = tl.load(lengths + b, mask=b < requests.batch, other=0)
+    return tl.minimum(tl.maximum(length.to(tl.int32), 0), max_context)
 
 
 @triton.jit
@@ -87,11 +96,22 @@ def _spliced_tile(cache_ptrs, new_ptrs, cached, in_bounds, HEAD_DIM: tl.constexp
 
 
 @triton.jit
-def _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N: tl.constexpr):
-    """The `(start, end)` of the own tiles, widened to every 32-key word in which some row's tree mask has a key."""
+def _tree_words(kv_len, requests):
+    """`(words that have keys, words of a row)` of a tree mask."""
     words = tl.cdiv(kv_len, 32)
+    words_of_row = words
+    if requests is not None:  # a row has as many as the widest tree needs
+        words_of_row = requests.words
+        words = tl.minimum(words, words_of_row)
+    return words, words_of_row
+
+
+@triton.jit
+def _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, requests, BLOCK_N: tl.constexpr):
+    """The `(start, end)` of the own tiles, widened to every 32-key word in which some row's tree mask has a key."""
+    words, words_of_row = _tree_words(kv_len, requests)
     for i in range(0, words):
-        word = tl.load(tree_mask + row.to(tl.int64) * words + i, mask=in_bounds, other=0)
+        word = tl.load(tree_mask + row.to(tl.int64) * words_of_row + i, mask=in_bounds, other=0)
         if tl.max((word != 0).to(tl.int32), 0) > 0:
             own_start = tl.minimum(own_start, i * 32 // BLOCK_N * BLOCK_N)
             own_end = tl.maximum(own_end, tl.minimum(i * 32 + 32, kv_len))
@@ -99,15 +119,59 @@ def _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOC
 
 
 @triton.jit
-def _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N: tl.constexpr):
+def _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, requests, BLOCK_N: tl.constexpr):
     """`visible`, and the keys of the tile at n0 in each row's tree mask: one load per row and 32-key word."""
-    words = tl.cdiv(kv_len, 32)
+    words, words_of_row = _tree_words(kv_len, requests)
     n = n0 + tl.arange(0, BLOCK_N)
     for i in tl.static_range((BLOCK_N + 31) // 32):
         index = n0 // 32 + i
-        word = tl.load(tree_mask + row.to(tl.int64) * words + index, mask=in_bounds & (index < words), other=0)
-        visible = visible | (((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == index)[None, :])
+        word = tl.load(tree_mask + row.to(tl.int64) * words_of_row + index, mask=in_bounds & (index < words), other=0)
+        in_tree = ((word[:, None] >> (n % 32)[None, :]) & 1 != 0) & (n // 32 == index)[None, :]
+        if requests is not None:  # a cut request has not all keys of its pattern
+            in_tree = in_tree & (n < kv_len)[None, :]
+        visible = visible | in_tree
     return visible
+
+
+@triton.jit
+def _rows_of(b, q_len, requests):
+    """`(first, count, table_first, table_count)` of request b, a number or one a row.
+
+    Its rows are `[first, first + count)` of the launch's `q_len`, those of its pattern `[table_first, table_first +
+    table_count)` of the table. Request `requests.batch` has the rows that are nobody's, and no pattern. All stay within
+    the tensors, whatever the device holds.
+    """
+    somebodys = b < requests.batch
+    first = tl.minimum(tl.maximum(tl.load(requests.ptr + b), 0), q_len)
+    end = tl.minimum(tl.maximum(tl.load(requests.ptr + b + 1, mask=somebodys, other=q_len), first), q_len)
+    kind = tl.load(requests.kinds + b, mask=somebodys & (first < end), other=-1)
+    exists = (kind >= 0) & (kind < requests.num_kinds)
+    table_first = tl.load(requests.offsets + kind, mask=exists, other=0)
+    table_end = tl.load(requests.offsets + kind + 1, mask=exists, other=0)
+    return first, end - first, table_first, table_end - table_first
+
+
+@triton.jit
+def _row_tile_of(index, q_len, group, requests, BLOCK_M: tl.constexpr):
+    """`(request, tile)` of row tile `index` of a launch: the tile's number among those of its request.
+
+    Request b has the indices from `cu_rows[b] * group // BLOCK_M + b` on: as many as its tiles, or one more.
+    """
+    request = 0
+    for first in range(0, requests.batch, 64):
+        i = first + tl.arange(0, 64)
+        end = tl.minimum(tl.maximum(tl.load(requests.ptr + 1 + i, mask=i < requests.batch, other=0), 0), q_len)
+        begins = (end * group // BLOCK_M + i + 1 <= index) & (i < requests.batch)
+        request += tl.sum(begins.to(tl.int32), 0)
+    start = tl.minimum(tl.maximum(tl.load(requests.ptr + request), 0), q_len)
+    return request, index - (start * group // BLOCK_M + request)
+
+
+@triton.jit
+def _cut(lo, hi, count):
+    """Intervals `[lo, hi)` of keys of which there are only `count`: (0, 0) where nothing is left."""
+    hi = tl.minimum(hi, count)
+    return tl.where(lo < hi, lo, 0), tl.where(lo < hi, hi, 0)
 
 
 @triton.jit(do_not_specialize=["kv_len", "num_kv_heads"])
@@ -166,8 +230,8 @@ def _attend_cached_tiles(
     do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "tree_mask"],
 )
 def step_attention_kernel(
-    q, k, v, k_cache, v_cache, pages, k_scale, v_scale, lengths, lead, own, reach, sinks, tree_mask, out, lse,
-    q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
+    q, k, v, k_cache, v_cache, pages, k_scale, v_scale, lengths, lead, own, reach, sinks, tree_mask, requests,
+    out, lse, q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
     SCORES_AHEAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
@@ -178,37 +242,64 @@ def step_attention_kernel(
     `combine_splits_kernel` merges. lse is in natural log, with PARTIAL in base 2. `reach` is None without a window,
     `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`), `pages` without
     pages (`Pages`; else they have PAGE_SIZE slots), `k_scale` and `v_scale` without float8 (else of MANTISSA bits).
+
+    With `requests` (`Requests`) the batch is ragged: q, k, v, out and lse have the rows of all requests one after
+    another and a batch of 1, `q_len` is their number, and a tile has rows of one request.
     """
     # A contiguous cache of one width and the dtype of q: its loop has pointers that advance, and loads without a mask.
     DIRECT: tl.constexpr = pages is None and MANTISSA == 0 and HEAD_DIM == HEAD_DIM_V
-    row_tiles = tl.cdiv(q_len * group, BLOCK_M)  # the fastest index: tiles that read the same K/V run at the same time
-    kv_sequence = tl.program_id(0) // row_tiles
-    b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
-    packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = packed // group
-    head = kv_head * group + packed % group
-    in_bounds = row < q_len
+    # Row tiles are the fastest index: those that read the same K/V run at the same time.
+    if requests is None:
+        row_tiles = tl.cdiv(q_len * group, BLOCK_M)
+        kv_sequence = tl.program_id(0) // row_tiles
+        b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
+        packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = packed // group
+        head = kv_head * group + packed % group
+        in_bounds = row < q_len
+        table_row, in_table = row, in_bounds
+    else:
+        row_tiles = tl.num_programs(0) // num_kv_heads
+        kv_head, split = tl.program_id(0) // row_tiles, tl.program_id(1)
+        b, tile = _row_tile_of(tl.program_id(0) % row_tiles, q_len, group, requests, BLOCK_M)
+        first, kv_len, table_first, table_count = _rows_of(b, q_len, requests)  # rows are keys
+        if (tile < 0) | (tile * BLOCK_M >= kv_len * group):
+            return
+        packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = packed // group
+        head = kv_head * group + packed % group
+        in_bounds = row < kv_len
+        table_row, in_table = table_first + row, in_bounds & (row < table_count)
 
-    context = _context_len(lengths, b, max_context)
-    lead_lo, lead_hi = load_interval(lead, row, in_bounds)
-    own_lo, own_hi = load_interval(own, row, in_bounds)
+    context = _context_len(lengths, b, max_context, requests)
+    lead_lo, lead_hi = load_interval(lead, table_row, in_table)
+    own_lo, own_hi = load_interval(own, table_row, in_table)
+    if requests is not None:
+        lead_lo, lead_hi = _cut(lead_lo, lead_hi, kv_len)
+        own_lo, own_hi = _cut(own_lo, own_hi, kv_len)
     end = context + tl.max(lead_hi, 0)
     start = split * SPLIT
     stop = start + SPLIT
     if (start >= end) & (split > 0):
         return
     if reach is not None:
-        first_slot, first_key = _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi)
+        first_slot, first_key = _first_keys(reach, table_row, in_table, context, lead_lo, lead_hi)
         begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
         if (begin >= stop) & (split > 0):
             return
 
     b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
-    q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
-    q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
-    k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
-    v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    if requests is None:
+        q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
+        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
+        k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
+        v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    else:
+        q_ptrs = row_pointers(q, (head64 * q.stride[1])[:, None], first + row, BLOCK_D)
+        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
+        k_offset = first.to(tl.int64) * k.stride[2] + kv_head64 * k.stride[1]
+        v_offset = first.to(tl.int64) * v.stride[2] + kv_head64 * v.stride[1]
     k_cache_offset = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
     v_cache_offset = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
 
@@ -286,18 +377,22 @@ def step_attention_kernel(
         own_start = tl.min(tl.where(has_own, own_lo, kv_len), 0) // BLOCK_N * BLOCK_N
         own_end = tl.max(own_hi, 0)
         if tree_mask is not None:
-            own_start, own_end = _cover_tree_mask(own_start, own_end, tree_mask, row, in_bounds, kv_len, BLOCK_N)
+            own_start, own_end = _cover_tree_mask(
+                own_start, own_end, tree_mask, table_row, in_table, kv_len, requests, BLOCK_N
+            )
         for n0 in tl.range(own_start, own_end, BLOCK_N, num_stages=1):
             n = n0 + key
             k_tile = load_tile(row_pointers(k, k_offset, n, BLOCK_D), n < own_end, HEAD_DIM)
             v_tile = load_tile(row_pointers(v, v_offset, n, BLOCK_D), n < own_end, HEAD_DIM_V)
             visible = (n[None, :] >= own_lo[:, None]) & (n[None, :] < own_hi[:, None])
             if tree_mask is not None:
-                visible = _add_tree_mask(visible, tree_mask, row, in_bounds, n0, kv_len, BLOCK_N)
+                visible = _add_tree_mask(visible, tree_mask, table_row, in_table, n0, kv_len, requests, BLOCK_N)
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
     result, lse2 = softmax_finish(acc, m, l)
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
+    if requests is not None:
+        b, b64, row = 0, tl.cast(0, tl.int64), first + row
     row_offset = ((split * batch + b).to(tl.int64) * num_kv_heads * group + head64) * q_len + row
     if PARTIAL:
         tl.store(lse + row_offset, lse2, mask=in_bounds)
@@ -314,7 +409,7 @@ def step_attention_kernel(
     do_not_specialize_on_alignment=["lengths", "lead", "reach"],
 )
 def combine_splits_kernel(
-    part, part_lse, lengths, lead, reach, out, lse,
+    part, part_lse, lengths, lead, reach, requests, out, lse,
     num_heads, q_len, max_context,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -324,17 +419,29 @@ def combine_splits_kernel(
     log, the results. A row reads split 0 and exactly the splits in which it sees keys, whatever the other rows need.
     Splits that it does not read are exact no-ops, as in `softmax_update`, and a split has the same place among its
     BLOCK_S in every launch. The loads of one iteration are independent: one memory latency per BLOCK_S splits.
+
+    With `requests` the batch is ragged, as in the kernel above, and each row looks up its request.
     """
     b, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_bounds = row < q_len
-    lead_lo, lead_hi = load_interval(lead, row, in_bounds)
-    context = _context_len(lengths, b, max_context)
+    if requests is None:
+        table_row, in_table = row, in_bounds
+        lead_lo, lead_hi = load_interval(lead, row, in_bounds)
+        context = _context_len(lengths, b, max_context, requests)
+    else:
+        request, _ = sequence_of(row.to(tl.int64), requests)
+        first_row, count, table_first, table_count = _rows_of(request, q_len, requests)
+        token = row - first_row
+        table_row, in_table = table_first + token, in_bounds & (token >= 0) & (token < table_count)
+        lead_lo, lead_hi = load_interval(lead, table_row, in_table)
+        lead_lo, lead_hi = _cut(lead_lo, lead_hi, count)
+        context = _context_len(lengths, request, max_context, requests)
     end = tl.where(in_bounds, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
     iterations = tl.cdiv(tl.max(end, 0), BLOCK_S)
     skipped = 0
     if reach is not None:  # iteration 0, for split 0, and then from the first in which some row sees a key
-        _, first_key = _first_keys(reach, row, in_bounds, context, lead_lo, lead_hi)
+        _, first_key = _first_keys(reach, table_row, in_table, context, lead_lo, lead_hi)
         first = first_key // SPLIT
         skipped = tl.maximum(tl.min(tl.where(in_bounds, first // BLOCK_S, iterations), 0) - 1, 0)
         skipped = tl.minimum(skipped, iterations - 1)
@@ -367,6 +474,35 @@ def combine_splits_kernel(
     out_ptrs = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
     out_ptrs = out_ptrs + row.to(tl.int64)[:, None] * out.stride[2] + dim.to(tl.int64)[None, :] * out.stride[3]
     tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & in_head)
+
+
+class Requests(NamedTuple):
+    """The requests of a ragged batch as a kernel operand.
+
+    Attributes:
+        ptr: `cu_rows`, int32 `[batch + 1]`.
+        batch: number of requests.
+        kinds: int32 `[batch]`, the pattern of each.
+        offsets: int32 `[num_kinds + 1]`, where the rows of each pattern begin in the table.
+        num_kinds: number of patterns.
+        words: of a row's tree mask; 0 without.
+    """
+
+    ptr: Any
+    batch: int
+    kinds: Any
+    offsets: Any
+    num_kinds: int
+    words: int
+
+
+def _requests(rows: Rows) -> Requests | None:
+    """The kernel operand of a ragged batch; None of one whose sequences have one pattern."""
+    cu_rows, kinds, offsets, tree_mask = rows.cu_rows, rows.kinds, rows.offsets, rows.tree_mask
+    if cu_rows is None or kinds is None or offsets is None:
+        return None
+    words = 0 if tree_mask is None else tree_mask.shape[1]
+    return Requests(cu_rows, len(kinds), kinds, offsets, len(offsets) - 1, words)
 
 
 class _Layout(NamedTuple):
@@ -423,20 +559,25 @@ def plan_step_attention(
     Raises:
         TypeError, ValueError: a dtype or head dim that the kernels have no tiles for (`attention_config`).
     """
-    (q, lead, own, reach, tree_mask), (k, v), (scale, softcap, sinks) = rows, as_kept(keys, cached), scores
-    lengths, max_context = cached.lengths, cached.max_context
-    batch, num_heads, q_len, head_dim = q.shape
+    (q, lead, own, reach, tree_mask, *_), (k, v), (scale, softcap, sinks) = rows, as_kept(keys, cached), scores
+    lengths, max_context, requests = cached.lengths, cached.max_context, _requests(rows)
+    (batch, num_heads, q_len, head_dim), sequences = q.shape, len(lengths)
     num_kv_heads, kv_len, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     max_len = cached.capacity
     group = num_heads // num_kv_heads
     extras = reach is not None or softcap is not None or sinks is not None
     kind = TREE if tree_mask is not None else EXTRAS if extras else PLAIN
     config = step_config(chip, q.dtype, max(head_dim, head_dim_v), kind)
-    layout = _layout(chip, config, head_dim, head_dim_v, max_len, kv_len, stored_as(cached))
+    of_request = kv_len if requests is None else rows.max_rows
+    layout = _layout(chip, config, head_dim, head_dim_v, max_len, of_request, stored_as(cached))
     unit, inner = score_units(scale, softcap)
-    launched = max(1, min(layout.num_splits, cdiv(max_context + kv_len, layout.split)))
+    launched = max(1, min(layout.num_splits, cdiv(max_context + of_request, layout.split)))
+    if requests is None:
+        row_tiles = batch * cdiv(q_len * group, layout.block_m)
+    else:  # those of the rows that are nobody's too (`_row_tile_of`)
+        row_tiles = q_len * group // layout.block_m + requests.batch + 1
 
-    out = q.new_empty(batch, num_heads, q_len, head_dim_v)
+    out = results_of(rows, head_dim_v)
     lse = q.new_empty(batch, num_heads, q_len, dtype=torch.float32)
     if layout.num_splits > 1:
         part = q.new_empty(launched, batch, num_heads, q_len, head_dim_v, dtype=torch.float32)
@@ -452,11 +593,12 @@ def plan_step_attention(
         in_flight = sound
     attend = Launch(
         step_attention_kernel,
-        (cdiv(q_len * group, layout.block_m) * batch * num_kv_heads, launched),
+        (row_tiles * num_kv_heads, launched),
         (
             *(strided(q), *in_flight, stored(cached.k_cache), stored(cached.v_cache)),
-            *(pages(cached), *(scale_operand(x, batch, num_kv_heads) for x in (cached.k_scale, cached.v_scale))),
-            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, strided(part), part_lse),
+            *(pages(cached), *(scale_operand(x, sequences, num_kv_heads) for x in (cached.k_scale, cached.v_scale))),
+            *(lengths, lead, own, reach, None if sinks is None else strided(sinks), tree_mask, requests),
+            *(strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
         layout.attend,
@@ -467,7 +609,7 @@ def plan_step_attention(
     combine = Launch(
         combine_splits_kernel,
         (batch * num_heads, cdiv(q_len, layout.combine["BLOCK_R"])),
-        (part, part_lse, lengths, lead, reach, strided(out), lse, num_heads, q_len, max_context),
+        (part, part_lse, lengths, lead, reach, requests, strided(out), lse, num_heads, q_len, max_context),
         layout.combine,
     )
     return [*launches, combine], out, lse
