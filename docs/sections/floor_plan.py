@@ -122,15 +122,24 @@ def save(path: Path) -> None:
         middle[room] = (ceiling + floor) / 2
         ceiling = floor - PLANK
     sources = [room for room in rooms if any(a == room for a, _ in imports)]
+    down = [pair for pair in imports if pair not in excused]
+    arrivals = {room: [a for a, b in down if b == room] for room in rooms}
+
+    def height_of(source: str, target: str) -> float:
+        """Where an arrow meets its floor: in the lower half, one below another."""
+        place = (arrivals[target].index(source) + 1) / (len(arrivals[target]) + 1)
+        return middle[target] - place * heights[target] / 2
+
+    apart = (WIDTH - edge - 1.1) / len(sources)
     for lane, room in enumerate(sources):
-        x = edge + 0.35 + 0.48 * lane
-        reached = [b for a, b in imports if a == room and (a, b) not in excused]
-        lowest = min(middle[b] for b in reached)
+        x = edge + 0.35 + apart * lane
+        reached = [b for a, b in down if a == room]
+        lowest = min(height_of(room, b) for b in reached)
         start = middle[room] + 0.12
-        axes.plot([edge, x, x], [start, start, lowest - 0.075 * lane], color=INK, linewidth=1.1, solid_capstyle="round")
+        axes.plot([edge, x, x], [start, start, lowest], color=INK, linewidth=1.1, solid_capstyle="round")
         axes.text(x + 0.05, start + 0.08, room, fontsize=8, color=INK)
         for target in reached:
-            y = middle[target] - 0.075 * lane
+            y = height_of(room, target)
             axes.annotate(
                 "", (edge, y), (x, y), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkB": 0}
             )
