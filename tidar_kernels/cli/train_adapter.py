@@ -78,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of each, and of each prompt that drafting is measured on (default: 192)",
     )
+    text.add_argument(
+        "--temperature",
+        type=number(float, lambda value: 0.0 <= value <= 100.0, "a number from 0 to 100"),
+        default=1.0,
+        metavar="T",
+        help="of the texts that the model writes; 0 is greedy (default: 1.0)",
+    )
     drafts = parser.add_argument_group("drafts")
     drafts.add_argument("--strategy", choices=("isd", "tidar"), default="isd", help="default: isd")
     drafts.add_argument(
@@ -135,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
 
     from ..integrations.transformers.distillation import (
         FIGURES,
+        STATE,
         AdapterTrainer,
         DistillationConfig,
         draft_figures,
@@ -164,11 +172,11 @@ def run(options: argparse.Namespace) -> int:
         held_out = [tokenizer(text)["input_ids"] for text in texts[-min(_HELD_OUT, len(texts) // 2) :]]
         trained_on = texts[: len(texts) - len(held_out)]
         documents = _documents(options, files, trained_on, model, tokenizer, terminal)
-        before = None
-        if not options.resume:
-            before = draft_figures(model, held_out, config, options.max_new_tokens)
+        # A run that was cut short before its first steps were saved has written some of its texts at most.
+        resumed = options.resume and not (not files and not (out / STATE).exists())
+        before = None if resumed else draft_figures(model, held_out, config, options.max_new_tokens)
         trainer = AdapterTrainer(model, documents, config, _accelerator())
-        if options.resume:
+        if resumed:
             trainer.resume(out)
         else:
             trainer.figures["before"] = before
@@ -224,22 +232,27 @@ def _documents(
     if files:
         return [tokenizer(path.read_text(encoding="utf-8", errors="replace"))["input_ids"] for path in files]
     kept: Path = options.out / _DOCUMENTS
+    known: list[list[int]] = []
     if options.resume:
         with user_errors(OSError, ValueError, otherwise=f"--resume: expected the texts of the run in {kept}"):
-            documents: list[list[int]] = json.loads(kept.read_text())
-        return documents
+            known = json.loads(kept.read_text())
     prompts = [tokenizer(texts[index % len(texts)])["input_ids"] for index in range(options.continuations)]
-    documents = own_continuations(
+
+    def keep(documents: list[list[int]]) -> None:
+        terminal.status(f"{len(documents)} of {len(prompts)} texts written by the model")
+        options.out.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as file:
+            file.write(json.dumps(documents).encode())
+
+    return own_continuations(
         model,
         prompts,
         options.max_new_tokens,
+        temperature=options.temperature,
         seed=options.seed,
-        progress=lambda done: terminal.status(f"{done} of {len(prompts)} texts written by the model"),
+        known=known,
+        progress=keep,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as file:
-        file.write(json.dumps(documents).encode())
-    return documents
 
 
 def _accelerator() -> Any:

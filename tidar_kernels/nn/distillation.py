@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import patterns
 from ..patterns import Pattern, Role
+from ..patterns.rows import intervals
 
-__all__ = ["adapter_pattern", "distillation_loss"]
+__all__ = ["adapter_pattern", "clean_then_masks", "distillation_loss"]
 
 
 def adapter_pattern(kind: str, seq_len: int, block_size: int, document_lengths: Sequence[int] | None = None) -> Pattern:
@@ -39,6 +40,30 @@ def adapter_pattern(kind: str, seq_len: int, block_size: int, document_lengths: 
     is_mask = pattern.roles == int(Role.MASK)
     token = torch.arange(seq_len, dtype=torch.int32, device="cpu").repeat(2)  # of each row
     return replace(pattern, predicts=torch.where(is_mask, token, -1), name=f"{kind}_adapter")
+
+
+def clean_then_masks(pattern: Pattern) -> tuple[Pattern, Pattern, Pattern]:
+    """`(whole, clean, masks)`: the pattern with its clean rows and keys first, and the two halves of its rows.
+
+    Clean rows see no mask row: `clean` is over the clean keys alone, so that they can be run by themselves, without
+    gradients, and leave their keys to the mask rows. `masks` is over all keys.
+
+    Args:
+        pattern: of `adapter_pattern`; no interval of it spans both halves.
+    """
+    is_mask = pattern.roles == int(Role.MASK)
+    order = torch.cat([(~is_mask).nonzero().flatten(), is_mask.nonzero().flatten()])
+    place = order.argsort()
+
+    def moved(interval: Tensor) -> Tensor:
+        lo, hi = interval.long().unbind(1)
+        return intervals(place[lo.clamp(max=len(place) - 1)], place[(hi - 1).clamp(min=0)] + 1, lo < hi)
+
+    keys = pattern.positions[order]
+    over = replace(pattern, lead=moved(pattern.lead), own=moved(pattern.own), key_positions=keys)
+    count = len(order) - int(is_mask.sum())
+    clean, masks = over.subset(order[:count]), over.subset(order[count:])
+    return over.subset(order), replace(clean, kv_len=count, key_positions=keys[:count]), masks
 
 
 def distillation_loss(

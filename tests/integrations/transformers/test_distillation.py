@@ -29,7 +29,10 @@ from tidar_kernels.integrations.transformers.distillation import (  # noqa: E402
     read_state,
     some_mask_token,
 )
-from tidar_kernels.nn.adapters import load_peft_adapter  # noqa: E402
+from tidar_kernels.integrations.transformers.model import TransformersModel  # noqa: E402
+from tidar_kernels.nn.adapters import load_peft_adapter, lora_gate  # noqa: E402
+from tidar_kernels.nn.distillation import adapter_pattern, distillation_loss  # noqa: E402
+from tidar_kernels.patterns import Role  # noqa: E402
 
 CONFIG = DistillationConfig(
     mask_token_id=20, block_size=4, rank=8, alpha=32.0, steps=12, batch_size=4, seq_len=16, lr=3e-2
@@ -78,6 +81,36 @@ def test_drafts_are_kept_more_often_and_the_text_stays(strategy: Any, tmp_path: 
     result = decoder.generate([3, 4], 20)
     assert result.tokens[0] == expected
     assert result.tokens_per_forward > 1.2
+
+
+@pytest.mark.parametrize("strategy", ["isd", "tidar"])
+@pytest.mark.parametrize("lengths", [[16, 16], [5, 11, 9, 7]], ids=["whole", "packed"])
+def test_tokens_are_run_once_without_gradients_and_the_gradient_is_that_of_all_rows(
+    strategy: Any, lengths: list[int]
+) -> None:
+    model = tiny().eval()
+    trainer = AdapterTrainer(model, cycle(), replace(CONFIG, strategy=strategy))
+    for weight in trainer._trained:
+        torch.nn.init.normal_(weight, std=0.2)
+    tokens = torch.arange(32).remainder(9).view(2, 16)
+    passes: list[tuple[int, bool]] = []
+    layer = model.model.layers[0].self_attn.q_proj.base
+    layer.register_forward_pre_hook(lambda _, args: passes.append((args[0].shape[1], torch.is_grad_enabled())))
+    loss = trainer._objective(tokens, lengths)
+    grads = torch.autograd.grad(loss, trainer._trained)
+    rows = 16 if len(lengths) == 2 else 32
+    assert passes == [(rows, False), (rows, True)]
+
+    packed = tokens if len(lengths) == 2 else tokens.reshape(1, -1)
+    pattern = adapter_pattern(strategy, packed.shape[1], 4, None if len(lengths) == 2 else lengths)
+    is_mask = pattern.roles == int(Role.MASK)
+    runner = TransformersModel(model)
+    with lora_gate(is_mask):
+        hidden = runner(packed.repeat(1, 2).masked_fill(is_mask, 20), pattern)
+        expected = distillation_loss(hidden, runner.logits, pattern)
+    torch.testing.assert_close(loss, expected)
+    for grad, other in zip(grads, torch.autograd.grad(expected, trainer._trained), strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -146,6 +179,15 @@ def test_continuations_are_the_models_own() -> None:
     assert [text[: len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
     assert texts[0] != texts[2]  # another seed
     assert own_continuations(tiny().eval(), prompts, 10, batch_size=2) == texts
+    greedy = own_continuations(model, prompts, 10, temperature=0.0)
+    assert greedy[0] == greedy[2] != texts[0]
+
+
+def test_continuations_of_an_interrupted_run_go_on_to_the_same_texts() -> None:
+    prompts, kept = [[1, 2], [3], [4], [5], [6]], []
+    whole = own_continuations(tiny().eval(), prompts, 6, batch_size=2, progress=lambda texts: kept.append(len(texts)))
+    assert kept == [2, 4, 5]
+    assert own_continuations(tiny().eval(), prompts, 6, batch_size=2, known=whole[:2]) == whole
 
 
 def test_a_mask_token_is_found() -> None:

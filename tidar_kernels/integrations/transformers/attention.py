@@ -49,7 +49,15 @@ from ...patterns import Pattern
 from ..causal import causal
 from . import continuous
 
-__all__ = ["LayerCalls", "StructureMask", "masked_attention", "register", "tidar_attention_forward", "tidar_mask"]
+__all__ = [
+    "LayerCalls",
+    "LayerKeys",
+    "StructureMask",
+    "masked_attention",
+    "register",
+    "tidar_attention_forward",
+    "tidar_mask",
+]
 
 NAME = "tidar"
 
@@ -136,6 +144,25 @@ class LayerShape(NamedTuple):
     head_dim_v: int
 
 
+class LayerKeys:
+    """In place of `tidar_cache`: keys and values of tokens that are run once, without gradients, for rows run later.
+
+    The first pass leaves its keys and values here, layer by layer. In every pass after it they stand before its own:
+    the pattern's keys are those of the first pass, then those of the rows.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def before(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer's rows attend to; the first of a layer are kept."""
+        if layer not in self._kept:
+            self._kept[layer] = key.detach(), value.detach()
+            return key, value
+        k_before, v_before = self._kept[layer]
+        return torch.cat([k_before, key], dim=2), torch.cat([v_before, value], dim=2)
+
+
 class LayerCalls:
     """In place of `tidar_cache`: notes how often each layer calls attention, and with what; nothing is cached.
 
@@ -186,7 +213,7 @@ def tidar_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     tidar_pattern: Pattern | ContextParallel | None = None,
-    tidar_cache: KVCache | LayerCalls | None = None,
+    tidar_cache: KVCache | LayerCalls | LayerKeys | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of `"tidar"`, called by every attention layer of a model; see the module for the paths.
@@ -202,7 +229,7 @@ def tidar_attention_forward(
         tidar_pattern: which rows see what, in place of a mask: `model(.., position_ids=.., tidar_pattern=pattern)`.
             With a `ContextParallel`, everything is that of this rank's rows.
         tidar_cache: with a pattern, the context; the pattern's causal rows are written after it, not committed. Or a
-            `LayerCalls`, which takes notes.
+            `LayerCalls`, which takes notes, or `LayerKeys`, which keeps the keys of a pass for the next.
 
     Returns:
         `([batch, rows, heads, head_dim of value], None)`, contiguous.
@@ -225,6 +252,9 @@ def tidar_attention_forward(
         raise ValueError("tidar_pattern: expected a Pattern beside tidar_cache, got None")
     query, key, value = _as_autocast(query, key, value)
     if tidar_pattern is not None:
+        if isinstance(tidar_cache, LayerKeys):
+            key, value = tidar_cache.before(getattr(module, "layer_idx", None), key, value)
+            tidar_cache = None
         pattern = _layer_pattern(tidar_pattern, key, attention_mask, sliding_window)
         if isinstance(tidar_cache, LayerCalls):
             layer = getattr(module, "layer_idx", None)

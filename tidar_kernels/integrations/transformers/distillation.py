@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ...decoding.decoder import Decoder
 from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
-from ...nn.distillation import adapter_pattern, distillation_loss
+from ...nn.distillation import adapter_pattern, clean_then_masks, distillation_loss
 from ...nn.files import replacing
-from ...patterns import Role
 from ...patterns.arguments import check_int
+from .attention import LayerKeys
 from .loading import tidar_entry
 from .model import TransformersModel
 
@@ -102,12 +102,13 @@ class _Objective(nn.Module):
         else:  # one sequence of all windows' documents
             tokens = tokens.reshape(1, -1)
             pattern = adapter_pattern(config.strategy, tokens.shape[1], config.block_size, lengths)
-        is_mask = (pattern.roles == int(Role.MASK)).to(tokens.device)
-        # A pattern's halves may be stored either way round: each row's token is that of its place in its half.
-        rows = tokens.repeat(1, 2).masked_fill(is_mask, config.mask_token_id)
-        with lora_gate(is_mask):
-            hidden = self._rows(rows, pattern)
-            return distillation_loss(hidden, self._rows.logits, pattern)
+        whole, clean, masks = clean_then_masks(pattern)
+        keys = LayerKeys()
+        with torch.no_grad(), lora_gate(False):  # nothing that is trained has a say in the rows of tokens
+            known = self._rows(tokens, clean, keys)
+        with lora_gate(True):
+            guessed = self._rows(torch.full_like(tokens, config.mask_token_id), masks, keys)
+            return distillation_loss(torch.cat([known, guessed], dim=1), self._rows.logits, whole)
 
 
 class _Windows:
@@ -306,9 +307,10 @@ def own_continuations(
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
-    batch_size: int = 16,
+    batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    known: Sequence[list[int]] = (),
+    progress: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Each prompt and what the model itself goes on with, sampled: text on which drafts will be judged.
 
@@ -316,7 +318,9 @@ def own_continuations(
         model: without adapters yet. prompts: token ids, each >= 1 long; a prompt may stand there several times, and is
             then continued with other seeds.
         max_new_tokens: of each; an end token ends it earlier.
-        progress: called with the number of prompts done.
+        temperature: 0 for greedy texts.
+        known: what a run of the same arguments gave to `progress` before it was interrupted; it goes on after that.
+        progress: called after each batch with all texts so far.
 
     Raises:
         TypeError, ValueError: as `Decoder.generate`.
@@ -324,15 +328,15 @@ def own_continuations(
     decoder = Decoder.from_transformers(model, mode="autoregressive")
     end = model.generation_config.eos_token_id
     stops = [] if end is None else [end] if isinstance(end, int) else list(end)
-    found: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
+    found = list(known)
+    for start in range(len(found), len(prompts), batch_size):
         part = [list(prompt) for prompt in prompts[start : start + batch_size]]
         tokens = decoder.generate(
             part, max_new_tokens, temperature=temperature, seed=seed + start, stop_tokens=stops
         ).tokens
         found += [prompt + new for prompt, new in zip(part, tokens, strict=True)]
         if progress is not None:
-            progress(len(found))
+            progress(found)
     return found
 
 

@@ -18,7 +18,7 @@ from ... import patterns
 from ...cache import KVCache
 from ...nn.adapters import has_gated_lora, lora_gate
 from ...patterns import Pattern
-from .attention import NAME, LayerCalls, LayerShape
+from .attention import NAME, LayerCalls, LayerKeys, LayerShape
 from .loading import tidar_entry
 from .logits import LogitShape
 
@@ -81,7 +81,9 @@ class TransformersModel:
         self._state = list(_state(self.model))
         self._gated = has_gated_lora(self.model)
 
-    def __call__(self, tokens: Tensor, pattern: Pattern, cache: KVCache | LayerCalls | None = None) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, pattern: Pattern, cache: KVCache | LayerCalls | LayerKeys | None = None
+    ) -> Tensor:
         """Hidden states `[batch, q_len, hidden]` of `tokens [batch, q_len]`; see `DecoderModel`.
 
         Raises:

@@ -40,7 +40,8 @@ def step_attention(
 ) -> Tensor | Any:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
-    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and `tree_mask[q]`
+    Row q of sequence b sees cache slots `[0, lengths[b])` and the in-flight keys in `lead[q]`, `own[q]` and
+    `tree_mask[q]`
     (TiDAR, arXiv 2511.08923, decode step; `tidar_kernels.patterns`); of a windowed pattern, the last `reach[q]` of
     these slots, and slots that no row reaches cost nothing. The bits of a causal row do not depend on how it
     was launched: draft row m of a step at length P equals single-token decoding at length P + m. It has no gradient: a
