@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.paths import DEVICES, HERE, on_every_path
 from tidar_kernels import testing
 from tidar_kernels.ops import gated_lora, row_invariant_linear
+from tidar_kernels.ops.linear import cpu
 from tidar_kernels.ops.linear import reference as eager_linear
 from tidar_kernels.testing import bits, poisoned_allocations
 from tidar_kernels.testing.linear import matrix, random_gate
@@ -78,6 +79,40 @@ def test_the_bits_of_a_row_are_its_own_on_any_number_of_threads(shape: tuple[int
         check_rows(lambda rows, _: row_invariant_linear(rows, weight), x, x[:, 0])
     finally:
         torch.set_num_threads(before)
+
+
+def products_of(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]) -> list[int]:
+    """Rows of each product of the CPU path from here on; `spoil` is done to its results."""
+    seen: list[int] = []
+    plain = F.linear
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        seen.append(len(x))
+        return spoil(plain(x, *others))
+
+    monkeypatch.setattr(cpu.F, "linear", counted)
+    monkeypatch.setattr(cpu, "_tried", {})
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_few_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, *_ = operands(150, 64, 48, 1, dtype)
+    expected = torch.cat([row_invariant_linear(row[None], weight) for row in x])
+    seen = products_of(monkeypatch, lambda y: y)
+    assert torch.equal(row_invariant_linear(x, weight), expected)
+    assert sorted(seen) == sorted([24] + 3 * [8] + [64] + 8 * [8] + [64, 64, 24])  # trials first
+    seen.clear()
+    assert torch.equal(row_invariant_linear(x, weight), expected)
+    assert seen == [64, 64, 24]
+
+
+def test_products_that_round_by_their_rows_come_in_eights(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, *_ = operands(20, 64, 48, 1)
+    seen = products_of(monkeypatch, lambda y: y * (1.0 + 1e-6 * (len(y) > 8)))
+    rows = row_invariant_linear(x, weight)
+    assert seen[-3:] == [8, 8, 8]
+    assert torch.equal(rows, torch.cat([row_invariant_linear(row[None], weight) for row in x]))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,10 +1,13 @@
 """CPU paths of `row_invariant_linear` and `gated_lora`, on the library's own matrix product.
 
-A row is computed among 8 rows, always, because libraries take other code for other numbers of rows.
+A row is computed as one of 8, because libraries take other code for fewer rows. More rows at a time are faster, and
+give the same bits with every library that was tried: blocks of up to 64 are used for the shapes of weights for which a
+first trial finds that to be so.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,30 +15,62 @@ from .operands import Adapter, Gated, Projection
 
 __all__ = ["gated_lora", "gated_lora_backward", "row_invariant_linear"]
 
-# What a CPU projection takes at a time: 8 rows, and results in multiples of 16. MKL splits results among threads, and
-# where 1 to 3 are left to one of them, it sums odd and even rows differently.
-CHUNK, COLUMNS = 8, 16
+# Rows of a projection come in multiples of 8, at most 64 at a time, and results in multiples of 16. MKL splits results
+# among threads, and where 1 to 3 are left to one of them, it sums odd and even rows differently.
+CHUNK, BLOCK, COLUMNS = 8, 64, 16
+_ALIGNMENT = 64  # bytes, of every buffer that PyTorch allocates
+
+# Of each kind of product and number of rows, whether its rows had the bits that they have among 8.
+_tried: dict[tuple[object, ...], bool] = {}
 
 
 def row_invariant_linear(projection: Projection) -> Tensor:
-    """`x W^T + bias`, 8 rows at a time."""
+    """`x W^T + bias`, in blocks of rows whose number and place leave a row's bits alone."""
     x, weight, bias = projection
-    rows, (out_features, in_features) = x.shape[0], weight.shape
-    out = x.new_empty(rows, out_features)
-    whole = out_features - out_features % COLUMNS
-    parts = [(slice(0, whole), weight[:whole], None if bias is None else bias[:whole])]
-    if whole < out_features:
-        missing = -out_features % COLUMNS
-        tail = F.pad(weight[whole:], (0, 0, 0, missing))
-        parts.append((slice(whole, None), tail, None if bias is None else F.pad(bias[whole:], (0, missing))))
-    chunk = x.new_zeros(CHUNK, in_features)  # one buffer, so that every row is read from memory that is aligned alike
-    for start in range(0, rows, CHUNK):
-        held = min(CHUNK, rows - start)
-        chunk[:held] = x[start : start + held]
-        for columns, part, part_bias in parts:
-            into = out[start : start + held, columns]
-            into.copy_(F.linear(chunk, part, part_bias)[:held, : into.shape[1]])
-    return out
+    rows, out_features = x.shape[0], weight.shape[0]
+    missing = -rows % CHUNK
+    if missing:
+        whole = x.new_zeros(rows + missing, x.shape[1])
+        whole[:rows] = x
+        x = whole
+    x = _aligned(x)
+    tail = out_features % COLUMNS
+    if not tail:
+        return _product(x, weight, bias)[:rows]
+    # The last columns by themselves, so that the weight is not copied for the sake of a few.
+    parts = []
+    if out_features > tail:
+        columns = slice(0, out_features - tail)
+        parts.append(_product(x, weight[columns], None if bias is None else bias[columns]))
+    columns, more = slice(out_features - tail, None), COLUMNS - tail
+    last_bias = None if bias is None else F.pad(bias[columns], (0, more))
+    parts.append(_product(x, F.pad(weight[columns], (0, 0, 0, more)), last_bias)[:, :tail])
+    return torch.cat([part[:rows] for part in parts], dim=1)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` for a multiple of `CHUNK` rows, block by block."""
+    sizes = {min(len(x), BLOCK), len(x) % BLOCK} - {0}
+    size = BLOCK if all(_like_chunks(count, weight, bias) for count in sizes) else CHUNK
+    parts = [F.linear(_aligned(part), weight, bias) for part in x.split(size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x where its bits can be read as any other block's are."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % _ALIGNMENT else x.contiguous()
+
+
+def _like_chunks(rows: int, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product of so many rows gives the bits of products of `CHUNK` rows; tried once, on random rows."""
+    kind = (rows, weight.dtype, weight.shape, weight.stride(), bias is None, torch.get_num_threads())
+    if rows == CHUNK or kind in _tried:
+        return rows == CHUNK or _tried[kind]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(rows, weight.shape[1], generator=generator, device="cpu").to(weight.dtype)
+    chunks = torch.cat([F.linear(_aligned(chunk), weight, bias) for chunk in x.split(CHUNK)])
+    _tried[kind] = torch.equal(F.linear(x, weight, bias), chunks)
+    return _tried[kind]
 
 
 def gated_lora(projection: Projection, adapter: Adapter, row_invariant: bool) -> tuple[Tensor, Tensor]:
