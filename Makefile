@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=5 --dur
 REPORTS := build/reports
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint unit thorough distributed soak sanitize vllm mutants bench gpu report models docs wheel clean
+.PHONY: help venv demo test lint unit thorough distributed soak sanitize vllm automodel mutants bench gpu report models docs wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -102,6 +102,20 @@ vllm: $(VLLM_VENV)/.installed  ## what vLLM serves with our plug-in against vLLM
 	@mkdir -p $(REPORTS)
 	PYTHONPATH=$(CURDIR)/tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
 	    -o filterwarnings=default --durations=5 --junitxml=$(REPORTS)/vllm.xml
+
+# NeMo Automodel pins another transformers than ours: an environment of its own, 3 GB, three minutes.
+AUTOMODEL_VENV := .venv-automodel
+AUTOMODEL_PIP := $(AUTOMODEL_VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install --no-deps
+
+$(AUTOMODEL_VENV)/.installed: pyproject.toml setup.py $(wildcard tests/integrations/automodel/*.txt)
+	@echo "installing NeMo Automodel into $(AUTOMODEL_VENV)"
+	$(PYTHON) -m venv $(AUTOMODEL_VENV)
+	$(AUTOMODEL_PIP) -r tests/integrations/automodel/requirements.txt
+	$(AUTOMODEL_PIP) --no-build-isolation -e .
+	@touch $@
+
+automodel: $(AUTOMODEL_VENV)/.installed  ## NeMo Automodel's recipe with our modes against dense masks, on gloo; Python >= 3.11
+	OMP_NUM_THREADS=1 $(AUTOMODEL_VENV)/bin/python -m pytest -q tests/integrations/automodel -o filterwarnings=default --durations=5
 
 # A red check has no figures and a red exit code, but the rest is published.
 bench: $(STAMP)  ## benchmarks on this machine's CPU; figures into benchmarks/results and the pages, or under OUT

@@ -67,7 +67,10 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def test_only_kernels_need_triton() -> None:
     """Every module but those of kernels and of integrations imports without Triton and matplotlib."""
-    others = (is_of_kernels, needs_vllm, lambda name: "integrations.transformers" in name or name.endswith("__main__"))
+    others = (
+        *(is_of_kernels, needs_vllm, needs_automodel),
+        lambda name: "integrations.transformers" in name or name.endswith("__main__"),
+    )
     names = [name for name in module_names() if not any(is_other(name) for is_other in others)]
     assert "tidar_kernels.ops" in names
     run_python(f"import importlib\nfor name in {names!r}: importlib.import_module(name)", "triton", "matplotlib")
@@ -85,6 +88,10 @@ def needs_vllm(name: str) -> bool:
     )  # fmt: skip
 
 
+def needs_automodel(name: str) -> bool:
+    return name.endswith("integrations.automodel")
+
+
 def module_names() -> list[str]:
     return ["tidar_kernels", *(found.name for found in pkgutil.walk_packages([str(PACKAGE)], "tidar_kernels."))]
 
@@ -95,6 +102,8 @@ def test_public_names_exist(name: str) -> None:
         pytest.importorskip("triton")
     if needs_vllm(name):
         pytest.importorskip("vllm")
+    if needs_automodel(name):
+        pytest.importorskip("nemo_automodel")
     module = importlib.import_module(name)
     missing = [public for public in getattr(module, "__all__", []) if not hasattr(module, public)]
     assert not missing

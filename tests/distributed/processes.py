@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from tidar_kernels.testing import budget
 
@@ -16,21 +21,37 @@ __all__ = ["budgets", "on_ranks"]
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns in each of `world` processes, which are the ranks of the default group."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (world, folder, function, args), nprocs=world)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+    """What `function(*args)` returns in each of `world` processes, which are the ranks of the default group.
+
+    A process that ends by a signal fails with its number and with what each of its threads was doing.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            torch.multiprocessing.spawn(_process, (world, folder, function, args), nprocs=world)
+        except ProcessExitedException as error:
+            threads = (folder / f"{error.error_index}.threads").read_text()
+            raise AssertionError(f"rank {error.error_index} of {world}: {error}\n{threads}") from None
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _process(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _process(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Runs `function` and keeps what it returns; faults leave the stacks of all threads in `<rank>.threads`.
+
+    A process ends by `os._exit` once all are done. Groups, their sockets and gloo's threads are left to the operating
+    system: taking them down while peers do the same is no part of what is tested, and was suspected of an abort.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
-    try:
-        torch.save(function(*args), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with (folder / f"{rank}.threads").open("w") as threads:
+        faulthandler.enable(threads)
+        dist.init_process_group(
+            "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        )
+        torch.save(function(*args), folder / f"{rank}.pt")
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def budgets(found: dict[str, Any], exact: dict[str, Any], plain: dict[str, Any]) -> None:

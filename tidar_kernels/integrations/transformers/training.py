@@ -29,7 +29,7 @@ from ...patterns.arguments import check_int
 from .collator import IGNORE_INDEX, TiDARCollator, batch_pattern
 from .logits import LogitShape
 
-__all__ = ["TiDARTrainer", "compute_loss", "count_labels"]
+__all__ = ["TiDARTrainer", "causal_lm_of", "compute_loss", "count_labels", "pattern_loss"]
 
 # Models whose forward pass was seen to shape logits as `LogitShape` does.
 _CHECKED: WeakSet[nn.Module] = WeakSet()
@@ -82,30 +82,59 @@ def compute_loss(
             collator, or has tokens outside the vocabulary; or the model's forward pass shapes logits or computes its
             loss in a way that is not known here.
     """
-    causal_lm = _causal_lm(model)
+    pattern = torch.compiler.disable(batch_pattern)(batch)
+    return pattern_loss(
+        *(model, batch["input_ids"], batch["position_ids"], batch["labels"], pattern, alpha),
+        counts=counts,
+        chunk_size=chunk_size,
+        cp=cp,
+    )
+
+
+@torch.compiler.disable(recursive=False)
+def pattern_loss(
+    model: nn.Module,
+    tokens: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    pattern: Pattern,
+    alpha: float = 1.0,
+    *,
+    counts: Tensor | None = None,
+    chunk_size: int = 1024,
+    cp: DeviceMesh | None = None,
+) -> TiDARLoss:
+    """`compute_loss` of any training pattern: `tidar_loss` of what the rows predict, in the model's forward pass.
+
+    Args:
+        model, alpha, counts, chunk_size, cp: as for `compute_loss`.
+        tokens, positions: int64 `[batch, pattern.q_len]`, of the rows.
+        labels: int64 `[batch, S]`, the clean tokens or -100.
+        pattern: a training pattern.
+
+    Raises:
+        TypeError, ValueError: as `compute_loss` does.
+    """
+    causal_lm = causal_lm_of(model)
     implementation = causal_lm.config._attn_implementation
     if implementation != "tidar":
         raise ValueError(f'model: expected attn_implementation="tidar", got {implementation!r}')
-    pattern = torch.compiler.disable(batch_pattern)(batch)
-    first, on_host = causal_lm not in _CHECKED, batch["input_ids"].device.type == "cpu"
+    first, on_host = causal_lm not in _CHECKED, tokens.device.type == "cpu"
     compiling = torch.compiler.is_compiling()
     if (first or on_host) and not compiling:  # elsewhere reading it would wait for the device
-        vocab_size, highest = causal_lm.config.get_text_config().vocab_size, int(batch["input_ids"].max())
+        vocab_size, highest = causal_lm.config.get_text_config().vocab_size, int(tokens.max())
         if highest >= vocab_size:
             raise ValueError(
                 f"batch: expected tokens below the model's vocab_size = {vocab_size}, got {highest} "
                 "(add_mask_token makes room for the mask token)"
             )
     rows: Pattern | ContextParallel = pattern
-    tokens, positions = batch["input_ids"], batch["position_ids"]
     if cp is not None:
         rows = shared = torch.compiler.disable(shared_out)(cp, pattern)
         tokens, positions = shared.shard(tokens, 1), shared.shard(positions, 1)
-    objective = _Objective(causal_lm, batch["labels"], rows, alpha, counts, chunk_size)
+    objective = _Objective(causal_lm, labels, rows, alpha, counts, chunk_size)
     with objective.in_place():
-        outputs = model(
-            input_ids=tokens, position_ids=positions, labels=batch["labels"], use_cache=False, tidar_pattern=rows
-        )
+        outputs = model(input_ids=tokens, position_ids=positions, labels=labels, use_cache=False, tidar_pattern=rows)
     if objective.result is None or not objective.asked:
         raise ValueError(
             f"model: expected a forward pass that calls lm_head and then loss_function, as causal language models of "
@@ -117,7 +146,7 @@ def compute_loss(
     return TiDARLoss(outputs.loss, objective.result.autoregressive, objective.result.diffusion)
 
 
-def _causal_lm(model: Any) -> PreTrainedModel:
+def causal_lm_of(model: Any) -> PreTrainedModel:
     """The causal language model inside whatever wraps it.
 
     Raises:
@@ -307,7 +336,7 @@ class TiDARTrainer(Trainer):
         collator = self.data_collator
         if not isinstance(collator, TiDARCollator):
             raise TypeError(f"data_collator: expected a TiDARCollator, got {type(collator).__name__}")
-        vocab_size = _causal_lm(self.model).config.get_text_config().vocab_size
+        vocab_size = causal_lm_of(self.model).config.get_text_config().vocab_size
         if collator.mask_token_id >= vocab_size:
             raise ValueError(
                 f"data_collator: expected a mask_token_id below the model's vocab_size = {vocab_size}, "
