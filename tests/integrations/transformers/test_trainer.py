@@ -110,10 +110,11 @@ def test_trainer_shares_batches_out_over_whole_contexts(tmp_path: Path, monkeypa
         trainer(tmp_path, tiny(), context_parallel=0)
     run = trainer(tmp_path, tiny())
     for sizes, message in (
-        ((2, 1), r"^args.parallelism_config: expected cp_size = 1 .*, got 2$"),
-        ((1, 2), r"^context_parallel: expected 1 beside tensor parallelism, got 2$"),
+        ({"cp_size": 2}, r"^args.parallelism_config: expected cp_size = 1 .*, got 2$"),
+        ({"sp_size": 2}, r"^args.parallelism_config: expected sp_size = 1 .*, got 2$"),
+        ({"tp_size": 2}, r"^context_parallel: expected 1 beside tensor parallelism, got 2$"),
     ):
-        of_accelerate = SimpleNamespace(**dict(zip(("cp_size", "tp_size"), sizes, strict=True)))
+        of_accelerate = SimpleNamespace(**{"cp_size": 1, "sp_size": 1, "tp_size": 1} | sizes)
         monkeypatch.setattr(type(run.accelerator), "parallelism_config", of_accelerate)
         with pytest.raises(ValueError, match=message):
             run._shared_batches(2)

@@ -311,8 +311,8 @@ class TiDARTrainer(Trainer):
         alpha: weight of the autoregressive mean, >= 0.
         chunk_size: rows whose logits exist at a time.
         context_parallel: how many processes have the same batches and share out the rows of each (`ContextParallel`).
-            Accelerate has a context parallelism of its own (`ParallelismConfig(cp_size=..)`), which knows plain causal
-            attention only: this is in its place.
+            Accelerate has context and sequence parallelism of its own (`ParallelismConfig(cp_size=.., sp_size=..)`),
+            which know plain causal attention only: this is in their place.
 
     Raises:
         TypeError: `data_collator` is not a `TiDARCollator`.
@@ -360,11 +360,12 @@ class TiDARTrainer(Trainer):
             ValueError: `ranks` does not divide the number of processes, or Accelerate has other plans for them.
         """
         configuration = getattr(self.accelerator, "parallelism_config", None)
-        if configuration is not None and configuration.cp_size > 1:
-            raise ValueError(
-                f"args.parallelism_config: expected cp_size = 1 (context_parallel is in its place), "
-                f"got {configuration.cp_size}"
-            )
+        for option in ("cp_size", "sp_size"):  # both share out rows, for plain causal attention; older ones have no sp
+            size = getattr(configuration, option, 1)
+            if size > 1:
+                raise ValueError(
+                    f"args.parallelism_config: expected {option} = 1 (context_parallel is in its place), got {size}"
+                )
         if ranks == 1:
             return None
         if configuration is not None and configuration.tp_size > 1:
