@@ -136,7 +136,7 @@ def gated_lora(
         return reference.gated_lora(x, weight, lora_a, lora_b, gate.view(x.shape[:-1]), scale, bias)
     rows = x.reshape(gate.shape[0], x.shape[-1])
     adapter = Adapter(lora_a, lora_b, gate, float(scale))
-    out, _ = lora_operator(Projection(rows, weight, bias), adapter, row_invariant=row_invariant)
+    out, _ = lora_operator(Projection(rows, weight, bias), adapter, row_invariant=bool(row_invariant))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...patterns.arguments import check_instances, check_number
+from ...patterns.arguments import check_instances, check_int, check_number
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
 from . import cpu, reference
@@ -110,6 +110,7 @@ def sample(
     Twin: `tidar_kernels.eager.sample`. Kernel: `triton.py` beside this file.
     """
     positions, (knobs, seeds) = _check_rows(logits, positions, params, seen, {})
+    check_int("stream", stream, 0, 2**31)
     check_backend(backend, logits.device)
     if backend == "eager":
         return reference.sample(logits, positions, knobs, seeds, seen=seen, stream=stream)
