@@ -1,4 +1,4 @@
-"""What `make gpu` runs, unattended, in one call of nine minutes: sanitizer, parity, every CUDA table, as files.
+"""What `make gpu` runs, unattended, in one call of nine minutes: sanitizer, bits, parity, every CUDA table, as files.
 
     python -m benchmarks.gpu --out DIR [--budget SECONDS] [--dry-run]
 
@@ -36,13 +36,15 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0  # seconds in all; the rest of nine minutes is for starting and ending
 PARITY_SECONDS = 190.0  # at most
 SANITIZER_SECONDS = 50.0  # at most, of both tools together
+BITS_SECONDS = 60.0  # at most
 # Parts: their titles, and their shares of the time after parity. What a part leaves goes to those after it.
 SHARES = {
-    "step": ("step attention", 0.36),
+    "step": ("step attention", 0.34),
+    "stored": ("caches of step attention", 0.06),
     "operators": ("operators", 0.1),
     "decoder_step": ("decoder steps", 0.18),
     "token_slots": ("token slots", 0.1),
-    "training": ("training attention", 0.26),
+    "training": ("training attention", 0.22),
 }
 WITHOUT_COMPILERS = 0.7  # of a part's time, until FlexAttention, which compiles for every case, has its turn
 GRACE = 25.0  # seconds past its time until a part is stopped
@@ -197,6 +199,17 @@ def run_sanitizer(folder: Path, seconds: float, launch: Launcher) -> int:
     return int(any(row.get("exit_code") not in (None, 0) for row in rows))
 
 
+def run_bits(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> int:
+    """Whether rows of a step have the bits of single tokens, in both sizes of tile (`bits`); 0 if all of them do."""
+    command = [sys.executable, "-m", "benchmarks.bits", "--out", str(folder.resolve()), "--budget", f"{seconds:.0f}"]
+    if suite.device == "cpu":
+        command = ["env", "TRITON_INTERPRET=1", *command, "--dry-run"]
+    code = launch(command, seconds + GRACE)
+    if code is None:
+        say("bits: stopped, its time is used up; rows so far are on file")
+    return int(code != 0)
+
+
 def parity_row(report: Path) -> dict[str, Any]:
     """What a JUnit report says, in numbers, and the names of tests that failed."""
     root = ElementTree.parse(report).getroot() if report.is_file() else ElementTree.Element("none")
@@ -214,6 +227,7 @@ def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, pari
     if parity and suite.device == "cuda":
         codes["sanitizer"] = run_sanitizer(folder, min(SANITIZER_SECONDS, 0.1 * budget), launch)
     if parity:
+        codes["bits"] = run_bits(suite, folder, min(BITS_SECONDS, 0.12 * budget), launch)
         codes["parity"] = run_parity(suite, folder, min(PARITY_SECONDS, 0.4 * budget), launch)
     shares = sum(share for _, share in SHARES.values())
     for name, (_, share) in SHARES.items():

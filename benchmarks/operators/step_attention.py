@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class StepAttention(Operands):
         *ladder("Qwen2.5-1.5B", 32768, 512),
         *ladder("Qwen3-32B", 32768),
     )
-    tiny = (Step("tiny", 4, 2, 16, 4, 40), Step("tiny", 4, 2, 16, 0, 40, 2))
+    tiny: ClassVar[tuple[Step, ...]] = (Step("tiny", 4, 2, 16, 4, 40), Step("tiny", 4, 2, 16, 0, 40, 2))
     compiled = (
         *(step("Qwen3-8B", block, 8192) for block in (16, 8, 4)),
         step("Qwen3-8B", 16, 32768),

@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from benchmarks import gpu, row
+from benchmarks import bits, gpu, row
 from benchmarks.core import measure, rates, record, timing
 from benchmarks.core.operands import Implementation, Prepared, WrongResultError, listing
 from benchmarks.decoding import models
@@ -26,7 +26,9 @@ from benchmarks.operators.step_attention import Step, StepAttention
 from benchmarks.registry import OPERATORS, PARTS
 from benchmarks.reports import pictures
 from tests.benchmarks.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
+from tidar_kernels import testing
 from tidar_kernels.models import Transformer, TransformerConfig
+from tidar_kernels.ops.step_attention import triton as step_kernels
 
 SMALL = PARTS["operators"]
 
@@ -60,13 +62,16 @@ def test_the_dry_run_goes_through_every_part(
         return gpu.run_part(dry, part, tmp_path, seconds) if part else 0
 
     assert gpu.run_all(dry, tmp_path, 300.0, launch) == 0
-    assert commands[0][1:5] == ["-m", "pytest", "-m", "cuda"]
+    assert commands[0][:5] == ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "benchmarks.bits"]
+    assert commands[1][1:5] == ["-m", "pytest", "-m", "cuda"]
     assert set(record.load(next(tmp_path.glob("cpu-*.json")))["parts"]) == {"parity", *PARTS}
     timed = [line for kind in PARTS for line in part_of(tmp_path, kind) if "p50_us" in line]
     assert {line["operator"] for line in timed} == {
-        "step_attention", "append_kv", "compact_kv", "rotary_append", "verify", "projection", "decoder_step",
-        "token_slots", "attention",
+        "step_attention", "step_stored", "append_kv", "compact_kv", "rotary_append", "verify", "projection",
+        "decoder_step", "token_slots", "attention",
     }  # fmt: skip
+    stored = part_of(tmp_path, "stored")
+    assert [line["of_plain"] for line in stored if "of_plain" in line] == [1.0] * 3  # all take a microsecond
     assert all(line["command"].startswith("python -m benchmarks.row ") for line in timed)
     absent = {line["implementation"]: line for line in part_of(tmp_path, "step") if line["operator"] == "peer"}
     assert absent["flashinfer"]["absent"]
@@ -75,7 +80,7 @@ def test_the_dry_run_goes_through_every_part(
     assert names == {"tidar_kernels", "flex_attention", "sdpa_dense_mask", "sdpa_no_mask"}
     checked = [line for line in part_of(tmp_path, "step") if line.get("implementation") == "flex_attention"]
     assert 0 < checked[-1]["relative_error"] < 1e-5
-    assert "exit codes: {'parity': 0, 'step': 0" in capsys.readouterr().out
+    assert "exit codes: {'bits': 0, 'parity': 0, 'step': 0" in capsys.readouterr().out
     drawn = pictures.draw_all(tmp_path, tmp_path)
     assert [path.name for path in drawn] == ["step_prefix_cpu.png", "step_roofline_cpu.png", "token_slots_cpu.png"]
 
@@ -89,21 +94,87 @@ def test_each_part_has_its_share_of_the_time_and_dies_alone(
 
     def launch(command: list[str], seconds: float) -> int | None:
         name = command[command.index("--part") + 1] if "--part" in command else "parity"
+        name = "bits" if "benchmarks.bits" in command else name
         calls.append((name, seconds, "--resume" in command))
         now[0] += 100.0 if name == "parity" else 20.0
         return {"parity": None, "step": -11, "operators": 1, "decoder_step": None}.get(name, 0)
 
     assert gpu.run_all(gpu.DRY, tmp_path, 500.0, launch) == 1
     assert [name for name, _, _ in calls] == [
-        "parity", "step", "step", "step", "operators", "decoder_step", "token_slots", "training"
+        "bits", "parity", "step", "step", "step", "stored", "operators", "decoder_step", "token_slots", "training"
     ]  # fmt: skip
     assert [resume for name, _, resume in calls if name == "step"] == [False, True, True]
-    assert calls[0][1] == gpu.PARITY_SECONDS
-    assert calls[1][1] == pytest.approx((400.0 - gpu.GRACE) * 0.36 + gpu.GRACE)  # 400 are left after parity
-    assert calls[-1][1] == pytest.approx(500.0 - 100.0 - 6 * 20.0)  # what the others left
+    assert [seconds for _, seconds, _ in calls[:2]] == [gpu.BITS_SECONDS + gpu.GRACE, gpu.PARITY_SECONDS]
+    assert calls[2][1] == pytest.approx((380.0 - gpu.GRACE) * 0.34 + gpu.GRACE)  # 380 are left after parity
+    assert calls[-1][1] == pytest.approx(500.0 - 100.0 - 8 * 20.0)  # what the others left
     (parity,) = part_of(tmp_path, "parity")
     assert (parity["stopped"], parity["tests"]) == (True, 0)
     assert "step: ended with -11" in capsys.readouterr().err
+
+
+@pytest.mark.interpret
+def test_bits_of_rows_in_both_sizes_of_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red where a row's bits are not those of single-token decoding, and where nothing was shown."""
+    sizes: list[int] = []
+    check = testing.check_row_bits
+
+    def differs(case: Any, device: str) -> None:
+        raise testing.ParityError("row 1 of out: expected equal bits")
+
+    def noted(case: Any, device: str) -> Any:
+        sizes.append(step_kernels.step_config(None, case.dtype, case.head_dim).BLOCK_M)
+        return check(case, device)
+
+    monkeypatch.setattr(testing, "check_row_bits", noted)
+    arguments = ["--out", str(tmp_path), "--dry-run"]
+    assert bits.main(arguments) == 0
+    assert sizes == [64, 128]
+    found = part_of(tmp_path, "bits")
+    assert [line["equal"] for line in found] == [True] * 3
+    assert [line.get("tile_rows") for line in found] == [64, 128, None]
+    monkeypatch.setattr(testing, "check_row_bits", differs)
+    assert bits.main(arguments) == 1
+    assert [line["equal"] for line in part_of(tmp_path, "bits")] == [False, False, True]
+    assert bits.main([*arguments, "--budget", "-1"]) == 1
+    assert bits.main([*arguments, "--case", "none"]) == 1
+
+
+def test_a_results_file_of_a_gpu_fills_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, pictures and the log: made-up rows of every workload, none of them left open that a GPU tells."""
+    parts = {}
+    for kind, operators in PARTS.items():
+        rows = []
+        for cls in map(OPERATORS.__getitem__, operators):
+            for place, case in enumerate(cls.cuda):
+                line = measure.head(cls.operator, next(iter(cls.implementations)), "cuda", torch.bfloat16, vars(case))
+                figures = {"p50_us": 100.0 + place, "p20_us": 99.0, "p80_us": 120.0, "bytes": 1e6, "flops": 1e9}
+                figures |= {"rows": 8, "tflops": 200.0, "gbytes_per_s": 2000.0, "of_floor": 0.5, "relative_error": 0.0}
+                rows.append(line | figures)
+        parts[kind] = record.content(kind, "cpu", rows)
+    parts["bits"] = record.content("bits", "cpu", [
+        {"operator": "step_bits", "case": "a", "tile_rows": 64, "equal": True},
+        {"operator": "step_bits", "case": "a", "tile_rows": 128, "equal": False},
+        {"operator": "tile_bits", "case": "a", "equal": False},
+    ])  # fmt: skip
+    for part in parts.values():
+        part["machine"] |= {"device": "cuda", "gpu": "NVIDIA H200", "capability": "9.0"}
+    record.save(tmp_path / "cuda-nvidia-h200-2026-01-02.json", parts)
+    log = sections_of(tmp_path, monkeypatch, "log")
+    told = {entry.title: entry.told for entry in log.LOG}
+    unmeasured = {title for title, text in told.items() if "speed open" in text}
+    assert unmeasured == {"step kernel, cc 80, d = 128", "step kernel, float32", "training, d = 72"}
+    assert "speed on NVIDIA H200: 1" in told["step kernel"]
+    assert told["step kernel"].endswith("cases)")
+    assert "50 % of the floor" in told["training forward"]
+    assert "in 1 of 2 cases; tiles of 64 and of 128 rows agree in 0 of 1" in log.bits_line()
+    assert "| 131072 |" in log.stored_table()
+    operators = sections_of(tmp_path, monkeypatch, "operators")
+    for name in ("gpu-readme-table", "gpu-table", "gpu-operators-table", "decoder-step-table"):
+        assert "NVIDIA H200" in operators.SECTIONS[name](), name
+    assert "Qwen3-8B" in operators.SECTIONS["gpu-readme-table"]()
+    assert "NVIDIA H200" in sections_of(tmp_path, monkeypatch, "results").training_gpu_table()
+    drawn = {path.name for path in pictures.draw_all(tmp_path, tmp_path / "drawn")}
+    assert {"step_prefix_cuda.png", "step_roofline_cuda.png"} <= drawn
 
 
 def test_a_process_is_stopped_at_its_end() -> None:
