@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tidar_kernels.cache import KVCache
 
 STRATEGIES = {"tidar": 4, "isd": 4}
 RANDOM = "random weights, widths of Qwen3-0.6B"
-_COST_TOKENS, _WITHOUT_TOKENS = 24, 300
+_COST_TOKENS, _WITHOUT_TOKENS = 12, 100
 PROMPT = [1 + 7 * token % 251 for token in range(40)]
 
 
@@ -76,33 +77,35 @@ def without(model: Any, strategy: str | None, expected: list[int]) -> list[int]:
     """`[tokens, of them before the first that differs]` where rows are not exact."""
     found = sample(model, strategy, False, [PROMPT], len(expected)).tokens[0]
     same = [a == b for a, b in zip(found, expected, strict=True)]
-    return [len(expected), (same + [False]).index(False)]
+    return [len(expected), [*same, False].index(False)]
 
 
-def measure(model: Any, title: str, tokens: int) -> list[dict[str, Any]]:
-    """A row for each strategy, one token at a time first."""
+def measure(model: Any, title: str, tokens: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, one for each strategy and one token at a time first; then, row by row, with the cost."""
     expected, length = sample(model, None, True, [PROMPT], tokens), len(PROMPT) + tokens - 1
-    rows = []
+    rows: list[dict[str, Any]] = []
     for strategy in (None, *STRATEGIES):
         found = expected if strategy is None else sample(model, strategy, True, [PROMPT], tokens)
-        row = {
-            "model": title,
-            "strategy": strategy or "autoregressive",
-            "block_size": STRATEGIES.get(strategy or "", 1),
-            "tokens": tokens,
-            "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
-            "equal_bits": same_bits(found.cache, expected.cache, length),
-            "equal_without": without(model, strategy, expected.tokens[0][:_WITHOUT_TOKENS]),
-            "cost": {
-                str(batch): round(
-                    seconds_a_pass(model, strategy, True, batch) / seconds_a_pass(model, strategy, False, batch), 2
-                )
-                for batch in (1, 8)
-            },
+        rows.append(
+            {
+                "model": title,
+                "strategy": strategy or "autoregressive",
+                "block_size": STRATEGIES.get(strategy or "", 1),
+                "tokens": tokens,
+                "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
+                "equal_bits": same_bits(found.cache, expected.cache, length),
+                "equal_without": without(model, strategy, expected.tokens[0][:_WITHOUT_TOKENS]),
+            }
+        )
+        yield rows
+    for row, strategy in zip(rows, (None, *STRATEGIES), strict=True):
+        row["cost"] = {
+            str(batch): round(
+                seconds_a_pass(model, strategy, True, batch) / seconds_a_pass(model, strategy, False, batch), 2
+            )
+            for batch in (1, 8)
         }
-        print(row, file=sys.stderr, flush=True)
-        rows.append(row)
-    return rows
+        yield rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,13 +123,12 @@ def main(arguments: list[str] | None = None) -> int:
         from tidar_kernels.integrations.transformers import loading
 
         model, _ = loading.load(options.model, torch.bfloat16)
-    rows = measure(model, options.title, options.tokens)
     said = "" if options.model is None else f' MODEL --title "{options.title}"'
     command = f"python -m benchmarks.decoding.exactness{said} --tokens {options.tokens}"
-    record.add(
-        options.out, "exactness" if options.model is None else "exactness_model", "cpu",
-        [row | {"command": command} for row in rows],
-    )  # fmt: skip
+    part = "exactness" if options.model is None else "exactness_model"
+    for rows in measure(model, options.title, options.tokens):  # what there is stays, if the run is cut short
+        print(rows[-1], file=sys.stderr, flush=True)
+        record.add(options.out, part, "cpu", [row | {"command": command} for row in rows])
     return 0 if all(row["equal"] == row["tokens"] and row["equal_bits"] for row in rows) else 1
 
 

@@ -51,12 +51,32 @@ def human_eval_table() -> str:
             kept = " ".join(f"{share:.2f}" for share in run["acceptance"])
             step = f"{run['strategy']}, {run['block_size']}"
             equal = f"{run['equal']} of {run['prompts']}"
-            rows.append([run["model"], step, equal, f"{run['tokens_per_forward']:.2f}", kept])
+            texts = run.get("kind", "HumanEval")
+            rows.append([run["model"], texts, step, equal, f"{run['tokens_per_forward']:.2f}", kept])
         under.append(f"{run['max_new_tokens']} tokens a prompt at most, greedy, float32; {where(part)}.")
     if not rows:
         return "No figures are published yet: `python -m benchmarks.decoding.human_eval` measures them."
-    head = ["model", "strategy, block size", "texts equal to `generate`", "tokens a forward", "drafts kept by position"]
-    return table(head, rows, left=2) + f"\n\n{under[0]}"
+    head = ["model", "prompts", "strategy, block size", "texts equal to `generate`", "tokens a forward"]
+    return table([*head, "drafts kept by position"], rows, left=3) + f"\n\n{under[0]}"
+
+
+def exactness_table() -> str:
+    """A line for each model and strategy: a thousand exact tokens against one token at a time, and what that costs."""
+    rows, under = [], []
+    for part in (*parts("exactness_model", "cpu"), *parts("exactness", "cpu")):
+        for run in part["rows"]:
+            name = run["strategy"] if run["strategy"] == "autoregressive" else f"{run['strategy']}, {run['block_size']}"
+            bits = "yes" if run["equal_bits"] else "no"
+            of, same = run["equal_without"]
+            cost = run.get("cost", {})
+            times = [f"{cost[batch]:.1f} x" if batch in cost else "-" for batch in ("1", "8")]
+            equal = f"{run['equal']:,} of {run['tokens']:,}"
+            rows.append([run["model"], name, equal, bits, f"{same} of {of}", *times])
+        under.append(f"bfloat16, temperature 0.8; {where(part)}.")
+    if not rows:
+        return "No figures are published yet: `python -m benchmarks.decoding.exactness` measures them."
+    head = ["model", "strategy", "tokens equal", "K/V equal in every bit", "before the first that differs without `exact`"]
+    return table([*head, "time of a pass, batch 1", "batch 8"], rows, left=2) + f"\n\n{under[0]}"
 
 
 def _training() -> dict[str, Any] | None:
@@ -98,4 +118,5 @@ SECTIONS: dict[str, Section] = {
     "lossless": lossless_table,
     "human-eval": human_eval_table,
     "adapter": training_table,
+    "exactness": exactness_table,
 }

@@ -11,7 +11,9 @@ pytest.importorskip("transformers")
 
 from tests.cli.shell import Run, refused
 from tests.integrations.transformers.published import reference, write
-from tests.integrations.transformers.test_convert import saved
+from tests.integrations.transformers.test_convert import letters, saved, tiny
+from tidar_kernels.cli import generate
+from tidar_kernels.integrations.transformers.distillation import AdapterTrainer, DistillationConfig
 
 
 @pytest.fixture
@@ -27,6 +29,66 @@ def test_a_published_checkpoint_is_read(run: Run, folder: Path) -> None:
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["prompts"] == found["equal"] > 0
+
+
+def test_generate_decodes_a_folder_as_it_was_trained(run: Run, folder: Path) -> None:
+    asked = ("generate", "--checkpoint", folder, "--prompt", "hello world", "--max-new-tokens", 9, "--device", "cpu")
+    code, out, err = run(*asked, "--compare", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["identical"]
+    assert (found["drafts"]["strategy"], found["block_size"]) == ("self_speculation", 8)
+    assert found["prompt"]["tokens"] == len("hello world")
+    assert found["text"] == letters().decode(found["tokens"])
+    code, out, err = run(*asked, "--strategy", "tidar", "--block-size", 2, "--json")
+    assert json.loads(out)["tokens"] == found["tokens"]
+    assert (json.loads(out)["drafts"]["strategy"], json.loads(out)["block_size"]) == ("tidar", 2)
+    assert refused(run(*asked, "--levels", "1,2")).startswith(
+        "--levels: expected a checkpoint that drafts by tidar, got"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert refused(run(*asked)).startswith("--checkpoint: expected a tokenizer in the folder, got none")
+
+
+def test_generate_takes_the_adapter_of_an_ordinary_model(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(tmp_path / "base")
+    config = DistillationConfig(20, block_size=3, rank=2, steps=3, batch_size=1, seq_len=8, lr=0.1)
+    AdapterTrainer(tiny().eval(), [list(range(1, 20))], config).run(tmp_path / "adapter")
+    capsys.readouterr()
+    asked = ("generate", "--checkpoint", base, "--prompt", "a cat", "--max-new-tokens", 9, "--device", "cpu", "--json")
+    code, out, err = run(*asked, "--adapter", tmp_path / "adapter", "--compare", "--dtype", "float32")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["identical"], found["drafts"]["strategy"], found["block_size"]) == (True, "isd", 3)
+    assert found["dtype"] == "float32"
+    plain = json.loads(run(*asked, "--mode", "autoregressive", "--dtype", "float32")[1])
+    assert plain["tokens"] == found["tokens"]
+    assert refused(run(*asked)).startswith("--mask-token-id: expected a token id here")
+    assert refused(run(*asked, "--mask-token-id", 20)).startswith("--block-size: expected one")
+    assert refused(run(*asked, "--adapter", tmp_path / "none")).startswith("--adapter: expected")
+    assert refused(run(*asked[:1], *asked[3:], "--dtype", "float32")).startswith(
+        "--dtype: expected beside --checkpoint"
+    )
+    (base / "config.json").write_text(json.dumps({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}))
+    assert refused(run(*asked)).startswith("--checkpoint: expected a checkpoint that can be decoded, got LLaDA2Moe")
+
+
+def test_text_comes_when_a_character_is_whole() -> None:
+    stream = generate.TextStream(letters())
+    tokens = letters()("hello world")["input_ids"]
+    assert [stream.push(tokens[:3]), stream.push(tokens[3:]), stream.finish()] == ["hel", "lo world", ""]
+
+    class Pairs:
+        """Two tokens a character."""
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return "é" * (len(tokens) // 2) + "\ufffd" * (len(tokens) % 2)
+
+    stream = generate.TextStream(Pairs())
+    assert [stream.push([1]), stream.push([2]), stream.push([3]), stream.finish()] == ["", "é", "", "\ufffd"]
 
 
 def test_what_is_wrong_with_one_is_a_line(run: Run, folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import DTYPES, quiet
 from .common import (
     FAILED,
     MAX_BLOCK_SIZE,
@@ -37,9 +37,13 @@ from .sampling import Sampling, add_sampling_arguments
 from .strategy import Drafts, add_strategy_arguments
 
 if TYPE_CHECKING:
+    import torch
+
     from ..decoding.decoder import Decoder, GenerationResult, Mode
+    from ..decoding.session import DecoderModel
     from ..decoding.strategies import Strategy
     from ..models import Transformer
+    from ..models.tokenizer import StreamDecoder
     from ..patterns import Pattern
 
 SUMMARY = "decode a prompt, several tokens per forward pass"
@@ -56,6 +60,7 @@ decode steps only, after a warm-up; the prompt's forward pass is reported apart.
 
 examples:
   {PROGRAM} generate --demo
+  {PROGRAM} generate --prompt 'def mean(values):' --checkpoint ./SmolLM2 --adapter runs/smol --compare
   {PROGRAM} generate --prompt 'def mean(values):' --max-new-tokens 64
   {PROGRAM} generate --prompt-file module.py --compare --threads 2
   {PROGRAM} generate --demo --temperature 0.8 --top-p 0.95 --seed 7
@@ -114,7 +119,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--checkpoint", type=any_path, metavar="PATH", help="a safetensors checkpoint; default the shipped model"
+        "--checkpoint",
+        type=any_path,
+        metavar="PATH",
+        help="a safetensors checkpoint of a byte-level model, or the folder of a transformers model with its tokenizer "
+        "(docs/checkpoints.md); default the shipped model",
+    )
+    model.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights that are read from a folder (default: the checkpoint's)"
     )
     model.add_argument(
         "--adapter",
@@ -122,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a LoRA adapter as PEFT saves it, for drafting alone: the output stays the model's own; shipped is the "
         "one for the shipped model",
+    )
+    model.add_argument(
+        "--mask-token-id",
+        type=whole_number(0, 2**31 - 1),
+        metavar="ID",
+        help="token of a folder's mask rows; default what it or the adapter says",
     )
     add_device_argument(model)
     model.add_argument(
@@ -144,32 +162,44 @@ def run(options: argparse.Namespace) -> int:
     import_torch()
     import torch
 
-    prompt = _Prompt(*(given or _demo_prompt()))
+    text, source = given or _demo_prompt()
     compare = options.demo if options.compare is None else options.compare
     terminal = Terminal()
     show_steps = (options.demo and terminal.colour) if options.show_steps is None else options.show_steps
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, device = _load_model(options)
+    loaded = _load_model(options)
+    model, device = loaded.model, loaded.device
+    prompt = _Prompt(text, source, loaded.encode(text))
+    if not prompt.tokens:
+        raise UserError(f"prompt: expected at least one token of the checkpoint's tokenizer, got none from {source}")
     other: Mode = "autoregressive" if options.mode == "tidar" else "tidar"
     modes: list[Mode] = [options.mode, other] if compare else [options.mode]
     sampling, strategy = Sampling.of(options), None
     if "tidar" in modes:
-        block_size = options.block_size or model.config.block_size
+        strategy = loaded.strategy
+        if strategy is not None and drafts.levels is not None:
+            if strategy.name != "tidar":
+                raise UserError(f"--levels: expected a checkpoint that drafts by tidar, got {strategy.label}")
+            strategy, options.block_size = None, options.block_size or strategy.drafts
+        block_size = options.block_size or (model.config.block_size if strategy is None else strategy.drafts)
         if block_size is None:
             raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
         if block_size > MAX_BLOCK_SIZE:
             raise UserError(f"--checkpoint: expected a block size <= {MAX_BLOCK_SIZE} in it, got {block_size}")
-        strategy = drafts.strategy(model.config, block_size)
-        _check_memory(model, prompt, options.max_new_tokens, len(modes), strategy)
+        if strategy is None:
+            strategy = drafts.strategy(model.config, block_size)
+        else:
+            drafts = replace(drafts, name=strategy.name)
+        _check_memory(loaded, prompt, options.max_new_tokens, len(modes), strategy)
         if drafts.levels == "auto":
             drafts, block_size = drafts.settled(model, prompt.tokens, block_size)
             strategy = drafts.strategy(model.config, block_size)
         sampling = replace(sampling, equals_autoregression=strategy.equals_autoregression)
     else:
-        _check_memory(model, prompt, options.max_new_tokens, len(modes))
-    tasks = [_Task(model, prompt, mode, strategy, options.max_new_tokens, sampling, options.exact) for mode in modes]
+        _check_memory(loaded, prompt, options.max_new_tokens, len(modes))
+    tasks = [_Task(loaded, prompt, mode, strategy, options.max_new_tokens, sampling, options.exact) for mode in modes]
     for task in tasks:
         task.warm_up()
 
@@ -198,12 +228,21 @@ def run(options: argparse.Namespace) -> int:
 class _Prompt:
     text: str
     source: str
+    tokens: list[int]
 
-    @cached_property
-    def tokens(self) -> list[int]:
-        from ..models import ByteTokenizer
 
-        return ByteTokenizer().encode(self.text)
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with what its text needs; `strategy` is what a folder's model or adapter was trained for, if it says."""
+
+    model: DecoderModel
+    device: torch.device
+    encode: Callable[[str], list[int]]
+    stream: Callable[[], StreamDecoder | TextStream]
+    mask_token_id: int
+    stop_tokens: tuple[int, ...]
+    strategy: Strategy | None = None
+    adapted: bool | None = None
 
 
 def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
@@ -246,10 +285,16 @@ def _demo_prompt() -> tuple[str, str]:
     return text.decode("utf-8", errors="ignore"), f"the first {len(text)} bytes of {name}, held out of training"
 
 
-def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
-    """The byte-level model to decode with, and its device."""
-    from ..models import load_checkpoint, load_shipped
-    from ..models.tokenizer import VOCAB_SIZE
+def _load_model(options: argparse.Namespace) -> _Loaded:
+    """The model to decode with, on its device."""
+    if options.checkpoint is not None and options.checkpoint.is_dir():
+        return _load_folder(options)
+    for option in ("dtype", "mask_token_id"):
+        if getattr(options, option) is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError(f"{name}: expected beside --checkpoint FOLDER, got {getattr(options, option)}")
+    from ..models import ByteTokenizer, load_checkpoint, load_shipped
+    from ..models.tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE
 
     device = resolve_device(options.device)
     with user_errors(
@@ -265,7 +310,78 @@ def _load_model(options: argparse.Namespace) -> tuple[Transformer, Any]:
         raise UserError(
             f"--checkpoint: expected a byte-level model of {VOCAB_SIZE} tokens, got {model.config.vocab_size} tokens"
         )
-    return model, device
+    mask, tokenizer = model.config.mask_token_id, ByteTokenizer()
+    return _Loaded(model, device, tokenizer.encode, tokenizer.stream, MASK_ID if mask is None else mask, (EOS_ID,))
+
+
+def _load_folder(options: argparse.Namespace) -> _Loaded:
+    """A transformers model and its tokenizer, as `Decoder.from_transformers` reads and recognises them."""
+    import torch
+
+    from ..decoding.strategies import Strategy
+
+    device = resolve_device(options.device)
+    rename = {
+        "model": "--checkpoint", "model_path": "--checkpoint", "path": "--adapter", "block_size": "--block-size",
+        "strategy": "--strategy", "mask_token_id": "--mask-token-id",
+    }  # fmt: skip
+    with (
+        quiet(),
+        user_errors(Exception, rename=rename, otherwise="--checkpoint: expected a checkpoint that can be read"),
+    ):
+        from ..integrations.transformers.checkpoints import prepared
+        from ..integrations.transformers.loading import read_tokenizer
+        from ..nn.adapters import has_gated_lora
+
+        tokenizer = read_tokenizer(str(options.checkpoint))
+        if tokenizer is None:
+            raise ValueError(f"--checkpoint: expected a tokenizer in the folder, got none in {options.checkpoint}")
+        found = prepared(
+            str(options.checkpoint),
+            tokenizer,
+            block_size=options.block_size,
+            strategy=None if options.strategy is None else options.strategy.replace("-", "_"),
+            mask_token_id=options.mask_token_id,
+            autoregressive=options.mode == "autoregressive" and not options.compare,
+            adapter=True if options.adapter is None else options.adapter,
+            dtype="auto" if options.dtype is None else getattr(torch, options.dtype),
+            device=device,
+        )
+        model = found.model.model
+        mask = found.model.config.mask_token_id
+        ends = model.generation_config.eos_token_id
+        return _Loaded(
+            found.model,
+            device,
+            lambda text: list(tokenizer(text)["input_ids"]),
+            lambda: TextStream(tokenizer),
+            0 if mask is None else mask,  # of none, nothing drafts
+            tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+            found.strategy if isinstance(found.strategy, Strategy) else None,
+            has_gated_lora(model),
+        )
+
+
+class TextStream:
+    """Tokens of a transformers tokenizer in, text out: as much as no later token can change."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._tokens, self._given = tokenizer, list[int](), ""
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text that `tokens` complete."""
+        self._tokens += tokens
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # A character of several tokens is U+FFFD until it is whole.
+        return "" if text.endswith("\ufffd") else self._new(text)
+
+    def finish(self) -> str:
+        """What is left."""
+        return self._new(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def _new(self, text: str) -> str:
+        new, self._given = text[len(self._given) :], text
+        return new
 
 
 def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
@@ -282,15 +398,18 @@ def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
 
 
 def _check_memory(
-    model: Transformer, prompt: _Prompt, max_new_tokens: int, modes: int, strategy: Strategy | None = None
+    loaded: _Loaded, prompt: _Prompt, max_new_tokens: int, modes: int, strategy: Strategy | None = None
 ) -> None:
     """Raise UserError unless the caches of all modes and a step fit into memory; before anything is allocated."""
-    config, weight = model.config, next(model.parameters())
+    from ..models import TransformerConfig
+
+    config: Any = loaded.model.config
+    weight = next(loaded.model.parameters())
     tokens = len(prompt.tokens) + max_new_tokens + (strategy.slots if strategy else 1)
     caches = modes * tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * weight.element_size()
     message = f"--max-new-tokens: expected a cache that fits into memory, got {max_new_tokens} tokens"
     check_memory(caches, weight.device, message)
-    if strategy is None:
+    if strategy is None or not isinstance(config, TransformerConfig):
         return
     pattern: Pattern | None = getattr(strategy, "pattern", None)
     rows = strategy.drafts if pattern is None else pattern.q_len
@@ -343,7 +462,7 @@ class _Task:
 
     def __init__(
         self,
-        model: Transformer,
+        loaded: _Loaded,
         prompt: _Prompt,
         mode: Mode,
         strategy: Strategy | None,
@@ -353,32 +472,31 @@ class _Task:
     ) -> None:
         from ..decoding.decoder import Decoder
         from ..decoding.strategies import autoregressive
-        from ..models.tokenizer import EOS_ID, MASK_ID
 
+        self.loaded = loaded
         self.mode, self.prompt, self.max_new_tokens = mode, prompt, max_new_tokens
         self.title = autoregressive().label if strategy is None or mode == "autoregressive" else strategy.label
         self.parameters = sampling.parameters
         with user_errors(ValueError, rename={name: f"--{name}" for name in ("sampling", "beta", "exact")}):
             self.decoder: Decoder = Decoder(
-                model,
-                mask_token_id=MASK_ID if model.config.mask_token_id is None else model.config.mask_token_id,
+                loaded.model,
+                mask_token_id=loaded.mask_token_id,
                 mode=mode,
                 strategy=strategy or "tidar",
                 sampling=sampling.rule,
                 beta=sampling.beta,
+                adapted=loaded.adapted,
                 exact=exact,
             )
-        self.stop_tokens = (EOS_ID,)
+        self.stop_tokens = loaded.stop_tokens
 
     def warm_up(self) -> None:
         tokens = min(_WARM_UP_TOKENS, self.max_new_tokens)
         self._check(self.decoder.generate([self.prompt.tokens], tokens, **self.parameters))
 
     def run(self, watcher: _Watcher | None = None) -> _Pass:
-        from ..models.tokenizer import StreamDecoder
-
         watcher = watcher or _Watcher()
-        decoded = StreamDecoder()
+        decoded = self.loaded.stream()
         stream = self.decoder.stream(
             [self.prompt.tokens], self.max_new_tokens, stop_tokens=self.stop_tokens, **self.parameters
         )

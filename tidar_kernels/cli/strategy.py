@@ -35,8 +35,8 @@ def add_strategy_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--strategy",
         choices=STRATEGIES,
-        default="tidar",
-        help="how --mode tidar drafts, up to --block-size tokens a step (default: tidar)",
+        help="how --mode tidar drafts, up to --block-size tokens a step (default: as a folder's model or adapter was "
+        "trained to, else tidar)",
     )
     parser.add_argument(
         "--levels",
@@ -64,9 +64,9 @@ class Drafts:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Drafts:
         """Raises UserError for options that do not go together."""
-        if options.levels is not None and options.strategy != "tidar":
+        if options.levels is not None and options.strategy not in (None, "tidar"):
             raise UserError(f"--levels: expected --strategy tidar beside it, got {options.strategy}")
-        return cls(options.strategy, options.levels, options.exact)
+        return cls(options.strategy or "tidar", options.levels, options.exact)
 
     def strategy(self, config: Any, block_size: int) -> Strategy:
         """What decodes a model of this configuration; before levels "auto" are settled, with a block for every draft.

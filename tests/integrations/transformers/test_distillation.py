@@ -113,6 +113,23 @@ def test_tokens_are_run_once_without_gradients_and_the_gradient_is_that_of_all_r
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["isd", "tidar"])
+def test_a_decoder_of_a_folder_drafts_as_its_adapter_was_trained(strategy: Any, tmp_path: Path) -> None:
+    config = replace(CONFIG, strategy=strategy, block_size=3, steps=2)
+    base = saved(tmp_path / "base")
+    AdapterTrainer(tiny().eval(), cycle(), config).run(tmp_path / "adapter")
+    decoder = Decoder.from_transformers(base, adapter=tmp_path / "adapter")
+    label = {"isd": "ISD, N = 3", "tidar": "TiDAR, B = 3"}[strategy]
+    assert str(decoder.recognised).endswith(f"{label}, mask token 20, adapter adapter")
+    assert (
+        decoder._step.strategy.pattern.name
+        == {"isd": "isd_step(stride=3, shifted=False)", "tidar": "tidar_step(3)"}[strategy]
+    )
+    given = Decoder.from_transformers(base, adapter=tmp_path / "adapter", block_size=2, mask_token_id=5)
+    assert (given.block_size, given.mask_token_id) == (2, 5)
+    assert Decoder.from_transformers(base, adapter=tmp_path / "adapter", strategy="isd", stride=4).block_size == 4
+
+
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     AdapterTrainer(tiny().eval(), cycle(), CONFIG).run(whole)

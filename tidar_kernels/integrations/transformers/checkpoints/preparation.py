@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from ....decoding.strategies import Strategy, StrategyName, by_name
 from ....patterns.arguments import check_int
+from ..distillation import FIGURES
 from ..loading import check_name, load, read_tokenizer
 from ..model import TransformersModel, decoder_model
 from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
@@ -93,7 +95,8 @@ def prepared(
     config = config_of(check_name(source))
     found_system = recognised_system(config) if system is None else by_system_name(system)
     folder = _adapter_folder(source, found_system, adapter)
-    is_risd = found_system is None and folder is not None
+    trained = {} if folder is None else _training_of(folder)
+    is_risd = found_system is None and folder is not None and not trained
     if found_system is None:
         read, own_tokenizer = load(source, dtype, needs_tokenizer=False)
     else:
@@ -112,11 +115,16 @@ def prepared(
             )
     if is_risd and mask_token_id is None and config.get("vocab_size", 0) > _RISD_MASK:
         mask_token_id = _RISD_MASK
+    mask_token_id = trained.get("mask_token_id") if mask_token_id is None else mask_token_id
     chosen: Any = strategy if strategy is not None else found_system.strategies[0] if found_system else None
     if chosen is None:
-        chosen = "isd" if is_risd else "tidar"
+        chosen = trained.get("strategy", "isd" if is_risd else "tidar")
     if not autoregressive and isinstance(chosen, str):
-        chosen = _strategy(chosen, found_system, config, block_size if stride is None else stride, is_risd)
+        size = block_size if stride is None else stride
+        if trained:
+            chosen = by_name(chosen, trained["block_size"] if size is None else size)
+        else:
+            chosen = _strategy(chosen, found_system, config, size, is_risd)
         block_size = chosen.drafts if isinstance(chosen, Strategy) else block_size
     if folder is not None:
         add_adapter(read, folder, found_system)
@@ -161,6 +169,19 @@ def _adapter_folder(source: str, system: System | None, adapter: str | os.PathLi
         return None
     folder = Path(source) / system.adapter
     return folder if folder.is_dir() else None
+
+
+def _training_of(folder: Path) -> dict[str, Any]:
+    """How the masks of an adapter were trained, if `tidar-kernels train-adapter` wrote it: strategy, block size, token.
+
+    Its masks predict the token at their position, where published adapters of R-ISD predict the one after it.
+    """
+    try:
+        config = json.loads((folder / FIGURES).read_text(encoding="utf-8"))["config"]
+        found = {name: config[name] for name in ("strategy", "block_size", "mask_token_id")}
+    except (OSError, ValueError, KeyError, TypeError):  # another program's file, or none
+        return {}
+    return found
 
 
 def _strategy(name: Any, system: System | None, config: Config, size: int | None, is_risd: bool) -> Strategy | Any:
