@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,22 +34,18 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _process(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Runs `function` and keeps what it returns; faults leave the stacks of all threads in `<rank>.threads`.
-
-    A process ends by `os._exit` once all are done. Groups, their sockets and gloo's threads are left to the operating
-    system: taking them down while peers do the same is no part of what is tested, and was suspected of an abort.
-    """
+    """Runs `function` and keeps what it returns; faults leave the stacks of all threads in `<rank>.threads`."""
     torch.set_num_threads(1)
     with (folder / f"{rank}.threads").open("w") as threads:
         faulthandler.enable(threads)
         dist.init_process_group(
             "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
         )
-        torch.save(function(*args), folder / f"{rank}.pt")
-        dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            torch.save(function(*args), folder / f"{rank}.pt")
+        finally:
+            dist.destroy_process_group()
+            faulthandler.disable()
 
 
 def budgets(found: dict[str, Any], exact: dict[str, Any], plain: dict[str, Any]) -> None:
