@@ -67,7 +67,7 @@ class _Strategy(DLLMStrategy):
         num_batches: int,
         is_train: bool,
     ) -> None:
-        """Forward and backward pass of one microbatch, of the loss `scale * (alpha * CE_clean + CE_masked) / (1 + alpha)`.
+        """Both passes of one microbatch, of the loss `scale * (alpha * CE_clean + CE_masked) / (1 + alpha)`.
 
         The two sums are divided by `counts`, those of clean and mask rows.
         """
