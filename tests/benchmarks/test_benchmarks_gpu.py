@@ -135,8 +135,9 @@ def test_bits_of_rows_in_both_sizes_of_tile(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(testing, "check_row_bits", differs)
     assert bits.main(arguments) == 1
     assert [line["equal"] for line in part_of(tmp_path, "bits")] == [False, False, True]
-    assert bits.main([*arguments, "--budget", "-1"]) == 1
-    assert bits.main([*arguments, "--case", "none"]) == 1
+    assert bits.main([*arguments, "--budget", "-1"]) == 0
+    assert all("not_available" in line for line in part_of(tmp_path, "bits"))
+    assert [bits.verdict(part_of(tmp_path, "bits"), device) for device in ("cpu", "cuda")] == [0, 1]
 
 
 def test_a_results_file_of_a_gpu_fills_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

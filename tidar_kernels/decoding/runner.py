@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import patterns
 from ..cache import KVCache
 from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
+from .packed import PackedWeights, packed_linear
 from .strategies import Batch, DecoderModel, Strategy
 from .strategies.base import check_interface
 
@@ -39,6 +40,8 @@ class StepConfig:
         prefill_chunk: prompt tokens per forward pass of a prefill.
         adapted: mask rows, and they alone, run the model's gated adapters (`tidar_kernels.nn.adapters`).
         exact: what is committed has the bits of autoregressive decoding, see `tidar_kernels.decoding.exact`.
+        packed: bfloat16 weights in the layout in which the CPU multiplies, see `tidar_kernels.decoding.packed`; None:
+            as they are. Exact decoding, whose products are others, does without.
 
     Raises:
         ValueError: the strategy cannot do that.
@@ -51,6 +54,7 @@ class StepConfig:
     prefill_chunk: int = 512
     adapted: bool = False
     exact: bool = False
+    packed: PackedWeights | None = None
 
     def __post_init__(self) -> None:
         name, rules = self.strategy.name, self.strategy.rules
@@ -342,7 +346,8 @@ class StepRunner:
         kind = self.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         here = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
-        with here, torch.inference_mode(), off:
+        packed = None if self.config.exact else self.config.packed
+        with here, torch.inference_mode(), off, nullcontext() if packed is None else packed_linear(packed):
             yield
 
     def lengths_known(self) -> None:
@@ -393,7 +398,8 @@ class StepRunner:
 
             def run() -> None:
                 bounds = self.cache.length_bounds.copy()
-                self._device_step(self._batch, self._active, self._report)
+                with self._inference():
+                    self._device_step(self._batch, self._active, self._report)
                 self.cache.length_bounds[:] = bounds
 
             return run
