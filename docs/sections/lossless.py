@@ -75,7 +75,13 @@ def exactness_table() -> str:
         under.append(f"bfloat16, temperature 0.8; {where(part)}.")
     if not rows:
         return "No figures are published yet: `python -m benchmarks.decoding.exactness` measures them."
-    head = ["model", "strategy", "tokens equal", "K/V equal in every bit", "before the first that differs without `exact`"]
+    head = [
+        "model",
+        "strategy",
+        "tokens equal",
+        "K/V equal in every bit",
+        "before the first that differs without `exact`",
+    ]
     return table([*head, "time of a pass, batch 1", "batch 8"], rows, left=2) + f"\n\n{under[0]}"
 
 

@@ -123,7 +123,7 @@ def test_a_decoder_of_a_folder_drafts_as_its_adapter_was_trained(strategy: Any, 
     assert str(decoder.recognised).endswith(f"{label}, mask token 20, adapter adapter")
     assert (
         decoder._step.strategy.pattern.name
-        == {"isd": "isd_step(stride=3, shifted=False)", "tidar": "tidar_step(3)"}[strategy]
+        == {"isd": "isd_step(stride=3, shifted=False)", "tidar": "tidar_step(block_size=3)"}[strategy]
     )
     given = Decoder.from_transformers(base, adapter=tmp_path / "adapter", block_size=2, mask_token_id=5)
     assert (given.block_size, given.mask_token_id) == (2, 5)
