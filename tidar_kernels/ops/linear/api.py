@@ -6,9 +6,9 @@ What equals what, bit for bit:
     gated_lora, row_invariant=True  rows with gate 0 = row_invariant_linear
     gated_lora, row_invariant=False rows with gate 0 = torch.nn.functional.linear of all rows at once
 
-On CUDA these hold by construction. On the CPU a row is computed among 8 rows, always, because libraries take other code
-for other numbers of rows; that a row's slot and its neighbours then leave its bits alone is measured, for one number of
-threads, not promised by the libraries.
+On CUDA these hold by construction. On the CPU a row is computed as one of 8, because libraries take other code for
+fewer rows, or of up to 64 where a trial finds the same bits; that a row's slot and its neighbours then leave its bits
+alone is measured, for one number of threads, not promised by the libraries.
 """
 
 from __future__ import annotations
