@@ -112,6 +112,7 @@ def traffic(case: Step, chip: Chip = H200, capacity: int | None = None) -> Traff
     launches = plan_of(case, chip, capacity)
     attend = next(one for one in launches if one.kernel.__name__ == "step_attention_kernel")
     block_m, block_n, split = (attend.options[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT"))
+    sharing = attend.grid[1]  # programs that share the splits of a row tile
     pattern, group, pairs = case.pattern, case.num_heads // case.num_kv_heads, case.batch * case.num_kv_heads
     live = tiles = longest = held = 0
     for begin in range(0, pattern.q_len * group, block_m):
@@ -120,9 +121,9 @@ def traffic(case: Step, chip: Chip = H200, capacity: int | None = None) -> Traff
         own = own[own[:, 1] > own[:, 0]]
         of_own = -(-int(own[:, 1].max() - own[:, 0].min()) // block_n) if len(own) else 0
         splits, of_line = max(1, -(-end // split)), -(-end // block_n)
-        live, tiles = live + splits, tiles + of_line + of_own
+        live, tiles = live + min(splits, sharing), tiles + of_line + of_own
         held += splits * (min(begin + block_m, pattern.q_len * group) - begin)  # rows with a result of their split
-        longest = max(longest, min(of_line, split // block_n) + of_own)
+        longest = max(longest, min(of_line, -(-splits // sharing) * (split // block_n)) + of_own)
     in_flight = 2 * pairs * pattern.q_len * case.head_dim * DTYPE.itemsize
     programs = attend.grid[0] * attend.grid[1]
     names = [one.kernel.__name__ for one in launches]

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ from tidar_kernels import patterns, testing
 from tidar_kernels.ops._triton import configs
 from tidar_kernels.ops._triton.launch import Launch
 from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig
+from tidar_kernels.ops._triton.tables import FOLDING
 from tidar_kernels.ops.attention import triton_backward as attention_backward
 from tidar_kernels.ops.attention import triton_forward as attention_forward
 from tidar_kernels.ops.kv.operands import Turned
@@ -59,6 +60,9 @@ STORED = {
     "ragged pages": testing.CacheKind(16, "packed_nhd"),
 }
 _STORED_CHIPS = (80, 90, 100)
+# How many programs share the splits of a row tile where it is not one a split, and head dims that this is compiled for.
+SHARES = {"two programs": 2, "one program": 1, "one program, ragged pages": 1}
+_SHARE_DIMS = (64, 128)
 _RULES = {"coupled": verify.COUPLED, "rejection": verify.REJECTION, "point_mass": verify.POINT_MASS}
 
 
@@ -72,7 +76,8 @@ class Case:
         dtype: "bfloat16" or "float32".
         head_dim: 0 where there is none.
         variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", how
-            rows and cache lie in memory (`STORED`), the role of a projection, or the rule of verification.
+            rows and cache lie in memory (`STORED`), who has which splits (`SHARES`), the role of a projection, or the
+            rule of verification.
     """
 
     kernel: str
@@ -106,6 +111,9 @@ def cases(chip: configs.Chip) -> list[Case]:
     found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree alone")]
     for head_dim, variant in itertools.product((64, 128), STORED if chip in _STORED_CHIPS else ()):
         found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
+    for head_dim, variant in itertools.product(_SHARE_DIMS, SHARES if chip in FOLDING else ()):
+        if chip in _STORED_CHIPS or not variant.endswith("pages"):
+            found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "ragged")] * (chip in _STORED_CHIPS)
     small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
@@ -202,14 +210,16 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
         pattern = pattern.windowed(1024)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     batch: patterns.Pattern | patterns.PatternBatch = pattern
-    shape = 3, pattern.q_len
-    if case.variant.startswith("ragged"):
+    shape, lies = (3, pattern.q_len), case.variant.removeprefix("one program, ")
+    if lies.startswith("ragged"):
         batch, shape = patterns.batch([pattern] * 3).to(device), (1, 3 * pattern.q_len)
     q, k, v = (operand(shape[0], heads, shape[1], case.head_dim, layout="bnhd") for heads in (32, 8, 8))
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
     scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
-    rows, cached = rows_of(q, batch), _cached(case, slots, lengths)
-    return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
+    rows, cached = rows_of(q, batch), _cached(replace(case, variant=lies), slots, lengths)
+    programs = lambda *arguments: SHARES.get(case.variant, arguments[-1])  # noqa: E731
+    with mock.patch.object(step_attention, "programs_of_a_tile", programs):
+        return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
 
 
 def _cached(case: Case, slots: int, lengths: Tensor) -> Cached:

@@ -28,6 +28,7 @@ from benchmarks.static.occupancy import resident_warps
 from benchmarks.static.report import BUDGET, MEASURED, RENEW, broken, case_of, compiled_row, fresh, load
 from tidar_kernels import ops
 from tidar_kernels.ops._triton.configs import CHIPS, DkdvConfig, ForwardConfig
+from tidar_kernels.ops._triton.tables import FOLDING
 
 SHIPPED = [case for chip in CHIPS for case in cases(chip)]
 # Every kernel once, where most decode and train; and one of each other family of chips.
@@ -97,6 +98,25 @@ def test_the_report_is_fresh(rows: list[dict[str, Any]]) -> None:
 
 def test_the_report_keeps_the_budget(rows: list[dict[str, Any]], budget: dict[str, Any]) -> None:
     assert not broken(rows, budget)
+
+
+def test_no_step_kernel_spills_in_its_hot_loop(rows: list[dict[str, Any]]) -> None:
+    """Whatever is excused: the loop over whole tiles loads from no local memory and stores to none."""
+    spilling = [str(case_of(row)) for row in rows if row["kernel"] == "step_attention" and row["loop"].get("local")]
+    assert not spilling
+
+
+@pytest.mark.parametrize("chip", FOLDING)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_several_splits_cost_few_instructions(rows: list[dict[str, Any]], chip: int, head_dim: int) -> None:
+    """The hot loop of a program that has several splits is at most 7 % longer than that of a program that has one."""
+    found = {
+        row["variant"]: sum(row["loop"].values())
+        for row in rows
+        if (row["kernel"], row["chip"], row["dtype"]) == ("step_attention", str(chip), "bfloat16")
+        and row["head_dim"] == head_dim
+    }
+    assert max(found["one program"], found["two programs"]) <= 1.07 * found[""]
 
 
 def test_the_budget_has_no_exception_without_need(rows: list[dict[str, Any]], budget: dict[str, Any]) -> None:

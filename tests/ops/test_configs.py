@@ -17,6 +17,7 @@ from tidar_kernels.ops._triton import configs
 from tidar_kernels.ops._triton import linear_tables as linear_configs
 from tidar_kernels.ops._triton.configs import HEAD_DIM_TILES, Chip, attention_config, entries, nearest_chip, step_config
 from tidar_kernels.ops._triton.tables import ANY, CHIPS, PARENTS, TABLES
+from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 from tidar_kernels.ops.step_attention import triton as step_attention
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +90,44 @@ def test_a_step_is_configured_by_chip_dtype_head_dim_and_kind_alone() -> None:
     assert list(inspect.signature(step_config).parameters) == ["chip", "dtype", "head_dim", "kind"]
     assert list(inspect.signature(configs.split_size).parameters) == ["chip", "max_len"]
     assert step_config(None, torch.float32, 64) == step_config(None, torch.bfloat16, 256, configs.TREE)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "splits", "programs"),
+    [
+        (512, 17, 1),  # B = 4, batch 64, 8k: row tiles fill the chip
+        (90, 17, 1),  # two thirds of it
+        (8, 17, 17),  # B = 4, batch 1
+        (140, 5, 5),  # one program a tile would leave the second wave nearly empty
+        (72, 65, 7),  # B = 16, batch 1, a graph of 32k: 504 programs in the place of 4680
+        (0, 1, 1),
+    ],
+)
+def test_who_shares_the_splits_of_a_row_tile(tiles: int, splits: int, programs: int) -> None:
+    plain = (128, configs.PLAIN, tiles, splits)
+    assert configs.programs_of_a_tile(90, torch.bfloat16, *plain) == programs
+    for chip, dtype, head_dim, kind in (
+        (90, torch.float32, 128, configs.PLAIN),
+        (90, torch.float16, 128, configs.EXTRAS),
+        (90, torch.float16, 256, configs.PLAIN),
+        ("gfx942", torch.float16, 128, configs.PLAIN),
+    ):
+        assert configs.programs_of_a_tile(chip, dtype, head_dim, kind, tiles, splits) == splits
+
+
+def test_a_long_prefill_has_no_partial_results() -> None:
+    """32k rows behind 32k of context took 48 GiB of them."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    pattern, cache = patterns.causal(32768), meta(1, 8, 65536, 128)
+    k, lengths = meta(1, 8, 32768, 128), torch.empty(1, dtype=torch.int32, device="meta")
+    rows = Rows(meta(1, 32, 32768, 128), *pattern.rows_on("meta"))
+    cached = Cached(cache, cache, lengths, 65536)
+    launches, _, _ = step_attention.plan_step_attention(rows, Keys(k, k), cached, Scores(0.1), 90)
+    assert [one.kernel.__name__ for one in launches] == ["sound_keys_kernel", "step_attention_kernel"]
+    assert launches[1].grid == (8192, 1)
 
 
 @pytest.mark.interpret

@@ -203,6 +203,42 @@ def test_the_order_of_the_loop_does_not_change_bits(device: str, monkeypatch: py
     assert torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("device", KERNELS)
+@pytest.mark.parametrize("name", ["step", "window", "tree", "pages"])
+def test_who_has_which_splits_does_not_change_bits(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program for each split, fewer that take several, or one that folds all and leaves nothing to merge."""
+    kernel = import_module("tidar_kernels.ops.step_attention.triton")
+    split = kernel.split_size(kernel.chip_of(torch.device(device)), 2000)
+    lengths = {
+        "step": (3 * split + 10,),
+        "window": (0, 5 * split + 1),
+        "tree": (3 * split,),
+        "pages": (2 * split + 20,),
+    }
+    more: dict[str, dict[str, Any]] = {
+        "step": {"head_dim": 64, "dtype": torch.float16},
+        "window": {"window": split + 6, "sinks": True},
+        "tree": {"pattern": testing.random_tree(40), "max_len": 3 * split + 70},
+        "pages": {"pattern": patterns.tidar_prefill(split - 20, 4), "cache": CacheKind(5, "nhd")},
+    }
+    case = replace(testing.StepCase(name, patterns.tidar_step(4), lengths[name], 2, 1, 16), **more[name])
+    memory, found, launched = testing.step_operands(case, device), [], set()
+    for wanted in (99, 1, 2):
+
+        def programs(*arguments: Any, wanted: int = wanted) -> int:
+            launched.add(arguments[-1])
+            return min(wanted, arguments[-1])
+
+        monkeypatch.setattr(kernel, "programs_of_a_tile", programs)
+        with testing.poisoned_allocations():
+            pattern = case.windowed(case.pattern)
+            found.append(ops.step_attention(*memory.tensors, pattern, return_lse=True, **memory.options))
+    assert min(launched) > 3
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.cuda
 def test_repeats_have_the_same_bits() -> None:
     """A race shows as a rare difference."""

@@ -224,7 +224,11 @@ def test_the_grid_is_that_of_the_largest_mix() -> None:
     rows = rows_of(meta(1, 32, 1000, 128), batch)
     cached = Cached(*(meta(8, 8, 4096, 128) for _ in "kv"), meta(8, dtype=torch.int32), 4096)
     launches, out, lse = kernel.plan_step_attention(rows, Keys(*[meta(1, 8, 1000, 128)] * 2), cached, Scores(0.1), 90)
-    assert [one.grid for one in launches] == [(8, 63), ((4000 // 128 + 9) * 8, 9), (32, 500)]
+    assert [one.grid for one in launches] == [(8, 63), ((4000 // 128 + 9) * 8, 1)]
+    few = rows._replace(q=rows.q[:, :16, :100], max_rows=12)
+    cached = cached._replace(**{name: getattr(cached, name)[:, :4] for name in ("k_cache", "v_cache")})
+    launches, _, _ = kernel.plan_step_attention(few, Keys(*[meta(1, 4, 100, 128)] * 2), cached, Scores(0.1), 90)
+    assert [one.grid for one in launches] == [(4, 7), ((400 // 128 + 9) * 4, 9), (16, 50)]
     assert out[0].transpose(0, 1).is_contiguous()
     assert lse.shape == (1, 32, 1000)
 

@@ -17,7 +17,22 @@ from typing import Any
 import torch
 
 from .launch import INTERPRET, block_dim
-from .tables import ANY, CHIPS, EXTRAS, KINDS, PARENTS, PLAIN, TABLES, TREE, Chip, DkdvConfig, ForwardConfig, TileConfig
+from .tables import (
+    ANY,
+    CHIPS,
+    EXTRAS,
+    FOLDING,
+    KINDS,
+    MULTIPROCESSORS,
+    PARENTS,
+    PLAIN,
+    TABLES,
+    TREE,
+    Chip,
+    DkdvConfig,
+    ForwardConfig,
+    TileConfig,
+)
 
 __all__ = [
     "CHIPS",
@@ -36,6 +51,7 @@ __all__ = [
     "entries",
     "nearest_chip",
     "options",
+    "programs_of_a_tile",
     "split_size",
     "step_config",
 ]
@@ -48,6 +64,9 @@ _INTERPRET: dict[str, TileConfig] = {
     "dq": TileConfig(32, 32, 1, 1),
     "dkdv": DkdvConfig(32, 32, 1, 1, ROWS_AHEAD=True),
 }
+
+_INTERPRET_MULTIPROCESSORS = 12  # few row tiles have a program a split, more of them a few programs or one
+_MOST_PROGRAMS = 8
 
 
 @functools.cache
@@ -145,3 +164,22 @@ def split_size(chip: Chip | None, max_len: int) -> int:
     while size < 4096 and size * 64 < max_len:
         size *= 2
     return size
+
+
+def programs_of_a_tile(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str, tiles: int, splits: int) -> int:
+    """How many programs of the step kernel share the splits of a row tile, of which a launch has `tiles` (x kv heads).
+
+    One, which leaves no partial results, where that keeps two thirds of the chip's multiprocessors busy, a whole number
+    of times. Else one a split, up to `_MOST_PROGRAMS` a multiprocessor. Past these most would return at once in a long
+    cache that is nearly empty: then half as many, each with several splits. A kernel that would spill in its loop if
+    programs had several splits (`FOLDING`) has one a split. This moves work between programs and changes no bit.
+    """
+    multiprocessors = _INTERPRET_MULTIPROCESSORS if chip is None else MULTIPROCESSORS[chip]
+    plain = kind == PLAIN and dtype != torch.float32
+    if chip is not None and not (plain and block_dim(head_dim) in FOLDING.get(chip, ())):
+        return splits
+    if 3 * tiles >= 2 * multiprocessors * -(-tiles // multiprocessors):
+        return 1
+    if tiles * splits <= _MOST_PROGRAMS * multiprocessors:
+        return splits
+    return max(1, _MOST_PROGRAMS * multiprocessors // (2 * tiles))

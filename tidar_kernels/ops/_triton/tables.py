@@ -72,6 +72,14 @@ PARENTS: dict[Chip, Chip] = {
 }
 CHIPS = tuple(PARENTS)
 
+# Of the chip's largest product: A100, A40, L40S, H200, B200, RTX PRO 6000, MI300X, MI350X.
+MULTIPROCESSORS: dict[Chip, int] = {
+    80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188, "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
+# Tile widths at which a program of the step kernel may have several splits: scalars and the tile of folded results are
+# spilled around the loop over whole tiles, and nothing in it. With a cap, sinks or a window some would be in the loop.
+FOLDING: dict[Chip, tuple[int, ...]] = dict.fromkeys((80, 90, 100), (64, 128))
+
 # Rows of a tile are query rows of all heads that share a kv head. 128 rows hold a whole B = 4 step at group 4 (80
 # rows), so K/V is read once.
 _STEP: Table = {

@@ -27,14 +27,20 @@ its request by its row tile (`_row_tile_of`), and a row of the merge its own; th
 table. What follows is that of the request alone, so the bits are too.
 
 A program whose split holds no key of its rows returns at once, unless it is of split 0. With several splits a second
-kernel merges the partial results by log-sum-exp, in split order: of each row split 0 and the splits in which it sees
-keys. So a row's result does not depend on what other rows made a program write, and no memory is read that was not
-written.
+kernel merges the partial results by log-sum-exp, one after another in split order (`_fold`): of each row split 0 and
+the splits in which it sees keys. So a row's result does not depend on what other rows made a program write, and no
+memory is read that was not written.
+
+Where row tiles are many (`configs.programs_of_a_tile`), few programs share the splits of one: program p of n takes p,
+p + n, .. as far as there are keys, so that not many are launched for nothing. A program that has all of them folds each
+into the result of those before it, as the second kernel would: the same operations in the same order, so the same
+bits, and no partial results.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -43,7 +49,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.configs import EXTRAS, PLAIN, TREE, Chip, TileConfig, chip_of, options, split_size, step_config
+from .._triton.configs import (
+    EXTRAS,
+    PLAIN,
+    TREE,
+    Chip,
+    TileConfig,
+    chip_of,
+    options,
+    programs_of_a_tile,
+    split_size,
+    step_config,
+)
 from .._triton.launch import Launch, block_dim, cdiv, strided
 from .._triton.paging import cached_places, cached_tile, pages, scale_operand, stored, stored_as
 from .._triton.ragged import sequence_of
@@ -224,92 +241,41 @@ def _attend_cached_tiles(
     return acc, m, l
 
 
-# Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
-@triton.jit(
-    do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
-    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "tree_mask"],
-)
-def step_attention_kernel(
-    q, k, v, k_cache, v_cache, pages, k_scale, v_scale, lengths, lead, own, reach, sinks, tree_mask, requests,
-    out, lse, q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
-    SCORES_AHEAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
+@triton.jit
+def _fold(acc, m, l, out, lse):
+    """`(acc, m, l)` after one more split with results `out` and `lse`, in base 2; nothing changes if it saw no key.
+
+    The one way in which splits are merged, in ascending order: so it does not matter who does it.
+    """
+    m_new = tl.maximum(m, lse)
+    pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weight, alpha = tl.exp2(lse - pivot), tl.exp2(m - pivot)
+    return tl.fma(acc, alpha[:, None], out * weight[:, None]), m_new, tl.fma(l, alpha, weight)
+
+
+@triton.jit
+def _attend_split(
+    split, start, stop, end, begin, context, q_tile, in_bounds, head, b64, kv_head64,
+    k, v, k_offset, v_offset, k_cache, v_cache, k_cache_offset, v_cache_offset, pages, k_scale, v_scale,
+    lead_lo, lead_hi, own_lo, own_hi, first_slot, sinks, tree_mask, table_row, in_table, kv_len, requests,
+    unit2, inner_scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ONE_LOAD: tl.constexpr, SCORES_AHEAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of one kv head, one split of the line.
+    """`(acc, m, l)` of a row tile over the keys of one split, and in split 0 over own blocks, tree mask and sinks.
 
-    `out [split, batch, heads, q_len, d]` and `lse [split, batch, heads, q_len]` are the results, or with PARTIAL what
-    `combine_splits_kernel` merges. lse is in natural log, with PARTIAL in base 2. `reach` is None without a window,
-    `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`), `pages` without
-    pages (`Pages`; else they have PAGE_SIZE slots), `k_scale` and `v_scale` without float8 (else of MANTISSA bits).
-
-    With `requests` (`Requests`) the batch is ragged: q, k, v, out and lse have the rows of all requests one after
-    another and a batch of 1, `q_len` is their number, and a tile has rows of one request.
+    Rows see no key of the line from `end` on, nor with a window before `begin`, which is None without one, and of the
+    cache only slots from `first_slot` on.
     """
     # A contiguous cache of one width and the dtype of q: its loop has pointers that advance, and loads without a mask.
     DIRECT: tl.constexpr = pages is None and MANTISSA == 0 and HEAD_DIM == HEAD_DIM_V
-    # Row tiles are the fastest index: those that read the same K/V run at the same time.
-    if requests is None:
-        row_tiles = tl.cdiv(q_len * group, BLOCK_M)
-        kv_sequence = tl.program_id(0) // row_tiles
-        b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
-        packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = packed // group
-        head = kv_head * group + packed % group
-        in_bounds = row < q_len
-        table_row, in_table = row, in_bounds
-    else:
-        row_tiles = tl.num_programs(0) // num_kv_heads
-        kv_head, split = tl.program_id(0) // row_tiles, tl.program_id(1)
-        b, tile = _row_tile_of(tl.program_id(0) % row_tiles, q_len, group, requests, BLOCK_M)
-        first, kv_len, table_first, table_count = _rows_of(b, q_len, requests)  # rows are keys
-        if (tile < 0) | (tile * BLOCK_M >= kv_len * group):
-            return
-        packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = packed // group
-        head = kv_head * group + packed % group
-        in_bounds = row < kv_len
-        table_row, in_table = table_first + row, in_bounds & (row < table_count)
-
-    context = _context_len(lengths, b, max_context, requests)
-    lead_lo, lead_hi = load_interval(lead, table_row, in_table)
-    own_lo, own_hi = load_interval(own, table_row, in_table)
-    if requests is not None:
-        lead_lo, lead_hi = _cut(lead_lo, lead_hi, kv_len)
-        own_lo, own_hi = _cut(own_lo, own_hi, kv_len)
-    end = context + tl.max(lead_hi, 0)
-    start = split * SPLIT
-    stop = start + SPLIT
-    if (start >= end) & (split > 0):
-        return
-    if reach is not None:
-        first_slot, first_key = _first_keys(reach, table_row, in_table, context, lead_lo, lead_hi)
-        begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
-        if (begin >= stop) & (split > 0):
-            return
-
-    b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    if requests is None:
-        q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
-        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
-        k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
-        v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
-    else:
-        q_ptrs = row_pointers(q, (head64 * q.stride[1])[:, None], first + row, BLOCK_D)
-        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
-        k_offset = first.to(tl.int64) * k.stride[2] + kv_head64 * k.stride[1]
-        v_offset = first.to(tl.int64) * v.stride[2] + kv_head64 * v.stride[1]
-    k_cache_offset = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
-    v_cache_offset = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
-
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, l = softmax_start(sinks, head, in_bounds & (split == 0), BLOCK_M)
     key = tl.arange(0, BLOCK_N)
 
     # 1. whole tiles of context; with a window, first those that some row does not see all of
     whole_end = tl.minimum(stop, context // BLOCK_N * BLOCK_N)
-    if reach is not None:
+    if begin is not None:
         start = tl.maximum(start, begin)
         whole_start = tl.minimum(tl.cdiv(tl.max(tl.where(in_bounds, first_slot, 0), 0), BLOCK_N) * BLOCK_N, whole_end)
         for n0 in tl.range(start, whole_start, BLOCK_N, num_stages=1):
@@ -367,7 +333,7 @@ def step_attention_kernel(
             k_tile, v_tile = tl.where(cached[:, None], k_tile, k_new), tl.where(cached[:, None], v_tile, v_new)
         in_lead = (new[None, :] >= lead_lo[:, None]) & (new[None, :] < lead_hi[:, None])
         visible = cached[None, :] | in_lead
-        if reach is not None:
+        if begin is not None:
             visible = visible & ((n[None, :] >= first_slot[:, None]) | ~cached[None, :])
         acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
@@ -389,7 +355,15 @@ def step_attention_kernel(
                 visible = _add_tree_mask(visible, tree_mask, table_row, in_table, n0, kv_len, requests, BLOCK_N)
             acc, m, l = softmax_update(acc, m, l, raw_scores(q_tile, k_tile), v_tile, unit2, inner_scale, visible)
 
-    result, lse2 = softmax_finish(acc, m, l)
+    return acc, m, l
+
+
+@triton.jit
+def _store_rows(
+    out, lse, result, lse2, split, b, b64, head64, first, row, dim, in_bounds, row_tiles, num_kv_heads, group, q_len,
+    requests, HEAD_DIM_V: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Write `result` and `lse2` of a row tile where the results of one split go; arguments as in the kernel below."""
     batch = tl.num_programs(0) // row_tiles // num_kv_heads
     if requests is not None:
         b, b64, row = 0, tl.cast(0, tl.int64), first + row
@@ -404,6 +378,133 @@ def step_attention_kernel(
     tl.store(out_ptrs, result.to(out.ptr.dtype.element_ty), mask=in_bounds[:, None] & (dim[None, :] < HEAD_DIM_V))
 
 
+# Not specialised: one row and many, one head and many, run the same binary; and fewer binaries are built.
+@triton.jit(
+    do_not_specialize=["q_len", "num_kv_heads", "group", "kv_len", "max_context"],
+    do_not_specialize_on_alignment=["lengths", "lead", "own", "reach", "tree_mask"],
+)
+def step_attention_kernel(
+    q, k, v, k_cache, v_cache, pages, k_scale, v_scale, lengths, lead, own, reach, sinks, tree_mask, requests,
+    out, lse, q_len, num_kv_heads, group, kv_len, max_context, unit2, inner_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SEVERAL: tl.constexpr, PARTIAL: tl.constexpr, ONE_LOAD: tl.constexpr,
+    SCORES_AHEAD: tl.constexpr, PAGE_SIZE: tl.constexpr, MANTISSA: tl.constexpr, SCALE_BY_SLOT: tl.constexpr,
+):  # fmt: skip
+    """One row tile of one kv head, one split of the line; with SEVERAL all splits that are its program's share.
+
+    `out [split, batch, heads, q_len, d]` and `lse [split, batch, heads, q_len]` are the results, or with PARTIAL what
+    `combine_splits_kernel` merges. lse is in natural log, with PARTIAL in base 2. `reach` is None without a window,
+    `sinks` without sinks, `tree_mask` without a tree mask, `inner_scale` without a cap (`score_units`), `pages` without
+    pages (`Pages`; else they have PAGE_SIZE slots), `k_scale` and `v_scale` without float8 (else of MANTISSA bits).
+
+    With `requests` (`Requests`) the batch is ragged: q, k, v, out and lse have the rows of all requests one after
+    another and a batch of 1, `q_len` is their number, and a tile has rows of one request.
+    """
+    # Row tiles are the fastest index: those that read the same K/V run at the same time.
+    if requests is None:
+        row_tiles = tl.cdiv(q_len * group, BLOCK_M)
+        kv_sequence = tl.program_id(0) // row_tiles
+        b, kv_head, split = kv_sequence // num_kv_heads, kv_sequence % num_kv_heads, tl.program_id(1)
+        packed = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = packed // group
+        head = kv_head * group + packed % group
+        in_bounds = row < q_len
+        first, table_row, in_table = None, row, in_bounds
+    else:
+        row_tiles = tl.num_programs(0) // num_kv_heads
+        kv_head, split = tl.program_id(0) // row_tiles, tl.program_id(1)
+        b, tile = _row_tile_of(tl.program_id(0) % row_tiles, q_len, group, requests, BLOCK_M)
+        first, kv_len, table_first, table_count = _rows_of(b, q_len, requests)  # rows are keys
+        if (tile < 0) | (tile * BLOCK_M >= kv_len * group):
+            return
+        packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = packed // group
+        head = kv_head * group + packed % group
+        in_bounds = row < kv_len
+        table_row, in_table = table_first + row, in_bounds & (row < table_count)
+
+    context = _context_len(lengths, b, max_context, requests)
+    lead_lo, lead_hi = load_interval(lead, table_row, in_table)
+    own_lo, own_hi = load_interval(own, table_row, in_table)
+    if requests is not None:
+        lead_lo, lead_hi = _cut(lead_lo, lead_hi, kv_len)
+        own_lo, own_hi = _cut(own_lo, own_hi, kv_len)
+    end = context + tl.max(lead_hi, 0)
+    start = split * SPLIT
+    stop = start + SPLIT
+    if (start >= end) & (split > 0):
+        return
+    begin, first_slot = None, None
+    if reach is not None:
+        first_slot, first_key = _first_keys(reach, table_row, in_table, context, lead_lo, lead_hi)
+        begin = tl.min(first_key, 0) // BLOCK_N * BLOCK_N
+        if not SEVERAL:
+            if (begin >= stop) & (split > 0):
+                return
+
+    b64, head64, kv_head64 = b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    if requests is None:
+        q_ptrs = row_pointers(q, (b64 * q.stride[0] + head64 * q.stride[1])[:, None], row, BLOCK_D)
+        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
+        k_offset = b64 * k.stride[0] + kv_head64 * k.stride[1]
+        v_offset = b64 * v.stride[0] + kv_head64 * v.stride[1]
+    else:
+        q_ptrs = row_pointers(q, (head64 * q.stride[1])[:, None], first + row, BLOCK_D)
+        q_tile = load_tile(q_ptrs, in_bounds, HEAD_DIM)
+        k_offset = tl.cast(first, tl.int64) * k.stride[2] + kv_head64 * k.stride[1]
+        v_offset = tl.cast(first, tl.int64) * v.stride[2] + kv_head64 * v.stride[1]
+    k_cache_offset = b64 * k_cache.stride[0] + kv_head64 * k_cache.stride[1]
+    v_cache_offset = b64 * v_cache.stride[0] + kv_head64 * v_cache.stride[1]
+
+    if SEVERAL:
+        # Split 0, and then those from the first in which some row sees a key.
+        splits = tl.maximum(tl.cdiv(end, SPLIT), 1)
+        skipped = 0
+        if begin is not None:
+            skipped = tl.minimum(tl.maximum(begin // SPLIT - 1, 0), splits - 1)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        step = 1
+        if PARTIAL:
+            step = tl.num_programs(1)
+        for i in tl.range(split if PARTIAL else 0, splits - skipped, step, num_stages=1):
+            one = i
+            if begin is not None:
+                one = tl.where(i == 0, 0, i + skipped)
+            one_acc, one_m, one_l = _attend_split(
+                one, one * SPLIT, one * SPLIT + SPLIT, end, begin, context, q_tile, in_bounds, head, b64, kv_head64,
+                k, v, k_offset, v_offset, k_cache, v_cache, k_cache_offset, v_cache_offset, pages, k_scale, v_scale,
+                lead_lo, lead_hi, own_lo, own_hi, first_slot, sinks, tree_mask, table_row, in_table, kv_len, requests,
+                unit2, inner_scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_M, BLOCK_N, ONE_LOAD, SCORES_AHEAD,
+                PAGE_SIZE, MANTISSA, SCALE_BY_SLOT,
+            )  # fmt: skip
+            result, lse2 = softmax_finish(one_acc, one_m, one_l)
+            if PARTIAL:
+                _store_rows(
+                    out, lse, result, lse2, one, b, b64, head64, first, row, dim, in_bounds, row_tiles, num_kv_heads,
+                    group, q_len, requests, HEAD_DIM_V, PARTIAL,
+                )  # fmt: skip
+            else:
+                acc, m, l = _fold(acc, m, l, result, lse2)
+    else:
+        acc, m, l = _attend_split(
+            split, start, stop, end, begin, context, q_tile, in_bounds, head, b64, kv_head64,
+            k, v, k_offset, v_offset, k_cache, v_cache, k_cache_offset, v_cache_offset, pages, k_scale, v_scale,
+            lead_lo, lead_hi, own_lo, own_hi, first_slot, sinks, tree_mask, table_row, in_table, kv_len, requests,
+            unit2, inner_scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_M, BLOCK_N, ONE_LOAD, SCORES_AHEAD,
+            PAGE_SIZE, MANTISSA, SCALE_BY_SLOT,
+        )  # fmt: skip
+
+    if not (SEVERAL and PARTIAL):
+        result, lse2 = softmax_finish(acc, m, l)
+        _store_rows(
+            out, lse, result, lse2, split, b, b64, head64, first, row, dim, in_bounds, row_tiles, num_kv_heads, group,
+            q_len, requests, HEAD_DIM_V, PARTIAL,
+        )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=["num_heads", "q_len", "max_context"],
     do_not_specialize_on_alignment=["lengths", "lead", "reach"],
@@ -413,12 +514,12 @@ def combine_splits_kernel(
     num_heads, q_len, max_context,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, BLOCK_S splits at a time, ascending.
+    """`out = sum_s 2^lse_s out_s / sum_s 2^lse_s` for BLOCK_R rows of one head, split by split in ascending order.
 
     `part [split, batch, heads, q_len, d]` and `part_lse`, in base 2, are partial results; `out` and `lse`, in natural
     log, the results. A row reads split 0 and exactly the splits in which it sees keys, whatever the other rows need.
-    Splits that it does not read are exact no-ops, as in `softmax_update`, and a split has the same place among its
-    BLOCK_S in every launch. The loads of one iteration are independent: one memory latency per BLOCK_S splits.
+    Splits that it does not read are exact no-ops. The loads of BLOCK_S splits are independent of each other: one memory
+    latency for all of them.
 
     With `requests` the batch is ragged, as in the kernel above, and each row looks up its request.
     """
@@ -438,13 +539,12 @@ def combine_splits_kernel(
         lead_lo, lead_hi = _cut(lead_lo, lead_hi, count)
         context = _context_len(lengths, request, max_context, requests)
     end = tl.where(in_bounds, tl.maximum(tl.cdiv(context + lead_hi, SPLIT), 1), 0)
-    iterations = tl.cdiv(tl.max(end, 0), BLOCK_S)
+    splits = tl.max(end, 0)
     skipped = 0
-    if reach is not None:  # iteration 0, for split 0, and then from the first in which some row sees a key
+    if reach is not None:  # split 0, and then from the first in which some row sees a key
         _, first_key = _first_keys(reach, table_row, in_table, context, lead_lo, lead_hi)
         first = first_key // SPLIT
-        skipped = tl.maximum(tl.min(tl.where(in_bounds, first // BLOCK_S, iterations), 0) - 1, 0)
-        skipped = tl.minimum(skipped, iterations - 1)
+        skipped = tl.maximum(tl.min(tl.minimum(tl.where(in_bounds, first, splits), splits), 0) - 1, 0)
 
     dim = tl.arange(0, BLOCK_D)
     in_head = dim[None, :] < HEAD_DIM
@@ -453,22 +553,17 @@ def combine_splits_kernel(
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_R], tl.float32)
-    for i in range(0, iterations - skipped):
-        split = tl.where(i == 0, 0, i + skipped) * BLOCK_S + tl.arange(0, BLOCK_S)
-        needed = split[:, None] < end[None, :]
-        if reach is not None:
-            needed = needed & ((split[:, None] == 0) | (split[:, None] >= first[None, :]))
-        lse_offset = split[:, None] * rows_per_split + row_offset[None, :]
-        split_lse = tl.load(part_lse + lse_offset, mask=needed, other=float("-inf"))
-        out_offset = lse_offset[:, :, None] * HEAD_DIM + dim[None, None, :]
-        split_out = tl.load(part + out_offset, mask=needed[:, :, None] & in_head[None, :, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(split_lse, 0))
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(split_lse - pivot[None, :])
-        alpha = tl.exp2(m - pivot)
-        l = tl.fma(l, alpha, tl.sum(weight, 0))
-        acc = tl.fma(acc, alpha[:, None], tl.sum(split_out * weight[:, :, None], 0))
-        m = m_new
+    for i in range(0, splits - skipped, BLOCK_S):
+        for j in tl.static_range(BLOCK_S):
+            split = tl.where(i + j == 0, 0, i + j + skipped)
+            needed = split < end
+            if reach is not None:
+                needed = needed & ((split == 0) | (split >= first))
+            lse_offset = split * rows_per_split + row_offset
+            split_lse = tl.load(part_lse + lse_offset, mask=needed, other=float("-inf"))
+            out_offset = lse_offset[:, None] * HEAD_DIM + dim[None, :]
+            split_out = tl.load(part + out_offset, mask=needed[:, None] & in_head, other=0.0)
+            acc, m, l = _fold(acc, m, l, split_out, split_lse)
     result, lse2 = softmax_finish(acc, m, l)
     tl.store(lse + row_offset, lse2 * 0.6931471805599453, mask=in_bounds)
     out_ptrs = out.ptr + b.to(tl.int64) * out.stride[0] + head.to(tl.int64) * out.stride[1]
@@ -512,7 +607,7 @@ class _Layout(NamedTuple):
     split: int
     num_splits: int
     sound: dict[str, Any]
-    attend: dict[str, Any]
+    attend: dict[tuple[bool, bool], dict[str, Any]]  # by SEVERAL and PARTIAL
     combine: dict[str, Any]
 
 
@@ -531,13 +626,13 @@ def _layout(
     `cache` is what `stored_as` says of it. `config` is not looked up in here: tuning and tests plan with others.
     """
     widest, split = max(head_dim, head_dim_v), split_size(chip, max_len)
-    # Capacity decides whether partial results exist at all; `max_context` only how many programs are worth launching.
     # Without any key there is still one split: it writes the zeros.
     num_splits = max(1, cdiv(max_len + kv_len, split))
     widths = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": block_dim(widest)}
     storage = dict(zip(("PAGE_SIZE", "MANTISSA", "SCALE_BY_SLOT"), cache, strict=True))
     # AMD's compiler fails on a choice between the addresses of two tensors: there the values are chosen.
-    choices = {"PARTIAL": num_splits > 1, "ONE_LOAD": not isinstance(chip, str)}
+    attend = {**widths, "SPLIT": split, **options(config), "ONE_LOAD": not isinstance(chip, str), **storage}
+    flags = itertools.product((False, True), repeat=2)
     # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
     rows, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim_v), COMBINED_SPLITS)
     merged = {"HEAD_DIM": head_dim_v, "BLOCK_D": block_dim(head_dim_v), "SPLIT": split}
@@ -546,7 +641,7 @@ def _layout(
         split,
         num_splits,
         {**widths, "BLOCK_T": SOUND_KEYS, "num_warps": 4},
-        {**widths, "SPLIT": split, **options(config), **choices, **storage},
+        {(several, partial): {**attend, "SEVERAL": several, "PARTIAL": partial} for several, partial in flags},
         {**merged, "BLOCK_R": rows, "BLOCK_S": splits, "num_warps": 4},
     )
 
@@ -576,10 +671,13 @@ def plan_step_attention(
         row_tiles = batch * cdiv(q_len * group, layout.block_m)
     else:  # those of the rows that are nobody's too (`_row_tile_of`)
         row_tiles = q_len * group // layout.block_m + requests.batch + 1
+    tiles = row_tiles * num_kv_heads
+    programs = programs_of_a_tile(chip, q.dtype, max(head_dim, head_dim_v), kind, tiles, launched)
+    partial = programs > 1
 
     out = results_of(rows, head_dim_v)
     lse = q.new_empty(batch, num_heads, q_len, dtype=torch.float32)
-    if layout.num_splits > 1:
+    if partial:
         part = q.new_empty(launched, batch, num_heads, q_len, head_dim_v, dtype=torch.float32)
         part_lse = q.new_empty(launched, batch, num_heads, q_len, dtype=torch.float32)
     else:
@@ -593,7 +691,7 @@ def plan_step_attention(
         in_flight = sound
     attend = Launch(
         step_attention_kernel,
-        (row_tiles * num_kv_heads, launched),
+        (tiles, programs),
         (
             *(strided(q), *in_flight, stored(cached.k_cache), stored(cached.v_cache)),
             *(pages(cached), *(scale_operand(x, sequences, num_kv_heads) for x in (cached.k_scale, cached.v_scale))),
@@ -601,10 +699,10 @@ def plan_step_attention(
             *(strided(part), part_lse),
             *(q_len, num_kv_heads, group, kv_len, max_context, unit * LOG2_E, inner),
         ),
-        layout.attend,
+        layout.attend[programs < launched, partial],
     )
     launches.append(attend)
-    if layout.num_splits == 1:
+    if not partial:
         return launches, out, lse
     combine = Launch(
         combine_splits_kernel,
