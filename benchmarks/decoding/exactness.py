@@ -21,8 +21,9 @@ import torch
 from benchmarks.core import record
 from tidar_kernels import Decoder
 from tidar_kernels.cache import KVCache
+from tidar_kernels.decoding.strategies import StrategyName
 
-STRATEGIES = {"tidar": 4, "isd": 4}
+STRATEGIES: dict[StrategyName, int] = {"tidar": 4, "isd": 4}
 RANDOM = "random weights, widths of Qwen3-0.6B"
 _COST_TOKENS, _WITHOUT_TOKENS = 12, 100
 PROMPT = [1 + 7 * token % 251 for token in range(40)]
@@ -37,10 +38,11 @@ def random_model(seed: int = 0) -> Any:
         num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(torch.bfloat16).eval()
 
 
-def decoder(model: Any, strategy: str | None, exact: bool) -> Decoder:
+def decoder(model: Any, strategy: StrategyName | None, exact: bool) -> Decoder:
     if strategy is None:
         return Decoder.from_transformers(model, mode="autoregressive", exact=exact)
     return Decoder.from_transformers(
@@ -48,7 +50,7 @@ def decoder(model: Any, strategy: str | None, exact: bool) -> Decoder:
     )
 
 
-def sample(model: Any, strategy: str | None, exact: bool, prompts: list[list[int]], tokens: int) -> Any:
+def sample(model: Any, strategy: StrategyName | None, exact: bool, prompts: list[list[int]], tokens: int) -> Any:
     return decoder(model, strategy, exact).generate(prompts, tokens, temperature=0.8, seed=3)
 
 
@@ -90,7 +92,7 @@ def measure(model: Any, title: str, tokens: int) -> Iterator[list[dict[str, Any]
             {
                 "model": title,
                 "strategy": strategy or "autoregressive",
-                "block_size": STRATEGIES.get(strategy or "", 1),
+                "block_size": 1 if strategy is None else STRATEGIES[strategy],
                 "tokens": tokens,
                 "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
                 "equal_bits": same_bits(found.cache, expected.cache, length),

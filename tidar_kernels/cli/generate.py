@@ -182,7 +182,8 @@ def run(options: argparse.Namespace) -> int:
         if strategy is not None and drafts.levels is not None:
             if strategy.name != "tidar":
                 raise UserError(f"--levels: expected a checkpoint that drafts by tidar, got {strategy.label}")
-            strategy, options.block_size = None, options.block_size or strategy.drafts
+            options.block_size = options.block_size or strategy.drafts
+            strategy = None
         block_size = options.block_size or (model.config.block_size if strategy is None else strategy.drafts)
         if block_size is None:
             raise UserError("--block-size: expected one, for the checkpoint does not say what it was trained with")
