@@ -62,7 +62,7 @@ def same_bits(found: KVCache, expected: KVCache, length: int) -> bool:
     )
 
 
-def seconds_a_pass(model: Any, strategy: str | None, exact: bool, batch: int) -> float:
+def seconds_a_pass(model: Any, strategy: StrategyName | None, exact: bool, batch: int) -> float:
     """Processor time of a pass after the prompt's."""
     prompts = [PROMPT] * batch
     sample(model, strategy, exact, prompts, 2)
@@ -75,7 +75,7 @@ def seconds_a_pass(model: Any, strategy: str | None, exact: bool, batch: int) ->
     return (second - first) / (many - few)
 
 
-def without(model: Any, strategy: str | None, expected: list[int]) -> list[int]:
+def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> list[int]:
     """`[tokens, of them before the first that differs]` where rows are not exact."""
     found = sample(model, strategy, False, [PROMPT], len(expected)).tokens[0]
     same = [a == b for a, b in zip(found, expected, strict=True)]
