@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,11 @@ def test_draw_refuses_files_that_it_cannot_write(run: Run, tmp_path: Path) -> No
 def test_draw_refuses_a_pattern_that_is_too_large(run: Run) -> None:
     message = refused(run("draw", "step", "--block-size", 10**9))
     assert message.startswith("--block-size 1000000000: expected a pattern of at most 1048576 rows, got 10000000")
+
+
+def test_draw_names_the_option_that_a_constructor_refuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The range of a parameter may depend on another one, which its option does not know."""
+    causal = draw.PATTERNS["causal"]
+    loose = replace(causal, parameters=(replace(causal.parameters[0], least=0),))
+    monkeypatch.setitem(draw.PATTERNS, "causal", loose)
+    assert refused(run("draw", "causal", "--length", 0)).startswith("--length: expected >= 1, got 0")

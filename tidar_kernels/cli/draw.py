@@ -183,7 +183,8 @@ def run(options: argparse.Namespace) -> int:
     import_torch()
     module, name = drawable.constructor.rsplit(".", 1)
     numbers = [arguments.pop(parameter.name) for parameter in drawable.parameters]
-    made = getattr(import_module(f"tidar_kernels.{module}"), name)(*numbers, **arguments)
+    with user_errors(ValueError, rename={parameter.name: parameter.option for parameter in drawable.parameters}):
+        made = getattr(import_module(f"tidar_kernels.{module}"), name)(*numbers, **arguments)
     pattern: Pattern = getattr(made, "pattern", made)
     with user_errors(ImportError, ValueError, rename={"path": "--out"}):
         text = pattern.draw(options.out, context_len=options.context_len)
