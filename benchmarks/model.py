@@ -174,7 +174,11 @@ def attention_us(case: Step, chip: Chip = H200) -> dict[str, Any]:
     # Blocks of one multiprocessor share its rates, so what counts is how many of the tiles the busiest one has.
     live = moved.programs - moved.dead
     waves = -(-live // (chip.multiprocessors * blocks))
-    tiles = max(moved.tiles / chip.multiprocessors, moved.longest * min(-(-live // chip.multiprocessors), blocks))
+    # Few programs with many tiles each end in waves; many with few tiles even out.
+    resident = -(-live // chip.multiprocessors)
+    tiles = max(moved.tiles / chip.multiprocessors, moved.longest * min(resident, blocks))
+    if resident <= 2:
+        tiles = max(tiles, moved.longest * resident)
     of_tiles = tiles * clocks / chip.clock_hz
     seconds = max(of_bytes, of_tiles) + moved.launches * chip.gap_s
     seconds += moved.dead * chip.dead_s / chip.multiprocessors

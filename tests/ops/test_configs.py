@@ -96,10 +96,12 @@ def test_a_step_is_configured_by_chip_dtype_head_dim_and_kind_alone() -> None:
     ("tiles", "splits", "programs"),
     [
         (512, 17, 1),  # B = 4, batch 64, 8k: row tiles fill the chip
-        (90, 17, 1),  # two thirds of it
+        (106, 17, 1),  # four fifths of it
         (8, 17, 17),  # B = 4, batch 1
         (140, 5, 5),  # one program a tile would leave the second wave nearly empty
-        (72, 65, 7),  # B = 16, batch 1, a graph of 32k: 504 programs in the place of 4680
+        (192, 17, 3),  # B = 8, batch 8, 8k: two waves of 192 programs would leave a quarter of the chip unused
+        (72, 65, 8),  # B = 16, batch 1, a graph of 32k: 576 programs in the place of 4680
+        (576, 65, 1),  # B = 16, batch 8
         (0, 1, 1),
     ],
 )

@@ -169,17 +169,17 @@ def split_size(chip: Chip | None, max_len: int) -> int:
 def programs_of_a_tile(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str, tiles: int, splits: int) -> int:
     """How many programs of the step kernel share the splits of a row tile, of which a launch has `tiles` (x kv heads).
 
-    One, which leaves no partial results, where that keeps two thirds of the chip's multiprocessors busy, a whole number
-    of times. Else one a split, up to `_MOST_PROGRAMS` a multiprocessor. Past these most would return at once in a long
-    cache that is nearly empty: then half as many, each with several splits. A kernel that would spill in its loop if
+    One, which leaves no partial results, where the last wave of programs leaves less than a fifth of the chip's time
+    unused. Else one a split, up to `_MOST_PROGRAMS` a multiprocessor. Past these, where most would return at once in a
+    long cache that is nearly empty, half as many, each with several splits. A kernel that would spill in its loop if
     programs had several splits (`FOLDING`) has one a split. This moves work between programs and changes no bit.
     """
     multiprocessors = _INTERPRET_MULTIPROCESSORS if chip is None else MULTIPROCESSORS[chip]
     plain = kind == PLAIN and dtype != torch.float32
-    if chip is not None and not (plain and block_dim(head_dim) in FOLDING.get(chip, ())):
+    if chip is not None and not (plain and head_dim in FOLDING.get(chip, ())):
         return splits
-    if 3 * tiles >= 2 * multiprocessors * -(-tiles // multiprocessors):
+    if 5 * tiles >= 4 * multiprocessors * -(-tiles // multiprocessors):
         return 1
     if tiles * splits <= _MOST_PROGRAMS * multiprocessors:
         return splits
-    return max(1, _MOST_PROGRAMS * multiprocessors // (2 * tiles))
+    return -(-_MOST_PROGRAMS * multiprocessors // (2 * tiles))

@@ -76,7 +76,7 @@ CHIPS = tuple(PARENTS)
 MULTIPROCESSORS: dict[Chip, int] = {
     80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188, "gfx942": 304, "gfx950": 256,
 }  # fmt: skip
-# Tile widths at which a program of the step kernel may have several splits: scalars and the tile of folded results are
+# Head dims at which a program of the step kernel may have several splits: scalars and the tile of folded results are
 # spilled around the loop over whole tiles, and nothing in it. With a cap, sinks or a window some would be in the loop.
 FOLDING: dict[Chip, tuple[int, ...]] = dict.fromkeys((80, 90, 100), (64, 128))
 
