@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tidar_kernels import patterns
 from tidar_kernels.integrations.vllm.attention import Rows, append, attend
+from tidar_kernels.ops.operands import Scores
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
 
@@ -50,7 +51,8 @@ def test_every_row_sees_its_intervals(layout: str) -> None:
         places = torch.arange(len(context_k))
         append(cache, context_k, context_v, table[request, places // PAGE].long() * PAGE + places % PAGE)
     out = torch.full((tokens, HEADS * DIM), torch.nan)
-    attend(q, k, v, cache, table, lengths, starts, rows, DIM**-0.5, out)
+    halves = cache.chunk(2, dim=-1)
+    attend(q, k, v, halves, table, lengths, starts, rows, Scores(DIM**-0.5), out, max_query_len=20)
 
     for request, (context, pattern, count) in enumerate(requests):
         here = slice(int(starts[request]), int(starts[request + 1]))
@@ -71,11 +73,3 @@ def test_a_token_without_a_slot_is_not_stored() -> None:
     for token, (page, slot) in {0: (1, 1), 2: (2, 3)}.items():
         expected[page, :, slot] = torch.cat([key[token], value[token]], dim=-1)
     torch.testing.assert_close(cache, expected, rtol=0, atol=0)
-
-
-@pytest.mark.cuda
-def test_gpus_are_refused() -> None:
-    rows, lengths, starts = batch_of([(0, patterns.causal(1), 1)])
-    x = torch.zeros(1, 2, DIM, device="cuda")
-    with pytest.raises(NotImplementedError, match="expected tensors on a CPU"):
-        attend(x, x, x, x, lengths, lengths, starts, rows, 1.0, x)

@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from ...ops.operands import Cached, Keys, Scores
+from ...ops.operands import Rows as QueryRows
+from ...ops.step_attention import cpu
+from ...ops.step_attention.api import operator
 
 __all__ = ["Rows", "append", "attend"]
 
@@ -45,49 +49,42 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cache: Tensor,
+    cache: tuple[Tensor, Tensor],
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
     rows: Rows,
-    scale: float,
+    scores: Scores,
     out: Tensor,
+    *,
+    max_query_len: int,
 ) -> None:
-    """Attention of every row, request by request; for CPUs.
+    """Attention of every row of a ragged batch, by the kernel of `tidar_kernels.step_attention`.
+
+    Each request is a pattern of its own in the kernel's tables: what its rows see is what `rows` says. Nothing of a
+    GPU is read, and the launch depends on sizes alone, so a captured graph serves every batch of that size.
 
     Args:
         query: `[tokens, heads, head_dim]`. key, value: `[tokens, kv_heads, head_dim]`.
-        cache: as in `append`. block_table: int32 `[requests, pages]`.
+        cache: keys and values, each `[pages, kv_heads, page_size, head_dim]`, any strides.
+        block_table: int32 `[requests, pages]`.
         seq_lens: int32 `[requests]`, with the rows in flight, as vLLM counts.
         query_start_loc: int32 `[requests + 1]`, where each request's rows begin.
+        scores: scale, cap and sinks.
         out: `[tokens, heads * head_dim]` or `[tokens, heads, head_dim]`, written in place.
-
-    Raises:
-        NotImplementedError: not on a CPU.
+        max_query_len: an upper bound of the rows of a request.
     """
-    if query.device.type != "cpu":
-        raise NotImplementedError(f"attend: expected tensors on a CPU, got {query.device.type}")
-    head_dim, page_size = query.shape[2], cache.shape[2]
-    starts = query_start_loc.tolist()
-    for request, length in enumerate(seq_lens.tolist()):
-        here = slice(starts[request], starts[request + 1])
-        count = here.stop - here.start
-        context = length - count
-        pages = block_table[request, : -(-context // page_size)].long()
-        cached = cache[pages].transpose(1, 2).flatten(0, 1)[:context].to(key.dtype)
-        keys = torch.cat([cached[..., :head_dim], key[here]])
-        values = torch.cat([cached[..., head_dim:], value[here]])
-        place = torch.arange(count, device=query.device)
-        own = rows.own[here]
-        seen = place < rows.lead[here, None]
-        seen |= (own[:, :1] <= place) & (place < own[:, 1:])
-        visible = torch.cat([seen.new_ones(count, context), seen], dim=1)
-        result = scaled_dot_product_attention(
-            query[here].transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        out[here] = result[0].transpose(0, 1).reshape(out[here].shape)
+    requests, tokens = len(seq_lens), len(query)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    starts = query_start_loc[: requests + 1].to(torch.int32)
+    lead = torch.stack([torch.zeros_like(rows.lead), rows.lead], dim=1)
+    kinds = torch.arange(requests, dtype=torch.int32, device=query.device)
+    ragged = {"cu_rows": starts, "kinds": kinds, "offsets": starts, "max_rows": max_query_len}
+    lengths = (seq_lens[:requests] - starts.diff()).to(torch.int32)
+    table = block_table[:requests]
+    capacity = table.shape[1] * cache[0].shape[2]
+    cached = Cached(*cache, lengths, capacity, table)
+    # On a CPU the operator would run the kernel wherever Triton's interpreter is on; vLLM's tests need that for its own.
+    compute = operator if query.is_cuda else cpu.step_attention
+    result, _ = compute(QueryRows(q, lead, rows.own, **ragged), Keys(k, v), cached, scores)
+    out.view(tokens, *query.shape[1:]).copy_(result[0].transpose(0, 1))

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ...ops.operands import Scores
 from .attention import Rows, append, attend
 from .settings import Settings
 
@@ -64,9 +65,7 @@ class TidarCPUImpl(CPUAttentionBackendImpl):
             return
         refused = {
             "sliding_window": self.sliding_window != -1,
-            "logits_soft_cap": self.logits_soft_cap != 0,
             "alibi_slopes": self.alibi_slopes is not None,
-            "sinks": self.sinks is not None,
             "kv_cache_dtype": self.is_fp8_kv_cache,
         }
         for name, there in refused.items():
@@ -91,9 +90,11 @@ class TidarCPUImpl(CPUAttentionBackendImpl):
             )
         count = attn_metadata.num_actual_tokens
         attend(
-            query[:count], key[:count], value[:count], kv_cache, attn_metadata.block_table, attn_metadata.seq_lens,
-            attn_metadata.query_start_loc, attn_metadata.rows, self.scale, output[:count],
-        )  # fmt: skip
+            *(query[:count], key[:count], value[:count], kv_cache.chunk(2, dim=-1)),
+            *(attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc, attn_metadata.rows),
+            *(Scores(self.scale, self.logits_soft_cap or None, self.sinks), output[:count]),
+            max_query_len=attn_metadata.max_query_len,
+        )
         return output
 
     def do_kv_cache_update(
