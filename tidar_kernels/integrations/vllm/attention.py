@@ -84,7 +84,7 @@ def attend(
     table = block_table[:requests]
     capacity = table.shape[1] * cache[0].shape[2]
     cached = Cached(*cache, lengths, capacity, table)
-    # On a CPU the operator would run the kernel wherever Triton's interpreter is on; vLLM's tests need that for its own.
+    # On a CPU the operator runs the kernel where Triton's interpreter is on, which vLLM's tests need for its own.
     compute = operator if query.is_cuda else cpu.step_attention
     result, _ = compute(QueryRows(q, lead, rows.own, **ragged), Keys(k, v), cached, scores)
     out.view(tokens, *query.shape[1:]).copy_(result[0].transpose(0, 1))

@@ -65,7 +65,9 @@ class TidarCPUImpl(CPUAttentionBackendImpl):
             return
         refused = {
             "sliding_window": self.sliding_window != -1,
+            "logits_soft_cap": self.logits_soft_cap != 0,
             "alibi_slopes": self.alibi_slopes is not None,
+            "sinks": self.sinks is not None,
             "kv_cache_dtype": self.is_fp8_kv_cache,
         }
         for name, there in refused.items():
@@ -92,7 +94,7 @@ class TidarCPUImpl(CPUAttentionBackendImpl):
         attend(
             *(query[:count], key[:count], value[:count], kv_cache.chunk(2, dim=-1)),
             *(attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc, attn_metadata.rows),
-            *(Scores(self.scale, self.logits_soft_cap or None, self.sinks), output[:count]),
+            *(Scores(self.scale), output[:count]),
             max_query_len=attn_metadata.max_query_len,
         )
         return output
