@@ -79,12 +79,12 @@ def attend(
     starts = query_start_loc[: requests + 1].to(torch.int32)
     lead = torch.stack([torch.zeros_like(rows.lead), rows.lead], dim=1)
     kinds = torch.arange(requests, dtype=torch.int32, device=query.device)
-    ragged = {"cu_rows": starts, "kinds": kinds, "offsets": starts, "max_rows": max_query_len}
     lengths = (seq_lens[:requests] - starts.diff()).to(torch.int32)
     table = block_table[:requests]
     capacity = table.shape[1] * cache[0].shape[2]
     cached = Cached(*cache, lengths, capacity, table)
     # On a CPU the operator runs the kernel where Triton's interpreter is on, which vLLM's tests need for its own.
     compute = operator if query.is_cuda else cpu.step_attention
-    result, _ = compute(QueryRows(q, lead, rows.own, **ragged), Keys(k, v), cached, scores)
+    ragged = QueryRows(q, lead, rows.own, cu_rows=starts, kinds=kinds, offsets=starts, max_rows=max_query_len)
+    result, _ = compute(ragged, Keys(k, v), cached, scores)
     out.view(tokens, *query.shape[1:]).copy_(result[0].transpose(0, 1))

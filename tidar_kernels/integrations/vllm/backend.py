@@ -90,9 +90,9 @@ class TidarCPUImpl(CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        count = attn_metadata.num_actual_tokens
+        count, width = attn_metadata.num_actual_tokens, kv_cache.shape[-1] // 2  # a key, then a value
         attend(
-            *(query[:count], key[:count], value[:count], kv_cache.chunk(2, dim=-1)),
+            *(query[:count], key[:count], value[:count], (kv_cache[..., :width], kv_cache[..., width:])),
             *(attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc, attn_metadata.rows),
             *(Scores(self.scale), output[:count]),
             max_query_len=attn_metadata.max_query_len,
