@@ -64,9 +64,11 @@ unit: $(STAMP)  ## the tests alone: CPU paths and compiled kernels, then the ker
 	@$(BIN)/python .ci/summary.py $(REPORTS)/cpu.xml $(REPORTS)/interpreter.xml
 
 # A few minutes; a fast part of it is in `make test`. One test at a time: each has processes of its own.
-# Half of the interpreter's parity cases run in `make test`, so that it stays short; these are the others.
-thorough: $(STAMP)  ## the interpreter's cases that `make test` leaves out
-	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(PYTEST) -m thorough --thorough
+# A third of the interpreter's parity cases run in `make test`, so that it stays short, and not its longest tests.
+thorough: export OMP_WAIT_POLICY = passive
+thorough: $(STAMP)  ## the tests and the interpreter's cases that `make test` leaves out
+	TRITON_INTERPRET=0 $(PYTEST) -m thorough --thorough
+	TRITON_INTERPRET=1 $(PYTEST) -m thorough --thorough
 
 distributed: $(STAMP)  ## training on 2 and 4 processes against one, on gloo: results, losses, checkpoints, killed processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 --durations=5 -m distributed --distributed tests/distributed \

@@ -17,7 +17,7 @@ HERE = DEVICES[:2]
 
 
 def on_every_path(operator: str) -> list[Any]:
-    """`(device, case)` over the tables of `tidar_kernels.testing`; every other one of the interpreter is `thorough`."""
+    """`(device, case)` over the tables of `tidar_kernels.testing`; of the interpreter two in three are `thorough`."""
     (suite,) = (suite for suite in testing.SUITES if suite.operator == operator)
     return [
         pytest.param(
@@ -25,7 +25,7 @@ def on_every_path(operator: str) -> list[Any]:
             case,
             marks=[
                 *([marks] if marks else []),
-                *([pytest.mark.thorough] if path == "interpreter" and index % 2 else []),
+                *([pytest.mark.thorough] if path == "interpreter" and index % 3 else []),
             ],
             id=f"{path}-{case.id}",
         )

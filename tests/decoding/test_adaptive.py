@@ -51,7 +51,7 @@ def switched_at_random(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
     return taken
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_tokens_do_not_depend_on_the_settings(
     model: Transformer, prompts: list[list[int]], temperature: float, exact: bool, monkeypatch: pytest.MonkeyPatch

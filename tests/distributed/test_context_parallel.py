@@ -223,7 +223,7 @@ def test_functions(ranks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8, 64])
-@pytest.mark.parametrize("seq_len", [1021, 4099])
+@pytest.mark.parametrize("seq_len", [1021, pytest.param(4099, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("family", ["tidar", "documents", "idlm", "block_diffusion", "jacobi", "causal", "window"])
 def test_work_is_balanced(family: str, seq_len: int, world: int) -> None:
     s = seq_len

@@ -106,6 +106,7 @@ def _error(function: Callable[[], Any]) -> str:
     return f"{raised.type.__name__}: {raised.value}"
 
 
+@pytest.mark.thorough
 def test_sharded_operands_are_one_process() -> None:
     expected = [
         "TypeError: k: expected a DTensor like the other operands, got Tensor",

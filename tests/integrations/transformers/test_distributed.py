@@ -20,7 +20,11 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_bf16", "cp", "tp", "trainer", "trainer_cp", "trainer_evaluated"])
+IN_EVERY_RUN = ("ddp", "fsdp_bf16", "cp", "trainer_cp", "trainer_evaluated")
+LONGER = [pytest.param(how, marks=pytest.mark.thorough) for how in ("fsdp", "tp", "trainer")]
+
+
+@pytest.mark.parametrize("how", [*IN_EVERY_RUN, *LONGER])
 def test_two_processes_are_one_large_batch(how: str, tmp_path: Path) -> None:
     compare(2, how, tmp_path)
 

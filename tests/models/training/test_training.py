@@ -332,6 +332,7 @@ def test_resume_with_another_end(folder, corpus, tmp_path):
         Trainer.resume(tmp_path / "run", Corpus(corpus.files))
 
 
+@pytest.mark.thorough
 def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
     monkeypatch.setattr("tidar_kernels.models.training.data.stdlib_folder", lambda: folder)

@@ -174,7 +174,7 @@ def verify(
         got = "none" if draft_logits is None else "some"
         raise ValueError(f'draft_logits: expected for rule "rejection" and no other, got {got} for {rule!r}')
     if check_number("beta", beta, 0.0, 1.0) != 1.0 and mix is None:
-        raise ValueError(f"beta: expected 1 without mix, got {beta}")
+        raise ValueError(f"beta: expected a number in [0, 1], and 1 without mix, got {beta}")
     check_backend(backend, logits.device)
     if backend == "eager":
         verified = Verified(*reference.verify(
