@@ -32,8 +32,10 @@ def test_products_have_the_bits_of_linear(rows: int, shape: tuple[int, int]) -> 
         with packed_linear(weights):
             found = F.linear(x, w), F.linear(x[:, ::2], w, bias)
     assert len(weights._held) == 1
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    exact = F.linear(x.double(), w.double()), F.linear(x[:, ::2].double(), w.double(), bias.double())
+    for ours, theirs, reference in zip(found, expected, exact, strict=True):  # the budget rule
+        allowed = 2 * (theirs - reference).norm() + 1e-5 * reference.norm()
+        assert (ours - reference).norm() <= allowed
     assert torch.equal(found[0], expected[0])
 
 

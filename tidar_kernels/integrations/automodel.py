@@ -15,7 +15,7 @@ share the rows of their sequences out over the ranks of `cp_size` (context paral
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nemo_automodel.components.distributed.utils import get_sync_ctx
@@ -30,6 +30,20 @@ from .transformers.training import causal_lm_of, pattern_loss
 __all__ = ["TiDARIDLMStrategy", "TiDARStrategy", "main", "register"]
 
 _ROWS = "_tidar_rows"  # of a batch: what `pattern_loss` wants, made before the step
+
+
+class _Microbatch(NamedTuple):
+    """The loss `scale * (alpha * CE_clean + CE_masked) / (1 + alpha)` of some rows.
+
+    Attributes:
+        rows: tokens, positions and labels as for `pattern_loss`, and the pattern.
+        counts: what the sums over clean and over mask rows are divided by.
+    """
+
+    rows: tuple[Tensor, Tensor, Tensor, Pattern]
+    counts: tuple[int, int]
+    alpha: float
+    scale: float
 
 
 class _Strategy(DLLMStrategy):
@@ -54,23 +68,26 @@ class _Strategy(DLLMStrategy):
         """Part of Automodel's interface that these modes never come to: `forward_backward` makes its own rows."""
         return batch
 
-    def _step(
+    def _microbatch(
+        self, recipe: Any, batch: dict[str, Any], num_diffusion_tokens: int, num_ar_tokens: int
+    ) -> _Microbatch:
+        """What to compute of a batch; the numbers of tokens are those of all ranks and microbatches."""
+        raise NotImplementedError
+
+    def forward_backward(
         self,
         recipe: Any,
         idx: int,
-        rows: tuple[Tensor, Tensor, Tensor, Pattern],
-        counts: tuple[int, int],
-        alpha: float,
-        scale: float,
+        batch: dict[str, Any],
         *,
         loss_buffer: list[Tensor],
+        num_diffusion_tokens: int,
+        num_ar_tokens: int | None = None,
         num_batches: int,
-        is_train: bool,
+        is_train: bool = True,
     ) -> None:
-        """Both passes of one microbatch, of the loss `scale * (alpha * CE_clean + CE_masked) / (1 + alpha)`.
-
-        The two sums are divided by `counts`, those of clean and mask rows.
-        """
+        """Both passes of one microbatch, the `idx`-th of `num_batches`."""
+        rows, counts, alpha, scale = self._microbatch(recipe, batch, num_diffusion_tokens, num_ar_tokens or 0)
         model, device = recipe.model_parts[0], recipe.dist_env.device
         *tensors, pattern = rows
         tokens, positions, labels = (tensor.to(device) for tensor in tensors)
@@ -130,26 +147,10 @@ class TiDARStrategy(_Strategy):
             clean, masked = clean + int(own[0]), masked + int(own[1])
         return masked, clean
 
-    def forward_backward(
-        self,
-        recipe: Any,
-        idx: int,
-        batch: dict[str, Any],
-        *,
-        loss_buffer: list[Tensor],
-        num_diffusion_tokens: int,
-        num_ar_tokens: int | None = None,
-        num_batches: int,
-        is_train: bool = True,
-    ) -> None:
-        """One microbatch; the numbers of tokens are those of all ranks and microbatches."""
-        counts = (num_ar_tokens or 0, num_diffusion_tokens)
-        self._step(
-            *(recipe, idx, batch.pop(_ROWS), counts, self.alpha, 1.0),
-            loss_buffer=loss_buffer,
-            num_batches=num_batches,
-            is_train=is_train,
-        )
+    def _microbatch(
+        self, recipe: Any, batch: dict[str, Any], num_diffusion_tokens: int, num_ar_tokens: int
+    ) -> _Microbatch:
+        return _Microbatch(batch.pop(_ROWS), (num_ar_tokens, num_diffusion_tokens), self.alpha, 1.0)
 
 
 class TiDARIDLMStrategy(_Strategy, IDLMStrategy):
@@ -166,26 +167,12 @@ class TiDARIDLMStrategy(_Strategy, IDLMStrategy):
         loss: nn.Module = super().create_loss_fn(dllm_cfg)
         return loss
 
-    def forward_backward(
-        self,
-        recipe: Any,
-        idx: int,
-        batch: dict[str, Any],
-        *,
-        loss_buffer: list[Tensor],
-        num_diffusion_tokens: int,
-        num_ar_tokens: int | None = None,
-        num_batches: int,
-        is_train: bool = True,
-    ) -> None:
-        """One microbatch; both kinds of rows are divided by the supervised tokens of all ranks and microbatches."""
+    def _microbatch(
+        self, recipe: Any, batch: dict[str, Any], num_diffusion_tokens: int, num_ar_tokens: int
+    ) -> _Microbatch:
+        """Both kinds of rows are divided by the supervised tokens."""
         alpha = float(recipe.dllm_loss_fn.clean_loss_weight)
-        self._step(
-            *(recipe, idx, self._rows(batch), (num_diffusion_tokens, num_diffusion_tokens), alpha, 1.0 + alpha),
-            loss_buffer=loss_buffer,
-            num_batches=num_batches,
-            is_train=is_train,
-        )
+        return _Microbatch(self._rows(batch), (num_diffusion_tokens, num_diffusion_tokens), alpha, 1.0 + alpha)
 
     def _rows(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Pattern]:
         """`[x_t | x_0]`, positions and labels of the batch's examples, documents of one row, and their pattern."""

@@ -166,6 +166,8 @@ class TiDARCache(Cache):
 
     def __init__(self, config: Any, max_len: int) -> None:
         check_int("max_len", max_len, 1)
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config: expected that of a model of transformers, got {type(config).__name__}")
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[TiDARCacheLayer(max_len) for _ in range(layers)])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import Pattern, tidar_training
-from ...patterns.arguments import check_int
+from ...patterns.arguments import check_int, check_sequence
 
 __all__ = ["IGNORE_INDEX", "TiDARCollator", "batch_pattern", "pack"]
 
@@ -42,8 +42,10 @@ def batch_pattern(batch: Mapping[str, Any]) -> Pattern:
     """The pattern of a collated batch. Batches with the same lengths share one, and with it the copy on the device.
 
     Raises:
-        ValueError: the batch does not come from a `TiDARCollator`.
+        TypeError, ValueError: the batch does not come from a `TiDARCollator`.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: expected a batch of TiDARCollator, got {type(batch).__name__}")
     missing = [key for key in ("block_size", "document_lengths", "prompt_lengths") if key not in batch]
     if missing:
         raise ValueError(f"batch: expected a batch of TiDARCollator, got one without {', '.join(missing)}")
@@ -101,6 +103,7 @@ class TiDARCollator:
             the host, for `batch_pattern`, `block_size`, `document_lengths` and `prompt_lengths`: plain ints, so that
             moving a batch to a device and handing it between processes leaves them as they are.
         """
+        examples = check_sequence("examples", examples, "examples")
         documents = [
             document
             for index, example in enumerate(examples)
@@ -150,6 +153,8 @@ def pack(
     Raises:
         TypeError, ValueError: an argument or an example does not fit; of examples, once it is their turn.
     """
+    if not isinstance(examples, Iterable) or isinstance(examples, (str, bytes, Mapping, torch.Tensor)):
+        raise TypeError(f"examples: expected examples one after another, got {type(examples).__name__}")
     check_int("seq_len", seq_len, 1)
     _check_limit(seq_len, too_long)
     return _packs(examples, seq_len, too_long)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...patterns.arguments import check_int
+from ...patterns.arguments import check_int, check_path
 from .loading import load, tidar_entry
 
 __all__ = ["MASK_TOKEN", "Conversion", "add_mask_token", "convert"]
@@ -86,6 +86,8 @@ def add_mask_token(
         check_int("block_size", block_size, 1)
     if pad_to_multiple_of is not None:
         check_int("pad_to_multiple_of", pad_to_multiple_of, 1)
+    if token is not None and not isinstance(token, str):
+        raise TypeError(f"token: expected text, got {type(token).__name__}")
     token = token or tokenizer.mask_token or MASK_TOKEN
     vocabulary = tokenizer.get_vocab()
     rows, used = _num_rows(model), max(vocabulary.values()) + 1
@@ -157,7 +159,8 @@ def convert(
         OSError: the checkpoint cannot be read, or the new one not be written.
     """
     check_int("block_size", block_size, 1)
-    target = Path(out_path)
+    check_path("model_path", model_path)
+    target = check_path("out_path", out_path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"out_path: expected a new or an empty folder, got {target}")
     model, tokenizer = load(model_path)

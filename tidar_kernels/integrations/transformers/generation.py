@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ...decoding.decoder import Decoder, Mode
 from ...nn.adapters import has_gated_lora
 from ...ops.verify import Rule, SamplingParams
+from ...patterns.arguments import check_int
 from .model import TransformersModel, decoder_model
 from .processors import ProcessedModel, check_row_wise, sampling_options
 
@@ -102,6 +103,8 @@ def tidar_generation(
     if synced_gpus:
         raise ValueError("synced_gpus: expected False, got True")
     streamer = _streamer_of_caller() if streamer is None else streamer
+    if block_size is not None:
+        check_int("block_size", block_size, 1)
     _check_config(generation_config)
     _check_inputs(input_ids, streamer, model_kwargs)
     adapter = decoder_model(model, None, block_size, mask_token_id, needs_mask=mode == "tidar")

@@ -43,7 +43,8 @@ def count_labels(batch: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: the batch does not come from a `TiDARCollator`.
     """
-    return label_counts(batch["labels"], batch_pattern(batch), ignore_index=IGNORE_INDEX)
+    pattern = batch_pattern(batch)
+    return label_counts(batch["labels"], pattern, ignore_index=IGNORE_INDEX)
 
 
 # Its bookkeeping is not for a graph; the forward pass in it is compiled all the same.
@@ -82,6 +83,8 @@ def compute_loss(
             collator, or has tokens outside the vocabulary; or the model's forward pass shapes logits or computes its
             loss in a way that is not known here.
     """
+    if cp is not None and not isinstance(cp, DeviceMesh):
+        raise TypeError(f"cp: expected a DeviceMesh, got {type(cp).__name__}")
     pattern = torch.compiler.disable(batch_pattern)(batch)
     return pattern_loss(
         *(model, batch["input_ids"], batch["position_ids"], batch["labels"], pattern, alpha),

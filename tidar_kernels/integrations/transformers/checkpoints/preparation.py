@@ -89,7 +89,7 @@ def prepared(
             if value is not default:
                 raise ValueError(f"{name}: expected with a path alone, got {value!r} beside a model")
         found = decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
-        return Prepared(found, strategy or "tidar", block_size, mask_token_id)
+        return Prepared(found, "tidar" if strategy is None else strategy, block_size, mask_token_id)
 
     source = os.fspath(model)
     config = config_of(check_name(source))
