@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
+from ..patterns.arguments import check_device, check_int, check_number
 
 __all__ = ["RotaryEmbedding", "apply_rotary"]
 
@@ -19,18 +20,21 @@ class RotaryEmbedding(nn.Module):
         device: of the frequencies, float32 `[head_dim / 2]`; None for PyTorch's default device, as in its modules.
 
     Raises:
-        ValueError: `head_dim` is odd.
+        TypeError, ValueError: `head_dim` is no even int >= 1, `theta` no number > 0, or there is no such device.
     """
 
     inv_freq: Tensor
 
     def __init__(self, head_dim: int, theta: float = 10_000.0, device: torch.device | str | None = None) -> None:
         super().__init__()
-        if head_dim % 2:
+        theta = check_number("theta", theta)
+        if theta <= 0.0:
+            raise ValueError(f"theta: expected > 0, got {theta}")
+        if check_int("head_dim", head_dim, 1, 2**31) % 2:
             raise ValueError(f"head_dim: expected an even number for rotary positions, got {head_dim}")
         # Computed in float32 on the CPU, whatever the defaults: the same bits on every device.
         inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-        device = torch.get_default_device() if device is None else device
+        device = torch.get_default_device() if device is None else check_device("device", device)
         self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,5 +52,6 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate `x [batch, rows, heads, head_dim]` by `(cos, sin)` from `RotaryEmbedding`."""
+    checks.tensor("x", x, 4)
     cos, sin = checks.rotary(rotary)
     return x * cos + torch.roll(x, x.shape[-1] // 2, dims=-1) * sin
