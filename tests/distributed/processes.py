@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from tidar_kernels.testing import budget
 
@@ -21,7 +22,8 @@ __all__ = ["budgets", "on_ranks"]
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns in each of `world` processes, which are the ranks of the default group.
 
-    A process that ends by a signal fails with its number and with what each of its threads was doing.
+    A process that ends by a signal fails with its number and with what each of its threads was doing; one that raises,
+    with what every process raised: those that lose their peer may be the first to say so.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -30,6 +32,9 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         except ProcessExitedException as error:
             threads = (folder / f"{error.error_index}.threads").read_text()
             raise AssertionError(f"rank {error.error_index} of {world}: {error}\n{threads}") from None
+        except ProcessRaisedException:
+            raised = "\n".join(path.read_text() for path in sorted(folder.glob("*.raised")))
+            raise AssertionError(raised) from None
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -43,6 +48,9 @@ def _process(rank: int, world: int, folder: Path, function: Callable[..., Any], 
         )
         try:
             torch.save(function(*args), folder / f"{rank}.pt")
+        except Exception:  # written before the group ends, which the others notice
+            (folder / f"{rank}.raised").write_text(f"rank {rank} of {world}: {traceback.format_exc()}")
+            raise
         finally:
             dist.destroy_process_group()
             faulthandler.disable()
