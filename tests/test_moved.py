@@ -26,3 +26,13 @@ def test_an_old_name_runs_from_the_shell() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("usage: python -m tidar_kernels.models.training.publish")
     assert "FutureWarning: tidar_kernels.models.publish has moved to" in done.stderr
+
+
+def test_an_old_name_of_a_class() -> None:
+    from tidar_kernels import Decoder, decoding
+
+    old = r"^tidar_kernels\.decoding\.Decoder has moved to tidar_kernels\.integrations\.decoder; "
+    with pytest.warns(FutureWarning, match=old):
+        assert decoding.Decoder is Decoder
+    with pytest.raises(AttributeError, match=r"^module 'tidar_kernels\.decoding' has no attribute 'Encoder'$"):
+        _ = decoding.Encoder

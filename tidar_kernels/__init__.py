@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import distributed, eager, patterns
     from .cache import KVCache
-    from .decoding import Decoder, GenerationResult, Session, strategies
+    from .decoding import GenerationResult, Session, strategies
+    from .integrations.decoder import Decoder
     from .integrations.patch import patch, use_pattern
     from .nn.adapters import GatedLoRA, add_gated_lora, load_peft_adapter, lora_gate, save_adapter
     from .nn.attention import TiDARAttention
@@ -58,8 +59,9 @@ __all__ = [
 
 _MODULES = {
     "cache": ("KVCache",),
-    "decoding.decoder": ("Decoder", "GenerationResult"),
+    "decoding.decoder": ("GenerationResult",),
     "decoding.session": ("Session",),
+    "integrations.decoder": ("Decoder",),
     "integrations.patch": ("patch", "use_pattern"),
     "nn.adapters": ("GatedLoRA", "add_gated_lora", "load_peft_adapter", "lora_gate", "save_adapter"),
     "nn.attention": ("TiDARAttention",),

@@ -1,4 +1,4 @@
-"""Old names that still work for a release, with a warning: of modules that have moved, and of renamed keywords."""
+"""Old names that still work for a release, with a warning: modules and classes that have moved, renamed keywords."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOVED", "renamed_keyword", "spec_of"]
+__all__ = ["MOVED", "moved_name", "renamed_keyword", "spec_of"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -73,6 +73,20 @@ def spec_of(fullname: str) -> ModuleSpec | None:
     package, _, name = fullname.partition(".")
     loader: Any = _Moved()
     return ModuleSpec(fullname, loader) if package == __package__ and name in MOVED else None
+
+
+def moved_name(module: str, names: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module from which these names have gone to the modules they are mapped to."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = f"{__package__}.{names[name]}"
+        text = f"{module}.{name} has moved to {new}; its old name goes in the next release"
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        return getattr(import_module(new), name)
+
+    return get
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

@@ -36,15 +36,14 @@ PURPOSE = {
 # Files and folders that a newcomer need not see.
 HIDDEN = {"__init__", "__main__", "custom_generate", "halves", "rows"}
 WIDTH, FLOOR, PLANK, LINE, LINE_HEIGHT = 13.0, 1.0, 0.18, 92, 0.26
-INK, FAINT, WALL, ROOM, UP = "#1f2933", "#66727f", "#2f6db5", "#eaf1f9", "#c0392b"
+INK, FAINT, WALL, ROOM = "#1f2933", "#66727f", "#2f6db5", "#eaf1f9"
 
 
-def _floors() -> tuple[list[str], list[tuple[str, str]]]:
-    """`(rooms from the roof down, imports that are allowed to go up, as pairs of rooms)`, from pyproject.toml."""
+def _floors() -> list[str]:
+    """Rooms from the roof down, from pyproject.toml."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     (contract,) = (contract for contract in settings["contracts"] if contract["name"] == CONTRACT)
-    excused = [tuple(name.split(".")[1] for name in line.split(" -> ")) for line in contract["ignore_imports"]]
-    return list(contract["layers"]), [(a, b) for a, b in excused]
+    return list(contract["layers"])
 
 
 def _imports(rooms: list[str]) -> list[tuple[str, str]]:
@@ -88,15 +87,15 @@ def _wrapped(label: str, names: list[str]) -> list[str]:
 
 def description() -> str:
     """All that the picture shows, as text: it tells whether the picture is current."""
-    rooms, excused = _floors()
+    rooms = _floors()
     lines = [line for room in rooms for line in (f"{room}: {PURPOSE[room]}", *_inside(room))]
-    lines += [f"{a} -> {b}{' (excused)' * ((a, b) in excused)}" for a, b in _imports(rooms)]
+    lines += [f"{a} -> {b}" for a, b in _imports(rooms)]
     return "\n".join(lines)
 
 
 def save(path: Path) -> None:
     """Draw the plan: a floor a room, and a shaft a room with an arrow into every floor that it imports from."""
-    rooms, excused = _floors()
+    rooms = _floors()
     imports = _imports(rooms)
     contents = {room: _inside(room) for room in rooms}
     heights = {room: FLOOR + LINE_HEIGHT * max(0, len(contents[room]) - 1) for room in rooms}
@@ -122,8 +121,7 @@ def save(path: Path) -> None:
         middle[room] = (ceiling + floor) / 2
         ceiling = floor - PLANK
     sources = [room for room in rooms if any(a == room for a, _ in imports)]
-    down = [pair for pair in imports if pair not in excused]
-    arrivals = {room: [a for a, b in down if b == room] for room in rooms}
+    arrivals = {room: [a for a, b in imports if b == room] for room in rooms}
 
     def height_of(source: str, target: str) -> float:
         """Where an arrow meets its floor: in the lower half, one below another."""
@@ -133,7 +131,7 @@ def save(path: Path) -> None:
     apart = (WIDTH - edge - 1.1) / len(sources)
     for lane, room in enumerate(sources):
         x = edge + 0.35 + apart * lane
-        reached = [b for a, b in down if a == room]
+        reached = [b for a, b in imports if a == room]
         lowest = min(height_of(room, b) for b in reached)
         start = middle[room] + 0.12
         axes.plot([edge, x, x], [start, start, lowest], color=INK, linewidth=1.1, solid_capstyle="round")
@@ -142,18 +140,6 @@ def save(path: Path) -> None:
             y = height_of(room, target)
             axes.annotate(
                 "", (edge, y), (x, y), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkB": 0}
-            )
-        for target in (b for a, b in imports if a == room and (a, b) in excused):
-            up = edge + 0.12
-            arrow = {"arrowstyle": "-|>", "color": UP, "linewidth": 1.0, "linestyle": "dashed", "shrinkB": 0}
-            axes.annotate("", (up, middle[target] - heights[target] / 2), (up, middle[room] + 0.2), arrowprops=arrow)
-            axes.text(
-                up - 0.2,
-                middle[room] + heights[room] / 2 - 0.62,
-                "one exception, listed",
-                fontsize=7,
-                color=UP,
-                ha="right",
             )
     figure.savefig(path, metadata={"Description": description()})
 

@@ -18,7 +18,7 @@ from tests.paths import REPOSITORY
 from tidar_kernels import cli
 from tidar_kernels.cli import common, generate
 from tidar_kernels.cli.sampling import Sampling
-from tidar_kernels.decoding.decoder import Decoder
+from tidar_kernels.decoding.decoder import ModelDecoder as Decoder
 from tidar_kernels.models import load_shipped, save_checkpoint
 from tidar_kernels.ops.verify import SamplingParams
 

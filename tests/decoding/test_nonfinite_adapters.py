@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.toys import PROMPTS, sharp_model
-from tidar_kernels.decoding import Decoder
+from tidar_kernels import Decoder
 from tidar_kernels.decoding.strategies import SelfSpeculation, Strategy, isd, tidar
 from tidar_kernels.models import Transformer
 from tidar_kernels.nn.adapters import add_gated_lora

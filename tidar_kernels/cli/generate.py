@@ -39,7 +39,7 @@ from .strategy import Drafts, add_strategy_arguments
 if TYPE_CHECKING:
     import torch
 
-    from ..decoding.decoder import Decoder, GenerationResult, Mode
+    from ..decoding.decoder import GenerationResult, Mode
     from ..decoding.session import DecoderModel
     from ..decoding.strategies import Strategy
     from ..models import Transformer
@@ -471,7 +471,7 @@ class _Task:
         sampling: Sampling,
         exact: bool,
     ) -> None:
-        from ..decoding.decoder import Decoder
+        from ..decoding.decoder import ModelDecoder
         from ..decoding.strategies import autoregressive
 
         self.loaded = loaded
@@ -479,7 +479,7 @@ class _Task:
         self.title = autoregressive().label if strategy is None or mode == "autoregressive" else strategy.label
         self.parameters = sampling.parameters
         with user_errors(ValueError, rename={name: f"--{name}" for name in ("sampling", "beta", "exact")}):
-            self.decoder: Decoder = Decoder(
+            self.decoder = ModelDecoder(
                 loaded.model,
                 mask_token_id=loaded.mask_token_id,
                 mode=mode,

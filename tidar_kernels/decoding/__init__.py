@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .decoder import Decoder, GenerationResult, Mode
+from .._moved import moved_name
+from .decoder import GenerationResult, Mode, ModelDecoder
 from .session import Session
 
-__all__ = ["Decoder", "GenerationResult", "Mode", "Session"]
+__all__ = ["GenerationResult", "Mode", "ModelDecoder", "Session"]
+
+__getattr__ = moved_name(__name__, {"Decoder": "integrations.decoder"})

@@ -5,7 +5,6 @@ TiDAR and plain autoregression are the same loop, `tidar_kernels.decoding.sessio
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from .session import DecoderModel, Event, FinishReason, Request, Session, StepCo
 from .strategies import Adaptive, Profile, Strategy, StrategyName, autoregressive, by_name
 from .strategies.base import check_interface, check_positions, check_ready
 
-__all__ = ["Decoder", "DecoderModel", "GenerationResult", "TokenStream"]
+__all__ = ["DecoderModel", "GenerationResult", "ModelDecoder", "TokenStream"]
 
 Mode = Literal["tidar", "autoregressive"]
 
@@ -82,7 +81,7 @@ class TokenStream(Iterator[tuple[int, list[int]]]):
         return next(self._steps)
 
 
-class Decoder:
+class ModelDecoder:
     """Decoding of a `DecoderModel`, several tokens a forward pass.
 
     With `mode="tidar"` and the coupled rule the output equals that of `mode="autoregressive"` token for token, greedy
@@ -114,10 +113,6 @@ class Decoder:
         cuda_graph: capture a step as one CUDA graph; default where there is a GPU.
         packed: on a CPU that multiplies bfloat16, keep a second copy of the bfloat16 weights in the layout in which it
             does: steps of few rows are faster, with the same bits (`tidar_kernels.decoding.packed`).
-
-    Attributes:
-        recognised: which system a checkpoint is of and how it is decoded, from `from_transformers` with a path; else
-            None.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the model has no default for it.
@@ -152,7 +147,6 @@ class Decoder:
             raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
         check_interface(model)
         self.model, self.mode, self.max_len = model, mode, max_len
-        self.recognised: Any = None  # what `from_transformers` found a checkpoint to be
         self.prefill_chunk = patterns.check_int("prefill_chunk", prefill_chunk, 1)
         self.batch_size = patterns.check_int("batch_size", batch_size, 1)
         self._session: Session | None = None
@@ -205,75 +199,7 @@ class Decoder:
         vars(self).update(state, _session=None, _session_lock=threading.Lock())
 
     def __repr__(self) -> str:
-        decoded = self._step.strategy.label if self.recognised is None else str(self.recognised)
-        return f"{type(self).__name__}({decoded})"
-
-    @classmethod
-    def from_transformers(
-        cls,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        block_size: int | Literal["auto"] | None = None,
-        mask_token_id: int | None = None,
-        strategy: StrategyName | Strategy | None = None,
-        mode: Mode = "tidar",
-        system: str | None = None,
-        adapter: str | os.PathLike[str] | bool = True,
-        dtype: Any = "auto",
-        device: Any = None,
-        **options: Any,
-    ) -> Decoder:
-        """A decoder of a transformers model; it is switched to `attn_implementation="tidar"` and stays so.
-
-        From a path, the checkpoint's configuration says which system it is of (Nemotron-Labs-Diffusion, I-DLM, SDAR,
-        ..; docs/checkpoints.md), and so its mask token, block size, adapter and the strategy that its authors use; what
-        is given here wins. `decoder.recognised`, its `repr` and a line of logging say what was found and chosen. No
-        code of a checkpoint is run.
-
-        Args:
-            model: a folder or a name on the Hub; or a causal language model in evaluation mode, see
-                `tidar_kernels.integrations.transformers`.
-            tokenizer: checked against the model's vocabulary; its mask token is the last resort for one.
-            block_size, mask_token_id: default those in the config's entry `tidar`, which converted checkpoints have.
-            strategy: default "tidar", or that of the system.
-            mode, options: as for `Decoder`.
-            system: of a checkpoint whose configuration does not say which it is, "i-dlm" for example.
-            adapter: a folder with a gated adapter for drafting (R-ISD), as PEFT saves it; True for the one that the
-                system keeps in its checkpoint, if it is there, False for none.
-            dtype, device: of the weights that are read; default those of the checkpoint, on the CPU.
-
-        Raises:
-            TypeError, ValueError: the model does not suit, there is no mask token, or as for `Decoder`; a checkpoint is
-                of a system that cannot be decoded, or lacks tensors, by name.
-            FileNotFoundError, OSError: there is no checkpoint or no adapter, or it cannot be read.
-        """
-        # Upward, and only when it is called: the one exception of the floor plan, listed in pyproject.toml.
-        from ..integrations.transformers.checkpoints import prepared
-
-        found = prepared(
-            model,
-            tokenizer,
-            block_size=None if block_size == "auto" else block_size,
-            mask_token_id=mask_token_id,
-            strategy=strategy,
-            stride=options.get("stride"),
-            beta=options.get("beta"),
-            autoregressive=mode == "autoregressive",
-            system=system,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-        )
-        if isinstance(found.strategy, Strategy):
-            options.pop("stride", None)
-        if found.beta is not None:
-            options["beta"] = found.beta
-        options.setdefault("adapted", has_gated_lora(found.model.model))
-        size = block_size if block_size == "auto" else found.block_size
-        decoder = cls(found.model, size, found.mask_token_id, mode=mode, strategy=found.strategy, **options)
-        decoder.recognised = found.recognised
-        return decoder
+        return f"{type(self).__name__}({self._step.strategy.label})"
 
     def generate(
         self,

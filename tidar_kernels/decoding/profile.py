@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .costs import row_costs
-from .decoder import Decoder
+from .decoder import ModelDecoder
 from .session import DecoderModel, StepConfig
 from .strategies import Profile, tidar
 from .strategies.levels import acceptance_of, shapes
@@ -42,7 +42,7 @@ def profile(
     Raises:
         TypeError, ValueError: as `Decoder` and `Decoder.generate`.
     """
-    decoder = Decoder(model, max_block_size, mask_token_id)
+    decoder = ModelDecoder(model, max_block_size, mask_token_id)
     accepted: list[int] = []
     for prompt in prompts:
         result = decoder.generate([list(prompt)], new_tokens, **sampling)

@@ -217,5 +217,10 @@ def check_adapter(rank: Any, alpha: Any, dtype: Any) -> None:
 
 
 def has_gated_lora(model: object) -> bool:
-    """Whether any projection of the model is wrapped: it then runs inside `lora_gate` only."""
-    return isinstance(model, nn.Module) and any(isinstance(module, GatedLoRA) for module in model.modules())
+    """Whether any projection of the model is wrapped: it then runs inside `lora_gate` only.
+
+    Args:
+        model: a module, or what has one as its attribute `model`.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    return isinstance(module, nn.Module) and any(isinstance(inner, GatedLoRA) for inner in module.modules())

@@ -25,14 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...decoding.decoder import Decoder
+from ...decoding.decoder import ModelDecoder
 from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
 from ...nn.distillation import adapter_pattern, clean_then_masks, distillation_loss
 from ...nn.files import replacing
 from ...patterns.arguments import check_int
 from .attention import LayerKeys
 from .loading import tidar_entry
-from .model import TransformersModel
+from .model import TransformersModel, decoder_model
 
 __all__ = ["AdapterTrainer", "DistillationConfig", "draft_figures", "own_continuations", "some_mask_token"]
 
@@ -325,7 +325,7 @@ def own_continuations(
     Raises:
         TypeError, ValueError: as `Decoder.generate`.
     """
-    decoder = Decoder.from_transformers(model, mode="autoregressive")
+    decoder = ModelDecoder(decoder_model(model, needs_mask=False), mode="autoregressive")
     end = model.generation_config.eos_token_id
     stops = [] if end is None else [end] if isinstance(end, int) else list(end)
     found = list(known)
@@ -354,8 +354,9 @@ def draft_figures(
         `tokens_per_forward`, and `acceptance`: of draft 1, 2, .. of a step (draft 0 is always kept) the share of steps
         that kept it; `steps` and `tokens`.
     """
-    decoder = Decoder.from_transformers(
-        model, block_size=config.block_size, mask_token_id=config.mask_token_id, strategy=config.strategy
+    block_size, mask_token_id = config.block_size, config.mask_token_id
+    decoder = ModelDecoder(
+        decoder_model(model, None, block_size, mask_token_id), block_size, mask_token_id, strategy=config.strategy
     )
     accepted: list[int] = []
     for index, prompt in enumerate(prompts):

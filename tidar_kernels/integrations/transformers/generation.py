@@ -18,8 +18,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ...decoding.decoder import Decoder, Mode
-from ...nn.adapters import has_gated_lora
+from ...decoding.decoder import Mode, ModelDecoder
 from ...ops.verify import Rule, SamplingParams
 from ...patterns.arguments import check_int
 from .model import TransformersModel, decoder_model
@@ -122,7 +121,7 @@ def tidar_generation(
     if options is None:
         check_row_wise(logits_processor)
         wrapped = ProcessedModel(adapter, logits_processor, prefixes, max_len)
-    decoder = Decoder(
+    decoder = ModelDecoder(
         wrapped,
         block_size,
         mask_token_id,
@@ -130,7 +129,6 @@ def tidar_generation(
         sampling=sampling,
         batch_size=len(prompts),
         max_len=max_len,
-        adapted=has_gated_lora(adapter.model),
         cuda_graph=False if options is None else None,
     )
     sampled, seed = bool(generation_config.do_sample), 0

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ...decoding.decoder import Decoder
+from ...decoding.decoder import Mode, ModelDecoder
 from ...decoding.strategies.base import check_ready
 from ...patterns.arguments import check_int
 from .loading import tidar_entry
+from .model import decoder_model
 from .trace import Difference, Trace
 
 __all__ = ["ASSISTED", "Divergence", "LosslessReport", "Trajectory", "lossless"]
@@ -172,6 +173,7 @@ def lossless(
                 for options in (
                     {"mode": "autoregressive", "exact": exact},
                     {
+                        "mode": "tidar",
                         "strategy": strategy,
                         "exact": exact,
                         "mask_token_id": mask_token_id,
@@ -203,8 +205,18 @@ def _some_mask(model: Any) -> int:
     return entry.get("mask_token_id", int(model.config.get_text_config(decoder=True).vocab_size - 1))
 
 
-def _decoding(model: Any, max_new_tokens: int, temperature: float, seed: int, **options: Any) -> Run:
-    decoder = Decoder.from_transformers(model, cuda_graph=False, **options)
+def _decoding(
+    model: Any,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    mode: Mode,
+    block_size: int | None = None,
+    mask_token_id: int | None = None,
+    **options: Any,
+) -> Run:
+    found = decoder_model(model, None, block_size, mask_token_id, needs_mask=mode == "tidar")
+    decoder = ModelDecoder(found, block_size, mask_token_id, mode=mode, cuda_graph=False, **options)
     stops = _stop_tokens(model)
 
     def run(prompt: list[int], trace: Trace) -> tuple[list[int], int]:

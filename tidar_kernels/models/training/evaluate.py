@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...decoding.decoder import Decoder
+from ...decoding.decoder import ModelDecoder
 from ...patterns import tidar_training
 from ..transformer import Transformer
 
@@ -118,7 +118,7 @@ def evaluate_briefly(
     if groups:
         prompts = _evenly([prompt for group in groups.values() for prompt in group], max_prompts)
         for row in blocks:
-            decoder = Decoder(model, row["block_size"])
+            decoder = ModelDecoder(model, row["block_size"])
             results = [decoder.generate([list(prompt)], max_new_tokens) for prompt in prompts]
             forwards = sum(result.forwards for result in results)
             row["tokens_per_forward"] = max_new_tokens * len(prompts) / forwards
@@ -136,10 +136,10 @@ def evaluate_block_lengths(
         For each of `block_sizes` its `tokens_per_forward`, and `identical`: whether every output is that of
         autoregressive decoding.
     """
-    reference = [Decoder(model, mode="autoregressive").generate([list(p)], max_new_tokens).tokens for p in prompts]
+    reference = [ModelDecoder(model, mode="autoregressive").generate([list(p)], max_new_tokens).tokens for p in prompts]
     rows = []
     for block_size in block_sizes:
-        results = [Decoder(model, block_size).generate([list(p)], max_new_tokens) for p in prompts]
+        results = [ModelDecoder(model, block_size).generate([list(p)], max_new_tokens) for p in prompts]
         rows.append(
             {
                 "block_size": block_size,
@@ -158,7 +158,7 @@ def evaluate_decoding(model: Transformer, prompts: dict[str, list[bytes]], max_n
         `tokens_per_forward`, `accepted` (how many steps committed 1, 2, .. B tokens) and `tokens_per_forward_of` each
         text; `tokens_per_second` of each mode, decode steps only.
     """
-    decoders = {"tidar": Decoder(model), "autoregressive": Decoder(model, mode="autoregressive")}
+    decoders = {"tidar": ModelDecoder(model), "autoregressive": ModelDecoder(model, mode="autoregressive")}
     seconds = dict.fromkeys(decoders, 0.0)
     accepted = [0] * decoders["tidar"].block_size
     per_text: dict[str, float] = {}
