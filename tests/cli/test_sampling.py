@@ -15,10 +15,9 @@ import torch
 
 from tests.cli.shell import PROMPT, Run
 from tests.paths import REPOSITORY
-from tidar_kernels import cli
+from tidar_kernels import Decoder, cli
 from tidar_kernels.cli import common, generate
 from tidar_kernels.cli.sampling import Sampling
-from tidar_kernels.decoding.decoder import ModelDecoder as Decoder
 from tidar_kernels.models import load_shipped, save_checkpoint
 from tidar_kernels.ops.verify import SamplingParams
 

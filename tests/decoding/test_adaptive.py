@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from tests.toys import Chain, chain_law, distance, toy
-from tidar_kernels import SamplingParams
+from tidar_kernels import Decoder, SamplingParams
 from tidar_kernels.decoding import decoder as decoder_module
-from tidar_kernels.decoding.decoder import ModelDecoder as Decoder
 from tidar_kernels.decoding.session import Session, StepConfig
 from tidar_kernels.decoding.strategies import Adaptive, Profile, Strategy, adaptive, tidar
 from tidar_kernels.decoding.strategies.adaptive import FIRST_SHARE, PERIOD, RunningChoice

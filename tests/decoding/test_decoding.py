@@ -12,7 +12,7 @@ import torch
 
 import tidar_kernels as tk
 from tests.toys import sharp_model
-from tidar_kernels.decoding.decoder import ModelDecoder as Decoder
+from tidar_kernels import Decoder
 from tidar_kernels.models import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(

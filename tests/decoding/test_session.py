@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.toys import sharp_model
-from tidar_kernels import ops
-from tidar_kernels.decoding.decoder import ModelDecoder as Decoder
+from tidar_kernels import Decoder, ops
 from tidar_kernels.decoding.session import Session, StepConfig
 from tidar_kernels.decoding.strategies import autoregressive, tidar
 from tidar_kernels.models import ByteTokenizer, Transformer, TransformerConfig, load_shipped

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tidar_kernels as tk
 from tests.paths import REPOSITORY
+from tidar_kernels.ops import declaration
 from tidar_kernels.ops.declaration import Operator
+from tidar_kernels.ops.kv.api import append_operator
 from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 from tidar_kernels.ops.step_attention import operator as step_operator
 
@@ -112,3 +116,106 @@ def test_tensors_that_are_not_strided_are_refused() -> None:
     for other in (jagged, dense.to_sparse()):
         with pytest.raises(TypeError, match=r"^k: expected a strided tensor, got "):
             tk.attention(dense, other, dense, pattern)
+
+
+class Seen(TorchDispatchMode):
+    """What PyTorch's dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+class Subclass(Tensor):
+    pass
+
+
+def step_operands(requires_grad: bool = False) -> dict[str, Any]:
+    pattern = tk.patterns.tidar_step(2)
+    q = torch.randn(1, 2, pattern.q_len, 16, requires_grad=requires_grad)
+    k, v = (torch.randn(1, 1, pattern.q_len, 16) for _ in "kv")
+    k_cache, v_cache = (torch.randn(1, 1, 12, 16) for _ in "kv")
+    lengths = torch.tensor([4], dtype=torch.int32)
+    return {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "pattern": pattern}
+
+
+class TestCallsPastTheDispatcher:
+    """A call that the dispatcher has nothing to do for goes to the implementation, with the same results."""
+
+    @pytest.fixture
+    def dispatched(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """A number for each call that went to the dispatcher."""
+        calls: list[int] = []
+        overload = step_operator._overload
+
+        def call(*args: Any) -> Any:
+            calls.append(len(args))
+            return overload(*args)
+
+        monkeypatch.setattr(step_operator, "_overload", call)
+        return calls
+
+    def test_plain_calls_have_its_results(self, dispatched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        operands = step_operands()
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                found = tk.step_attention(**operands)
+        assert not dispatched
+        monkeypatch.setattr(declaration, "_is_plain", lambda values: False)
+        assert torch.equal(found, tk.step_attention(**operands))
+        assert dispatched
+
+    def test_gradients(self, dispatched: list[int]) -> None:
+        operands = step_operands(requires_grad=True)
+        out = tk.step_attention(**operands)
+        assert dispatched
+        with pytest.raises(RuntimeError, match=r"^step_attention: expected no backward pass"):
+            out.sum().backward()
+        dispatched.clear()
+        with torch.no_grad():
+            assert not tk.step_attention(**operands).requires_grad
+        assert not dispatched
+
+    def test_modes_see_the_call(self) -> None:
+        with Seen() as seen:
+            tk.step_attention(**step_operands())
+        assert seen.calls.count("tidar_kernels::step_attention") == 1
+
+    def test_a_profiler_sees_the_call(self) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            tk.step_attention(**step_operands())
+        assert "tidar_kernels::step_attention" in {event.name for event in profile.events()}
+
+    @pytest.mark.parametrize("way", ["subclass", "default device", "functorch", "trace"])
+    def test_the_dispatcher_has_what_is_not_plain(self, way: str, dispatched: list[int]) -> None:
+        operands = step_operands()
+        expected = tk.step_attention(**operands)
+        if way == "subclass":
+            found = tk.step_attention(**operands | {"q": operands["q"].as_subclass(Subclass)}).as_subclass(Tensor)
+        elif way == "default device":
+            with torch.device("cpu"):
+                found = tk.step_attention(**operands)
+        elif way == "functorch":
+            found = torch.func.vjp(lambda x: x + tk.step_attention(**operands), torch.zeros(()))[0]
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is deprecated, and says so
+                traced = torch.jit.trace(lambda q: tk.step_attention(**operands | {"q": q}), operands["q"])
+            found = traced(operands["q"])
+        assert dispatched
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_what_is_written_has_another_version(self, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that autograd notices that what it had saved is gone. A kernel's writes are none of PyTorch's."""
+        monkeypatch.setattr(append_operator, "reference", lambda **operands: None)
+        operands = step_operands()
+        caches = [operands[name] for name in ("k_cache", "v_cache")]
+        before = [cache._version for cache in caches]
+        with mode():
+            tk.append_kv(*caches, operands["k"], operands["v"], operands["lengths"])
+        assert all(cache._version > version for cache, version in zip(caches, before, strict=True))

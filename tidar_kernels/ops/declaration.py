@@ -14,6 +14,9 @@ wrapper repeats the list, and none takes it apart by index.
     CUDA                        the Triton kernels
     CPU, TRITON_INTERPRET=1     the same kernels, interpreted
     CPU                         `cpu`, or the reference where that serves
+
+PyTorch's dispatcher takes two dozen operands apart and hands them back to Python, which costs more than all of the
+checks. A call that it has nothing to do for goes to the implementation at once (`Operator.__call__`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
+from torch.autograd.graph import increment_version
 
 __all__ = ["Backend", "Gradient", "Operator", "check_backend", "interpreting", "no_gradient", "no_second_derivative"]
 
@@ -82,6 +86,35 @@ def no_second_derivative(name: str) -> Gradient:
     return no_gradient(f"{name}: expected at most first derivatives, got a request for a second one")
 
 
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_OTHERS = frozenset({type(None), bool, int, float, str})
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has nothing to do for a call with these operands, the first of which is a tensor.
+
+    That is: no gradient to record, no mode, transform, trace or profiler that must see the call, no subclass of Tensor,
+    and a device that an implementation is registered for.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or profiler._is_profiler_enabled
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    with_gradients = torch.is_grad_enabled()
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            if (with_gradients and value.requires_grad) or not (value.is_cuda or value.is_cpu):
+                return False
+        elif kind not in _OTHERS:
+            return False
+    return True
+
+
 def _picker(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """`values -> tuple(values[i] for i in positions)`, as fast as Python has it."""
     if len(positions) > 1:
@@ -126,6 +159,8 @@ class Operator:
         self.operands = tuple(argument.name for argument in arguments)
         self._defaults = tuple(argument.default_value for argument in arguments)
         self._match(bundles)
+        written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+        self._written = [self._order[i] for i in written]
         self.kernel, self.cpu, self.reference = functools.cache(kernel), cpu, reference
         if (cpu is None) == (reference is None):
             raise TypeError(f"{self.name}: expected a cpu path or a reference that serves as one")
@@ -175,7 +210,17 @@ class Operator:
             self._check_no_tangents(values)
         if torch.compiler.is_compiling():  # Dynamo does not trace a picker
             return self._overload(*[values[i] for i in self._order])
-        return self._overload(*self._arrange(values))
+        if not _is_plain(values):
+            return self._overload(*self._arrange(values))
+        if values[0].is_cuda or interpreting():
+            found = self.kernel()(*bundles, **others)
+        elif self.cpu is not None:
+            found = self.cpu(*bundles, **others)
+        else:
+            found = self._run_reference(self._arrange(values))
+        if self._written:
+            increment_version([values[i] for i in self._written])
+        return found
 
     def _check_no_tangents(self, values: tuple[Any, ...]) -> None:
         """PyTorch drops tangents at an operator that has no forward derivative, without a word."""
@@ -218,8 +263,11 @@ class Operator:
             return self._run_kernel(*args)
         if self.cpu is not None:
             return self._with_bundles(self.cpu, args)
-        operands = dict(zip(self.operands, args + self._defaults[len(args) :], strict=True))
-        return self.reference(**operands)  # type: ignore[misc]  # one of the two is there
+        return self._run_reference(args + self._defaults[len(args) :])
+
+    def _run_reference(self, args: tuple[Any, ...]) -> Any:
+        operands = dict(zip(self.operands, args, strict=True))
+        return self.reference(**operands)  # type: ignore[misc]  # it is there where there is no `cpu`
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self._with_bundles(functools.partial(self._save, ctx, output), inputs)
