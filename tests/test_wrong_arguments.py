@@ -149,7 +149,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         operands(
             *("q", "k", "v", "k_cache", "v_cache", "lengths"),
             pattern=CAUSAL, scale=0.2, max_context=6, softcap=3.0, sinks=randn(4), backend=None,
-            block_table=None, k_scale=None, v_scale=None,
+            block_table=None, k_scale=None, v_scale=None, out=None,
         ),
     ),
     "append_kv": lambda: (

@@ -18,6 +18,7 @@ from tidar_kernels.ops.declaration import Operator
 from tidar_kernels.ops.kv.api import append_operator
 from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 from tidar_kernels.ops.step_attention import operator as step_operator
+from tidar_kernels.ops.step_attention.api import into_operator
 
 # Where the operands of `step_attention` are listed, and why.
 LISTED = {
@@ -52,7 +53,7 @@ def test_the_operands_of_a_step_are_listed_where_they_must_be() -> None:
 
 def test_every_operand_is_in_one_bundle() -> None:
     fields = [name for bundle in (Rows, Keys, Cached, Scores) for name in bundle._fields]
-    assert sorted(fields) == sorted(step_operator.operands)
+    assert sorted(fields) == sorted(into_operator.operands) == sorted(("into", *step_operator.operands))
 
 
 class Pair(NamedTuple):

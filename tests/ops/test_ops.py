@@ -74,6 +74,22 @@ def test_opcheck_step_attention_with_more() -> None:
 
 
 @both_paths
+def test_opcheck_and_compiled_with_out() -> None:
+    case = testing.StepCase("opcheck", STEP, (3, 14), 4, 2, 16, max_len=MAX_LEN)
+    tensors, (lead, own, _) = testing.step_operands(case).tensors, STEP.on("cpu")
+    into = torch.ops.tidar_kernels.step_attention_into.default
+    torch.library.opcheck(into, (torch.empty_like(tensors[0]), *tensors, lead, own, 0.25, MAX_LEN))
+
+    def layer(out: Tensor, *tensors: Tensor) -> Tensor:
+        return 2.0 * tk.step_attention(*tensors, STEP, out=out)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outs = torch.full_like(tensors[0], torch.nan), torch.full_like(tensors[0], torch.nan)
+    assert torch.equal(compiled(outs[0], *tensors), layer(outs[1], *tensors))
+    assert torch.equal(*outs)
+
+
+@both_paths
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd", "gaps", "bhdn"])
 def test_opcheck_append_kv(layout: str) -> None:
     memory = {name: testing.guarded(x, layout).tensor if x.ndim == 4 else x for name, x in operands().items()}
@@ -204,6 +220,15 @@ BAD_STEPS: list[Bad] = [
     (FLOAT8 | {"v_cache": torch.randn(2, 2, 20, 16)}, SCALES, TypeError, "v_cache", "torch.float8_e4m3fn", "float32"),
     ({}, SCALES, TypeError, "k_cache", "dtype float8_e4m3fn or float8_e5m2 with k_scale", "torch.float32"),
     ({"v": torch.randn(2, 2, 6, 24)}, {}, ValueError, "v_cache", "shape [2, 2, 20, 24]", "[2, 2, 20, 16]"),
+]
+WIDE = torch.zeros(2, 4, STEP.q_len, 16)
+BAD_STEPS += [
+    ({}, {"out": WIDE[:, :2]}, ValueError, "out", "shape [2, 4, 6, 16]", "[2, 2, 6, 16]"),
+    ({}, {"out": WIDE.half()}, TypeError, "out", "dtype torch.float32 like q", "torch.float16"),
+    ({}, {"out": WIDE.to("meta")}, ValueError, "out", "device cpu", "meta"),
+    ({}, {"out": WIDE[:, :1].expand_as(WIDE)}, ValueError, "out", "elements with a place each", "[384, 0, 16, 1]"),
+    ({}, {"out": WIDE.clone().requires_grad_()}, ValueError, "out", "no gradient through a write", "a tensor"),
+    ({"q": WIDE.clone().requires_grad_()}, {"out": WIDE}, ValueError, "out", "no gradient through a write", "a tensor"),
 ]
 BAD_APPENDS: list[Bad] = [
     *BAD_OPERANDS,

@@ -34,6 +34,31 @@ def test_bits_do_not_depend_on_the_launch(device: str, case: testing.StepCase) -
     testing.check_launch_bits(case, device)
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["one pattern", "ragged"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_out_has_the_bits_of_new_results(device: str, ragged: bool, backend: Any) -> None:
+    """In memory of any strides, and nothing beside it is written; partial results and none."""
+    case = testing.StepCase("out", patterns.tidar_step(2), (3, 150), 4, 2, 16, max_len=160)
+    operands = testing.step_operands(case, device)
+    q, k, v, k_cache, v_cache, lengths = operands.tensors
+    pattern: Any = case.pattern
+    if ragged:
+        pattern = patterns.batch([case.pattern] * 2).to(device)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    arguments = q, k, v, k_cache, v_cache, lengths, pattern
+    expected = ops.step_attention(*arguments, return_lse=True, backend=backend)
+    room = torch.full((*expected[0].shape[:-1], 40), 7.0, device=device).transpose(0, 1).contiguous().transpose(0, 1)
+    out = room[..., 3:35:2]
+    found = ops.step_attention(*arguments, return_lse=True, backend=backend, out=out)
+    assert found[0] is out
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert ops.step_attention(*arguments, backend=backend, out=out) is out
+    around = torch.ones(40, dtype=torch.bool, device=device)
+    around[3:35:2] = False
+    assert (room[..., around] == 7.0).all()
+
+
 @pytest.mark.parametrize("device", KERNELS)
 def test_lengths_outside_the_cache_are_clamped(device: str) -> None:
     """On a GPU nobody reads `lengths` before the kernel does, so the kernel itself stays inside the cache."""

@@ -215,6 +215,21 @@ def caches(
     return capacity
 
 
+def into(value: Any, expected: tuple[int, ...], *operands: Tensor) -> None:
+    """`value`, which results are written to, is of this shape and of the kind of the first operand; no gradient."""
+    like = operands[0]
+    tensor("out", value, len(expected))
+    shape("out", value, expected)
+    if value.dtype != like.dtype:
+        raise TypeError(f"out: expected dtype {like.dtype} like q, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"out: expected device {like.device} like the other operands, got {value.device}")
+    if any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"out: expected elements with a place each, got strides {list(value.stride())}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (value, *operands)):
+        raise ValueError("out: expected no gradient through a write, got a tensor that requires one")
+
+
 def _block_table(value: Any, k_cache: Tensor, batch: int) -> None:
     """`value` is an int32 tensor `[batch, max_pages]` on the device of pages that have slots."""
     tensor("block_table", value, 2)

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
         tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys (`Pattern.tree_mask`), or None.
         cu_rows, kinds, offsets: int32 `[batch + 1]`, `[batch]` and `[patterns + 1]` of a ragged batch, else None.
         max_rows: of a ragged batch the most rows that a request can have.
+        into: where a step's results go, in the shape of its results (`results_of`), any strides; None: new memory.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class Rows(NamedTuple):
     kinds: Tensor | None = None
     offsets: Tensor | None = None
     max_rows: int = 0
+    into: Tensor | None = None
 
 
 class Keys(NamedTuple):
@@ -106,6 +108,8 @@ class Results(NamedTuple):
 
 def results_of(rows: Rows, head_dim_v: int) -> Tensor:
     """Room for what rows of a step give, `[batch, heads, q_len, head_dim_v]`; of a ragged batch in the order of q's."""
+    if rows.into is not None:
+        return rows.into
     batch, num_heads, q_len, _ = rows.q.shape
     if rows.cu_rows is None:
         return rows.q.new_empty(batch, num_heads, q_len, head_dim_v)

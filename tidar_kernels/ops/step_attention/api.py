@@ -16,7 +16,7 @@ from ..operands import Cached, Keys, Rows, Scores, results_of
 from ..paging import as_kept_rows
 from . import cpu, reference
 
-__all__ = ["operator", "rows_of", "step_attention"]
+__all__ = ["into_operator", "operator", "rows_of", "step_attention"]
 
 
 def step_attention(
@@ -37,6 +37,7 @@ def step_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | Any:
     """Attention of one decode step: every row sees the cached context, then its pattern's in-flight keys.
 
@@ -75,6 +76,8 @@ def step_attention(
         k_scale, v_scale: float32, positive, of a float8 cache: the value of a slot is `stored * scale`, rounded to the
             dtype of q. Broadcastable to `[batch, kv_heads]`, or one a slot, in the shape of the cache without head_dim.
             In-flight rows that may enter the cache (`pattern.kept_len`) are seen with the values that it will hold.
+        out: where the results go, of the shape, dtype and device of what is returned, any strides; it shares no memory
+            with the other operands. It is returned. Default: new memory.
 
     Returns:
         `[batch, heads, q_len, head_dim_v]` in the dtype of q; a row that sees no key is 0 with lse = -inf
@@ -112,6 +115,10 @@ def step_attention(
         checks.entries(block_table, k_cache, torch.zeros_like(lengths), lengths)
     scores = Scores(checks.scale(scale, head_dim), checks.softcap(softcap), checks.sinks(sinks, q))
     check_backend(backend, q.device)
+    if out is not None:
+        checks.into(
+            out, (*given[0].shape[:-1], v.shape[3]), *given, k_cache, v_cache, *([] if sinks is None else [sinks])
+        )
     if backend == "eager":
         return reference.step_attention(
             *(*given, k_cache, v_cache, lengths, pattern, scale),
@@ -121,6 +128,7 @@ def step_attention(
             block_table=block_table,
             k_scale=k_scale,
             v_scale=v_scale,
+            out=out,
         )
     cached, keys = Cached(k_cache, v_cache, lengths, max_context, block_table, k_scale, v_scale), Keys(k, v)
     if k_scale is not None:
@@ -128,9 +136,16 @@ def step_attention(
             keys = _as_kept(keys, cached, pattern)
         else:
             cached = cached._replace(kept_len=pattern.kept_len)
-    out, lse = operator(rows_of(q, pattern), keys, cached, scores)
+    rows = rows_of(q, pattern)
+    if out is None:
+        out, lse = operator(rows, keys, cached, scores)
+        if isinstance(pattern, PatternBatch):
+            out = out[0].transpose(0, 1)
+    else:
+        into = out.transpose(0, 1).unsqueeze(0) if isinstance(pattern, PatternBatch) else out
+        lse = into_operator(rows._replace(into=into), keys, cached, scores)
     if isinstance(pattern, PatternBatch):
-        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        lse = lse[0].transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -156,6 +171,17 @@ def _as_kept(keys: Keys, cached: Cached, batch: PatternBatch) -> Keys:
     return as_kept_rows(keys, cached, request, somebodys & (token < batch.kept[request]))
 
 
+def _cpu_into(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> Tensor:
+    out, lse = cpu.step_attention(rows, keys, cached, scores)
+    results_of(rows, keys.v.shape[3]).copy_(out)
+    return lse
+
+
+def _kernel_into() -> Callable[..., Tensor]:
+    launch = _kernel()
+    return lambda *bundles: launch(*bundles)[1]
+
+
 def _kernel() -> Callable[..., Any]:
     from .triton import step_attention as launch
 
@@ -168,12 +194,15 @@ def _fake(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tenso
     return results_of(rows, keys.v.shape[3]), lse
 
 
-operator = Operator(
+_SCHEMA = (
     "step_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor lead, Tensor own, float scale, int max_context, "
     "Tensor? reach=None, float? softcap=None, Tensor? sinks=None, Tensor? tree_mask=None, "
     "Tensor? block_table=None, Tensor? k_scale=None, Tensor? v_scale=None, int kept_len=0, "
-    "Tensor? cu_rows=None, Tensor? kinds=None, Tensor? offsets=None, int max_rows=0) -> (Tensor, Tensor)",
+    "Tensor? cu_rows=None, Tensor? kinds=None, Tensor? offsets=None, int max_rows=0) -> (Tensor, Tensor)"
+)
+operator = Operator(
+    _SCHEMA,
     Rows,
     Keys,
     Cached,
@@ -185,4 +214,15 @@ operator = Operator(
         "step_attention: expected no backward pass through a step against a cache, got one; "
         'tk.attention is differentiable, and so is backend="eager"'
     ),
+)
+# Results that the caller has room for: what an operator writes is part of its schema.
+into_operator = Operator(
+    _SCHEMA.replace("(", "_into(Tensor(a!) into, ", 1).replace("-> (Tensor, Tensor)", "-> Tensor"),
+    Rows,
+    Keys,
+    Cached,
+    Scores,
+    cpu=_cpu_into,
+    kernel=_kernel_into,
+    fake=lambda *bundles: _fake(*bundles)[1],
 )

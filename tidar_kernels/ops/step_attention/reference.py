@@ -32,8 +32,20 @@ def step_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Any:
     """Eager twin of `tidar_kernels.step_attention`; same arguments, same results."""
+    if out is not None:
+        found, lse = step_attention(
+            *(q, k, v, k_cache, v_cache, lengths, pattern, scale),
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=True,
+            block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return (out.copy_(found), lse) if return_lse else out.copy_(found)
     cached = Cached(k_cache, v_cache, lengths, 0, block_table, k_scale, v_scale)
 
     def attend(q: Tensor, keys: Keys, cached: Cached, pattern: Pattern, kept_len: int) -> tuple[Tensor, Tensor]:

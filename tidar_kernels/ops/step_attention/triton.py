@@ -634,7 +634,7 @@ def _layout(
     attend = {**widths, "SPLIT": split, **options(config), "ONE_LOAD": not isinstance(chip, str), **storage}
     flags = itertools.product((False, True), repeat=2)
     # The interpreter pays by the program; with 2 splits an iteration a window's later iterations are in reach of tests.
-    rows, splits = (16, 2) if chip is None else (COMBINED_VALUES // block_dim(head_dim_v), COMBINED_SPLITS)
+    rows, splits = (16, 2) if chip is None else (max(1, COMBINED_VALUES // block_dim(head_dim_v)), COMBINED_SPLITS)
     merged = {"HEAD_DIM": head_dim_v, "BLOCK_D": block_dim(head_dim_v), "SPLIT": split}
     return _Layout(
         config.BLOCK_M,
