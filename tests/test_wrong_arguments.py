@@ -217,7 +217,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "patterns.batch": lambda: (patterns.batch, dict(BATCH)),
     "patterns.block_causal": lambda: (patterns.block_causal, {"length": 6, "block_size": 2}),
     "patterns.block_diffusion_training": lambda: (patterns.block_diffusion_training, {"seq_len": 6, "block_size": 2}),
-    "patterns.block_step": lambda: (patterns.block_step, {"length": 4}),
+    "patterns.block_step": lambda: (patterns.block_step, {"length": 4, "shared_window": True}),
     "patterns.causal": lambda: (patterns.causal, {"length": 4}),
     "patterns.check_int": lambda: (lambda value: patterns.check_int("value", value, 0), {"value": 3}),
     "patterns.dflash_training": lambda: (

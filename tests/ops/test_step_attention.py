@@ -34,6 +34,14 @@ def test_bits_do_not_depend_on_the_launch(device: str, case: testing.StepCase) -
     testing.check_launch_bits(case, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_rows_of_a_canvas_share_a_window(device: str) -> None:
+    canvas = patterns.block_step(6, shared_window=True)
+    testing.check_step_attention(
+        testing.StepCase("canvas", canvas, (0, 3, 90), 4, 2, 16, max_len=100, window=5), device
+    )
+
+
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["one pattern", "ragged"])
 @pytest.mark.parametrize("device", DEVICES)

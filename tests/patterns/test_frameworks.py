@@ -122,7 +122,8 @@ def test_what_is_derived_is_not_copied() -> None:
     assert pickle.dumps(filled(pattern)) == plain
     assert copy.deepcopy(pattern).on("meta")[0] is not pattern.on("meta")[0]
     assert {field.name for field in fields(Pattern)} == {
-        "lead", "own", "positions", "kv_len", "roles", "predicts", "name", "reach", "key_positions", "tree_mask"
+        "lead", "own", "positions", "kv_len", "roles", "predicts", "name", "reach", "key_positions", "tree_mask",
+        "window_positions",
     }  # fmt: skip
 
 

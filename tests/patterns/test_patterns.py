@@ -355,6 +355,7 @@ EVERY_KIND = [
     patterns.set_block_training(9, 4),
     patterns.dflash_training(9, [0, 3, 9], 4),
     patterns.jacobi_forcing_training(4, 7),
+    patterns.block_step(5, shared_window=True),
 ]
 EVERY_KIND.append(patterns.packed(EVERY_KIND))
 
@@ -378,7 +379,8 @@ def test_a_subset_has_the_rows_that_it_names(pattern: Pattern) -> None:
 def within(pattern: Pattern, window: int, context_len: int) -> torch.Tensor:
     """The mask of a window, from absolute positions: a query sees keys less than `window` positions before it."""
     keys = torch.cat([torch.arange(context_len), context_len + pattern.key_positions.long()])
-    distance = (context_len + pattern.positions.long())[:, None] - keys
+    at = pattern.positions if pattern.window_positions is None else pattern.window_positions
+    distance = (context_len + at.long())[:, None] - keys
     return pattern.dense(context_len) & (distance < window)
 
 
@@ -394,6 +396,22 @@ def test_windows(pattern: Pattern) -> None:
         assert (windowed.q_len, windowed.kv_len) == (pattern.q_len, pattern.kv_len)
         for same in ("positions", "roles", "predicts", "key_positions"):
             assert torch.equal(getattr(windowed, same), getattr(pattern, same))
+
+
+@pytest.mark.parametrize("context_len", [0, 2, 9])
+@pytest.mark.parametrize("window", [1, 3, 6, 40])
+def test_the_rows_of_a_canvas_share_a_window(window: int, context_len: int) -> None:
+    """A rectangle, not a staircase: all of the canvas, and `window - 1` tokens before it."""
+    canvas = patterns.block_step(5, shared_window=True)
+    expected = torch.ones(5, context_len + 5, dtype=torch.bool)
+    expected[:, : max(0, context_len - (window - 1))] = False
+    for rows in (slice(None), slice(1, 4)):
+        assert torch.equal(canvas.subset(torch.arange(5)[rows]).windowed(window).dense(context_len), expected[rows])
+    both = patterns.packed([causal(2), canvas]).windowed(window)
+    assert torch.equal(both.dense()[2:, 2:], expected[:, context_len:])
+    assert torch.equal(patterns.batch([canvas], device="cpu").windowed(window).dense([context_len])[0], expected)
+    staircase = patterns.block_step(5).windowed(window).dense(context_len)
+    assert torch.equal(staircase, expected) == (window > context_len + 4)
 
 
 def test_a_window_is_made_once() -> None:

@@ -289,6 +289,7 @@ def cut(pattern: Pattern, rows: int) -> Pattern:
         pattern.roles[:rows],
         name=f"{pattern.name}[:{rows}]",
         reach=None if pattern.reach is None else pattern.reach[:rows],
+        window_positions=None if pattern.window_positions is None else pattern.window_positions[:rows],
         tree_mask=tree_mask,
     )
 
@@ -299,7 +300,7 @@ def _equal(one: Pattern, other: Pattern) -> bool:
         return True
     if one.q_len != other.q_len or one.kv_len != other.kv_len:
         return False
-    for name in ("lead", "own", "positions", "roles", "reach", "key_positions", "tree_mask"):
+    for name in ("lead", "own", "positions", "roles", "reach", "key_positions", "tree_mask", "window_positions"):
         a, b = getattr(one, name), getattr(other, name)
         if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import check_int
+from .arguments import check_bool, check_int
 from .halves import next_token, noisy_then_clean, of_rows
 from .pattern import Pattern
 from .rows import Role, intervals
@@ -48,14 +48,20 @@ def set_block_training(seq_len: int, block_size: int) -> Pattern:
     return of_rows(lead, own, token, noisy, predicts, 2 * s, f"set_block_training(seq_len={s}, block_size={block})")
 
 
-def block_step(length: int) -> Pattern:
+def block_step(length: int, shared_window: bool = False) -> Pattern:
     """A bidirectional block after the context: a denoising pass of block diffusion, or self-speculation's draft pass.
 
     No row is causal, not even of a block of one: nothing of it enters the cache.
 
+    Args:
+        length: rows of the block.
+        shared_window: in layers with a sliding window all rows see what the first one sees, the whole block and the
+            last `window - 1` tokens before it (the canvas of DiffusionGemma). Default: each row has its own window.
+
     Raises:
-        TypeError, ValueError: `length` is not an int >= 1.
+        TypeError, ValueError: `length` is not an int >= 1, or `shared_window` not a bool.
     """
+    check_bool("shared_window", shared_window)
     row = torch.arange(check_int("length", length, 1), device="cpu")
     zero = torch.zeros_like(row)
     return Pattern(
@@ -64,7 +70,8 @@ def block_step(length: int) -> Pattern:
         positions=row.to(torch.int32),
         kv_len=length,
         roles=torch.full((length,), int(Role.MASK), dtype=torch.int8, device="cpu"),
-        name=f"block_step(length={length})",
+        name=f"block_step(length={length}{', shared_window=True' * shared_window})",
+        window_positions=zero.to(torch.int32) if shared_window else None,
     )
 
 

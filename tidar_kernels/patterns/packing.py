@@ -39,6 +39,11 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
     if any(pattern.reach is not None for pattern in patterns):
         everything = torch.iinfo(torch.int32).max
         reach = torch.cat([torch.full_like(p.positions, everything) if p.reach is None else p.reach for p in patterns])
+    window_positions = None
+    if any(pattern.window_positions is not None for pattern in patterns):
+        window_positions = torch.cat(
+            [p.positions if p.window_positions is None else p.window_positions for p in patterns]
+        )
     tree_mask = None
     if any(pattern.tree_mask is not None for pattern in patterns):
         seen = [
@@ -59,4 +64,5 @@ def packed(patterns: Sequence[Pattern]) -> Pattern:
         reach,
         None if any(key is None for key in keys) else torch.cat([key for key in keys if key is not None]),
         tree_mask,
+        window_positions,
     )

@@ -66,6 +66,8 @@ class Pattern(_Derived):
             `positions` where there are as many rows as keys, else unknown (None).
         tree_mask: int32 `[q_len, ceil(kv_len / 32)]`, further visible keys of each row: bit i of word w, the
             sign bit included, is in-flight key 32 * w + i. None for none.
+        window_positions: int32 `[q_len]`, the positions minus `P` from which the windows of rows count; default their
+            own. Rows of a canvas (DiffusionGemma) share the window of its first row.
 
     Attributes:
         num_labels: one past the last clean token that any row predicts, 0 if none does.
@@ -87,6 +89,7 @@ class Pattern(_Derived):
     reach: Tensor | None = None
     key_positions: Tensor | None = None
     tree_mask: Tensor | None = None
+    window_positions: Tensor | None = None
 
     def __post_init__(self) -> None:
         twin = self._twin()
@@ -160,6 +163,10 @@ class Pattern(_Derived):
             _check_shape("reach", _check_tensor("reach", self.reach, torch.int32), (rows,))
             if bool((self.reach < 0).any()):
                 raise ValueError(f"reach: expected >= 0, got {int(self.reach.min())}")
+        if self.window_positions is not None:
+            _check_shape(
+                "window_positions", _check_tensor("window_positions", self.window_positions, torch.int32), (rows,)
+            )
         if self.key_positions is not None:
             _check_shape(
                 "key_positions", _check_tensor("key_positions", self.key_positions, torch.int32), (self.kv_len,)
@@ -332,8 +339,9 @@ class Pattern(_Derived):
     def windowed(self, window: int) -> Pattern:
         """The same rows with a sliding window: a row sees itself and the `window - 1` positions before it.
 
-        That is `sliding_window` of transformers. Keys at later positions, in bidirectional blocks, stay visible. The
-        result is kept, so a layer can ask for it in every forward pass; windows of a windowed pattern intersect.
+        That is `sliding_window` of transformers; of a row with another of `window_positions`, the window of a row
+        there. Keys at later positions, in bidirectional blocks, stay visible. The result is kept, so a layer can ask
+        for it in every forward pass; windows of a windowed pattern intersect.
 
         Raises:
             TypeError, ValueError: `window` is not an int >= 1. ValueError: the positions of the keys are not known, or
@@ -351,6 +359,7 @@ class Pattern(_Derived):
                 f"got {self.name} without"
             )
         position = self.key_positions
+        at = (self.positions if self.window_positions is None else self.window_positions).long()
         # Keys that follow their predecessor in position, counted: a run without a jump has as many as it has steps.
         follows = torch.cat([position.new_zeros(1), (position[1:] == position[:-1] + 1).int()]).cumsum(0)
         clipped = []
@@ -366,14 +375,14 @@ class Pattern(_Derived):
                         f"window: expected keys whose positions ascend by one in {name}, got "
                         f"{position[lo[row] : hi[row]].tolist()} in row {row} of {self.name}"
                     )
-                lo = torch.maximum(lo, lo + self.positions.long() - (window - 1) - position[first])
+                lo = torch.maximum(lo, lo + at - (window - 1) - position[first])
             clipped.append(intervals(lo, hi, lo < hi))
-        reach = (window - 1 - self.positions.long()).clamp(min=0).to(torch.int32)
+        reach = (window - 1 - at).clamp(min=0).to(torch.int32)
         if self.reach is not None:
             reach = torch.minimum(reach, self.reach)
         tree_mask = None
         if self.tree_mask is not None:
-            near = position.long() > self.positions.long()[:, None] - window
+            near = position.long() > at[:, None] - window
             tree_mask = pack_tree_mask(unpack_tree_mask(self.tree_mask, self.kv_len) & near)
         name = f"{self.name}.windowed({window})"
         return replace(self, lead=clipped[0], own=clipped[1], reach=reach, tree_mask=tree_mask, name=name)
@@ -387,7 +396,7 @@ class Pattern(_Derived):
         _check_tensor("rows", rows, torch.int64)
         if rows.ndim != 1 or bool(((rows < 0) | (rows >= self.q_len)).any()):
             raise ValueError(f"rows: expected indices in [0, {self.q_len}), got {rows.flatten()[:8].tolist()}")
-        by_row = ("lead", "own", "positions", "roles", "predicts", "reach", "tree_mask")
+        by_row = ("lead", "own", "positions", "roles", "predicts", "reach", "tree_mask", "window_positions")
         chosen: dict[str, Any] = {name: getattr(self, name) for name in by_row}
         chosen = {name: None if value is None else value[rows] for name, value in chosen.items()}
         return replace(self, **chosen, name=f"{len(rows)} of {self.name}")
