@@ -56,7 +56,7 @@ def parse(cls: type[Any], words: Sequence[str]) -> Any:
         name, sign, value = word.partition("=")
         if not sign or name not in types:
             raise ValueError(f"{word}: expected FIELD=VALUE with a field of {', '.join(types)}")
-        found[name] = types[name](value)
+        found[name] = value == str(True) if types[name] is bool else types[name](value)
     try:
         return cls(**found)
     except TypeError as error:

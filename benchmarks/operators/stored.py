@@ -1,4 +1,4 @@
-"""Step attention by how the cache is kept: pages, float8, and more slots than tokens, each beside the plain cache.
+"""Step attention by how rows and cache are kept: pages, float8, more slots than tokens, ragged rows, each beside plain.
 
 A cache of many more slots than tokens is what a captured graph has: it knows no lengths, so it launches programs for
 the whole capacity, and those past the context end at once. What they cost is the row against that of the plain cache.
@@ -17,7 +17,7 @@ from torch import Tensor
 import tidar_kernels as tk
 from tidar_kernels import KVCache
 
-from ..core.operands import OURS, Expected, Implementation
+from ..core.operands import OURS, Expected, Implementation, Prepared
 from .models import attention_of
 from .step_attention import Step, StepAttention
 
@@ -27,22 +27,27 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class StoredStep(Step):
-    """A step, and its cache: tokens of a page (0: contiguous), dtype ("": that of q), slots (0: as many as needed)."""
+    """A step, and its cache: tokens of a page (0: contiguous), dtype ("": that of q), slots (0: as many as needed).
+
+    `ragged`: rows of all sequences one after another, and what the batch is made of on the device.
+    """
 
     page_size: int = 0
     cache_dtype: str = ""
     capacity: int = 0
+    ragged: bool = False
 
     @property
     def plain(self) -> StoredStep:
-        """The same step over a contiguous cache of the dtype of q without a slot to spare."""
-        return replace(self, page_size=0, cache_dtype="", capacity=0)
+        """The same step, not ragged, over a contiguous cache of the dtype of q without a slot to spare."""
+        return replace(self, page_size=0, cache_dtype="", capacity=0, ragged=False)
 
 
 def kept(model: str, block_size: int, context_len: int, batch: int = 1) -> list[StoredStep]:
-    """A step over a plain cache first, then over pages, float8, and both."""
+    """A step over a plain cache first, then over pages, float8, and both; ragged, and ragged over pages."""
     make = partial(StoredStep, *attention_of(model), block_size, context_len, batch)
-    return [make(), make(page_size=16), make(cache_dtype=FLOAT8), make(page_size=16, cache_dtype=FLOAT8)]
+    stored = [make(), make(page_size=16), make(cache_dtype=FLOAT8), make(page_size=16, cache_dtype=FLOAT8)]
+    return [*stored, make(ragged=True), make(page_size=16, ragged=True)]
 
 
 def sweep(model: str, block_size: int, context_len: int, *capacities: int) -> list[StoredStep]:
@@ -67,6 +72,7 @@ class StoredAttention(StepAttention):
         StoredStep("tiny", 4, 2, 16, 4, 40, page_size=16),
         StoredStep("tiny", 4, 2, 16, 4, 40, cache_dtype=FLOAT8),
         StoredStep("tiny", 4, 2, 16, 4, 40, capacity=256),
+        StoredStep("tiny", 4, 2, 16, 4, 40, batch=2, ragged=True),
     )
     compiled = ()
 
@@ -145,6 +151,13 @@ class StoredAttention(StepAttention):
 def _call(operands: StoredAttention) -> Any:
     layer, options = operands.cache.layer(0), operands.cache.options(0)
     o, lengths = operands, operands.cache.lengths
+    if o.case.ragged:
+        batch = tk.patterns.batch([o.pattern] * o.case.batch).to(o.device)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (o.q, o.k, o.v))
+        return Prepared(
+            lambda: tk.step_attention(q, k, v, *layer, lengths, batch, **options),
+            lambda found: found.unflatten(0, (o.case.batch, -1)).transpose(1, 2),
+        )
     return lambda: tk.step_attention(o.q, o.k, o.v, *layer, lengths, o.pattern, **options)
 
 
