@@ -105,7 +105,7 @@ vllm: $(VLLM_VENV)/.installed  ## what vLLM serves with our plug-in against vLLM
 	PYTHONPATH=$(CURDIR)/tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
 	    -o filterwarnings=default --durations=5 --junitxml=$(REPORTS)/vllm.xml
 
-# NeMo Automodel pins another transformers than ours: an environment of its own, 3 GB, three minutes.
+# NeMo Automodel pins another transformers than ours: an environment of its own, 3 GB, two minutes.
 AUTOMODEL_VENV := .venv-automodel
 AUTOMODEL_PIP := $(AUTOMODEL_VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install --no-deps
 

@@ -27,32 +27,11 @@ from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 
 from .decoding.models import SHAPES, floor_of
 from .operators.step_attention import Step, step
+from .static.clocks import H200, Chip, clocks_of_tile, resident_blocks
 
 REPORT = Path(__file__).parent / "results" / "static-report.json"
 DTYPE = torch.bfloat16
-HOT = ("mma", "fma", "mufu", "shared", "global", "local", "barrier", "other")  # instructions that the report counts
 JUDGING = 6 + 5  # launches of `verify` and of `sample`, with filters
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU: multiprocessors, what it copies and multiplies a second, and its clock.
-
-    Two assumptions: `gap_s` from one kernel to the next that depends on it, in a CUDA graph, and `dead_s` of a program
-    that returns at once.
-    """
-
-    name: str
-    capability: int
-    multiprocessors: int
-    bytes_per_s: float
-    flops_per_s: float
-    clock_hz: float
-    gap_s: float
-    dead_s: float
-
-
-H200 = Chip("H200", 90, 132, 4.3e12, 790e12, 1.755e9, 1.5e-6, 1.2e-6)
 
 
 @dataclass(frozen=True)
@@ -145,31 +124,21 @@ def _entries() -> list[dict[str, Any]]:
     return found
 
 
-def clocks_of_tile(chip: Chip, head_dim: int) -> tuple[float, int]:
-    """Clocks that a multiprocessor needs for one tile of the step kernel, and how many blocks it holds at a time.
-
-    A multiprocessor has four schedulers, each an instruction of a warp a clock, and 16 exponentials a clock. Where the
-    next tile's scores are multiplied during the softmax, or another block is there, the two overlap.
-    """
+def _entry(chip: Chip, head_dim: int) -> dict[str, Any]:
+    """The static report's entry of the step kernel."""
     names = ("step_attention", str(chip.capability), "bfloat16", head_dim, "")
-    row = next(
+    return next(
         one
         for one in _entries()
         if (one["kernel"], one["chip"], one["dtype"], one["head_dim"], one.get("variant", "")) == names
     )
-    config, loop = row["config"], row["loop"]
-    of_mma = 4.0 * config["BLOCK_M"] * config["BLOCK_N"] * head_dim * chip.multiprocessors * chip.clock_hz
-    of_mma /= chip.flops_per_s
-    of_slots = max(sum(loop[name] for name in HOT) * config["num_warps"] / 4, loop["mufu"] * config["num_warps"] * 2)
-    blocks = max(1, row["warps"] // config["num_warps"])
-    overlap = config.get("SCORES_AHEAD", False) or blocks > 1
-    return (max(of_mma, of_slots) if overlap else of_mma + of_slots), blocks
 
 
 def attention_us(case: Step, chip: Chip = H200) -> dict[str, Any]:
     """Microseconds of one step attention, gaps between its kernels included, and what bounds it."""
     moved = traffic(case, chip)
-    clocks, blocks = clocks_of_tile(chip, case.head_dim)
+    entry = _entry(chip, case.head_dim)
+    clocks, blocks = clocks_of_tile(entry, 2, chip), resident_blocks(entry)
     of_bytes = moved.bytes / chip.bytes_per_s
     # Blocks of one multiprocessor share its rates, so what counts is how many of the tiles the busiest one has.
     live = moved.programs - moved.dead

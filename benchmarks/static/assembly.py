@@ -60,6 +60,7 @@ AMDGCN = Dialect(
 )
 _LABEL = re.compile(r"(\.\w+):")
 _COPY_WAIT = re.compile(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)")
+_LOAD = re.compile(r"(?:@\S+\s+)?LDG\S*?(\.64|\.128)?\s+R(\d+),")
 _INSTRUCTION = re.compile(r"(?:@\S+\s+)?[A-Za-z][\w.]*(?:\s|$)")
 
 
@@ -155,6 +156,25 @@ def copies_ahead(lines: Sequence[str]) -> int | None:
     """
     waits = [int(found[1], 16) for line in lines if (found := _COPY_WAIT.match(line))]
     return min(waits, default=None)
+
+
+def load_to_use(lines: Sequence[str]) -> tuple[int, int] | None:
+    """Of SASS: what a loop does between a load of global memory into registers and the first use of what it loads.
+
+    Counted in `(instructions, tensor-core instructions among them)`, over the end of an iteration into the next; of
+    several loads, that with the least between. None for a loop without one: asynchronous copies are waited for
+    elsewhere (`copies_ahead`).
+    """
+    found = []
+    for at, line in enumerate(lines):
+        if load := _LOAD.match(line):
+            first = int(load[2])
+            names = "|".join(str(first + i) for i in range({None: 1, ".64": 2, ".128": 4}[load[1]]))
+            names_one = re.compile(rf"\bR(?:{names})\b")
+            after = [*lines[at + 1 :], *lines[:at]]
+            between = next((i for i, other in enumerate(after) if names_one.search(other)), len(after))
+            found.append((between, sum(_class(other, SASS) == "mma" for other in after[:between])))
+    return min(found, default=None)
 
 
 def _class(line: str, dialect: Dialect) -> str:

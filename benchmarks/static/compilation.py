@@ -127,6 +127,11 @@ def compile_report(launch: Launch, chip: int | str, *, read_binary: bool = False
         raise RuntimeError("TRITON_INTERPRET: expected unset for compiling, got 1")
     with compiling_for(chip):
         compiled = launch.compile()
+    return read_report(compiled, chip, read_binary=read_binary)
+
+
+def read_report(compiled: Any, chip: int | str, *, read_binary: bool = False) -> CompileReport:
+    """What `compile_report` says of a kernel that was compiled already: of its `asm` and `metadata`."""
     found = _read_cubin(compiled, chip, read_binary) if isinstance(chip, int) else _read_amdgcn(compiled)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     warps = resident_warps(chip, found["registers"], shared, compiled.metadata.num_warps, columns)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from benchmarks import model
 from sections import Section
-from sections.measured import parts, table
+from sections.measured import RESULTS, parts, table
 
 
 def _measured(kind: str, **names: Any) -> str:
@@ -59,4 +60,48 @@ def steps_table() -> str:
     return table(head, rows) + f"\n\n{said}"
 
 
-SECTIONS: dict[str, Section] = {"predicted-attention": attention_table, "predicted-steps": steps_table}
+def _both(before: Any, after: Any) -> str:
+    """One value where nothing changed."""
+    return f"{after}" if before == after else f"{before} → {after}"
+
+
+def training_kernels_table() -> str:
+    """The training kernels of two trees as the compiler left them, and what a GPU should make of them."""
+    found = json.loads((RESULTS / "training-kernels.json").read_text())
+    old, new = found["before"], found["after"]
+    lines = []
+    for one, other in zip(old["rows"], new["rows"], strict=True):
+        both = [_entry(row) for row in (one, other)]
+        cells = [_both(*pair) for pair in zip(*both, strict=True)]
+        lines.append([f"`{other['kernel']}`", f"cc {other['chip']}", f"{other['head_dim']}", *cells])
+    head = ["kernel", "chip", "d", "tile, stages", "registers", "spilled", "shared, kB", "resident warps"]
+    head += ["tensor-core instructions", "others", "load to use"]
+    predicted = [
+        [f"cc {one['chip']}", f"{one['head_dim']}", one["pattern"]]
+        + [_both(f"{one[name]:.0f}", f"{other[name]:.0f}") for name in ("forward", "backward")]
+        for one, other in zip(old["predicted"], new["predicted"], strict=True)
+    ]
+    said = (
+        f"Commit {old['commit']} → commit {new['commit']}, bfloat16, Triton {found['triton']}; one value where both are "
+        "the same. Instructions are of one turn of the hot loop. Load to use: instructions between a plain load in it and "
+        "what needs its value, the tensor cores' among them in brackets."
+    )
+    expected = table(["chip", "d", "pattern", "forward, TFLOP/s", "backward, TFLOP/s"], predicted, left=3)
+    return f"{table(head, lines, left=2)}\n\n{said}\n\n{expected}"
+
+
+def _entry(row: dict[str, Any]) -> list[str]:
+    config, loop, loads = row["config"], row["loop"], row["load_to_use"]
+    return [
+        f"{config['BLOCK_M']} x {config['BLOCK_N']}, {config['num_stages']}", f"{row['registers']}",
+        f"{row['spill_bytes'] or '–'}", f"{row['shared_bytes'] / 1024:.0f}", f"{row['warps']}",
+        f"{loop['mma']} {row['tensor_core'][0]}", f"{sum(loop.values()) - loop['mma']}",
+        f"{loads[0]} ({loads[1]})" if loads else "–",
+    ]  # fmt: skip
+
+
+SECTIONS: dict[str, Section] = {
+    "predicted-attention": attention_table,
+    "predicted-steps": steps_table,
+    "training-kernels": training_kernels_table,
+}
