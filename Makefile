@@ -105,15 +105,18 @@ vllm: $(VLLM_VENV)/.installed  ## what vLLM serves with our plug-in against vLLM
 	PYTHONPATH=$(CURDIR)/tests/integrations/vllm/shim OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm \
 	    -o filterwarnings=default --durations=5 --junitxml=$(REPORTS)/vllm.xml
 
-# NeMo Automodel pins another transformers than ours: an environment of its own, 3 GB, two minutes.
+# NeMo Automodel pins another transformers than ours: an environment of its own, 3 GB, two minutes. PyTorch comes with what
+# its build needs, which differs from machine to machine; the rest is listed whole.
 AUTOMODEL_VENV := .venv-automodel
-AUTOMODEL_PIP := $(AUTOMODEL_VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install --no-deps
+AUTOMODEL_PIP := $(AUTOMODEL_VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq install
+AUTOMODEL_LIST := tests/integrations/automodel/requirements.txt
 
 $(AUTOMODEL_VENV)/.installed: pyproject.toml setup.py $(wildcard tests/integrations/automodel/*.txt)
 	@echo "installing NeMo Automodel into $(AUTOMODEL_VENV)"
 	$(PYTHON) -m venv $(AUTOMODEL_VENV)
-	$(AUTOMODEL_PIP) -r tests/integrations/automodel/requirements.txt
-	$(AUTOMODEL_PIP) --no-build-isolation -e .
+	$(AUTOMODEL_PIP) $$(grep -E '^(torch|triton)==' $(AUTOMODEL_LIST))
+	$(AUTOMODEL_PIP) --no-deps -r $(AUTOMODEL_LIST)
+	$(AUTOMODEL_PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 automodel: $(AUTOMODEL_VENV)/.installed  ## NeMo Automodel's recipe with our modes against dense masks, on gloo; Python >= 3.11

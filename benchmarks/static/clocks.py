@@ -1,8 +1,8 @@
 """How fast a chip goes through a kernel's hot loop, on paper: from its instructions and the rate of the tensor cores.
 
-A multiprocessor has four schedulers, each of which issues an instruction of a warp a clock, and 16 exponentials a clock.
-Where the next tile's scores are multiplied during the softmax, or another block is resident, the tensor cores and the
-schedulers work at the same time; else one after the other.
+A multiprocessor has four schedulers, each of which issues an instruction of a warp a clock, and 16 exponentials a
+clock. Where the next tile's scores are multiplied during the softmax, or another block is resident, the tensor cores
+and the schedulers work at the same time; else one after the other.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def resident_blocks(row: dict[str, Any]) -> int:
 def clocks_of_tile(row: dict[str, Any], products: int, chip: Chip) -> float:
     """Clocks that a multiprocessor needs for one tile: BLOCK_M x BLOCK_N scores and `products` products over them.
 
-    `row` is an entry of the static report, whose hot loop takes a tile a turn. With "load_to_use" (`assembly`) in it the
-    loop waits for its loads where too little stands between a load and its use.
+    `row` is an entry of the static report, whose hot loop takes a tile a turn. Where it has "load_to_use"
+    (`assembly.load_to_use`) the loop waits for its loads, if too little stands between a load and its use.
     """
     config, loop = row["config"], row["loop"]
     rate = HMMA_FLOPS if row["tensor_core"] == ["HMMA"] else chip.flops_per_s / chip.multiprocessors / chip.clock_hz

@@ -82,9 +82,9 @@ def training_kernels_table() -> str:
         for one, other in zip(old["predicted"], new["predicted"], strict=True)
     ]
     said = (
-        f"Commit {old['commit']} → commit {new['commit']}, bfloat16, Triton {found['triton']}; one value where both are "
-        "the same. Instructions are of one turn of the hot loop. Load to use: instructions between a plain load in it and "
-        "what needs its value, the tensor cores' among them in brackets."
+        f"Commit {old['commit']} → commit {new['commit']}, bfloat16, Triton {found['triton']}; one value where both "
+        "are the same. Instructions are of one turn of the hot loop. Load to use: instructions between a plain load in "
+        "it and what needs its value, the tensor cores' among them in brackets."
     )
     expected = table(["chip", "d", "pattern", "forward, TFLOP/s", "backward, TFLOP/s"], predicted, left=3)
     return f"{table(head, lines, left=2)}\n\n{said}\n\n{expected}"

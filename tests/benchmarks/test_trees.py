@@ -1,4 +1,4 @@
-"""Two trees side by side: tiles as the mask has them, loads as the loop has them, predictions within the chip's rates."""
+"""Two trees side by side: tiles are those of the mask, loads those of the loop, predictions within the chip's rates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from benchmarks.static import trees
 from benchmarks.static.assembly import load_to_use
-from benchmarks.static.clocks import LOAD_CLOCKS, clocks_of_tile
+from benchmarks.static.clocks import H200, LOAD_CLOCKS, clocks_of_tile
 from tidar_kernels import Pattern, patterns
 
 
@@ -43,12 +43,12 @@ def test_a_loop_waits_for_a_load_that_comes_too_late() -> None:
     config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
     loop = {"mma": 12, "fma": 0, "mufu": 0, "shared": 0, "global": 1, "local": 0, "barrier": 0, "other": 87}
     row = {"config": config, "loop": loop, "warps": 8, "head_dim": 128, "tensor_core": ["HGMMA"]}
-    plain = clocks_of_tile(row, 3, trees.H200)
-    assert clocks_of_tile(row | {"load_to_use": (25, 0)}, 3, trees.H200) == pytest.approx(plain + LOAD_CLOCKS - 50)
-    assert clocks_of_tile(row | {"load_to_use": (99, 12)}, 3, trees.H200) == plain
-    ahead = clocks_of_tile(row | {"config": config | {"SCORES_AHEAD": True}}, 3, trees.H200)
+    plain = clocks_of_tile(row, 3, H200)
+    assert clocks_of_tile(row | {"load_to_use": (25, 0)}, 3, H200) == pytest.approx(plain + LOAD_CLOCKS - 50)
+    assert clocks_of_tile(row | {"load_to_use": (99, 12)}, 3, H200) == plain
+    ahead = clocks_of_tile(row | {"config": config | {"SCORES_AHEAD": True}}, 3, H200)
     assert ahead == pytest.approx(plain - 100 * 8 / 4)
-    assert clocks_of_tile(row | {"warps": 16}, 3, trees.H200) == ahead
+    assert clocks_of_tile(row | {"warps": 16}, 3, H200) == ahead
 
 
 def test_the_file_holds_both_trees_and_what_is_predicted_of_them() -> None:
