@@ -134,7 +134,9 @@ def read_report(compiled: Any, chip: int | str, *, read_binary: bool = False) ->
     """What `compile_report` says of a kernel that was compiled already: of its `asm` and `metadata`."""
     found = _read_cubin(compiled, chip, read_binary) if isinstance(chip, int) else _read_amdgcn(compiled)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
-    warps = resident_warps(chip, found["registers"], shared, compiled.metadata.num_warps, columns)
+    threads = re.search(r"^\.reqntid (\d+)", compiled.asm.get("ptx", ""), re.MULTILINE)  # with warps of other groups
+    num_warps = int(threads[1]) // 32 if threads else compiled.metadata.num_warps
+    warps = resident_warps(chip, found["registers"], shared, num_warps, columns)
     return CompileReport(compiled.metadata.name, chip, shared_bytes=shared, warps=warps, **found)
 
 

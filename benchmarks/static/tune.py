@@ -26,7 +26,16 @@ from typing import Any
 import torch
 
 from tidar_kernels import patterns, testing
-from tidar_kernels.ops._triton.configs import EXTRAS, PLAIN, DkdvConfig, ForwardConfig, attention_config, chip_of
+from tidar_kernels.ops._triton.configs import (
+    EXTRAS,
+    PLAIN,
+    DkdvConfig,
+    ForwardConfig,
+    SpecialisedConfig,
+    attention_config,
+    chip_of,
+    has_gluon,
+)
 from tidar_kernels.ops._triton.linear_tables import ROLES, LinearConfig, linear_config
 from tidar_kernels.ops._triton.tables import CHIPS, TileConfig
 
@@ -96,6 +105,9 @@ def candidates(case: Case) -> list[Config]:
             # Of the second product's sums, which are as wide as the head.
             if m * n >= 64 * warps and m * max(n, case.head_dim) // (32 * warps) <= 160:
                 found += [one(m, n, warps, stages) for one in make]
+        specialised = (case.kernel, case.target, case.variant) == ("attention_forward", 90, PLAIN) and is_half
+        if specialised and has_gluon():
+            found += [SpecialisedConfig(128, n, 4, stages) for n in TILES[1:] for stages in STAGES]
     return list(dict.fromkeys([current(case), *found]))
 
 
@@ -204,6 +216,7 @@ def source(chosen: Iterable[tuple[Case, Trial, str]]) -> str:
         if case.variant not in ROLES:
             table, key = f'TABLES["{TABLE_OF[case.kernel]}"]', str(case.head_dim)
         kind = ("float32" if case.dtype == "float32" else "half") + (" extras" if case.variant == EXTRAS else "")
+        kind += " specialised" if isinstance(trial.config, SpecialisedConfig) else ""
         entry = f"{key}: {type(trial.config).__name__}({_shape(trial.config)}),  # {reason}"
         places.setdefault(f'# {table}[{case.target!r}]["{kind}"]', []).append(entry)
     return "\n".join(line for place, entries in places.items() for line in (place, *entries))

@@ -212,13 +212,22 @@ LOG = (
         "copies by one thread free the others of addresses",
         "tried in the forward loop on cc 90: fewer registers, a few instructions less a turn; 128 keys with "
         "scores ahead still spill",
-        "not taken: it wants aligned, contiguous heads, so a second path, and nothing here can show that it is faster",
+        "not taken there: it wants aligned, contiguous heads, so a second path; that path is the next but one",
     ),
     Entry(
-        "warp specialisation",
+        "warp specialisation, by the compiler",
         "copies and products in warps of their own",
         "`warp_specialize=True` on the forward loop: no change of the binary on cc 90, spills on cc 100",
         "not taken",
+    ),
+    Entry(
+        "training forward in Gluon, cc 90",
+        "one warp that copies by TMA leaves those that multiply no addresses and registers for 128 keys a tile; of two "
+        "groups of 64 rows one multiplies during the other's softmax",
+        "`ops/attention/gluon_forward.py`, without a cap and sinks",
+        "no spill at 64 and 128 keys; at d = 128 a pair takes 57 % of the instruction slots; its text is tested on "
+        "threads with mbarriers, as no interpreter runs Gluon; off until a GPU has measured it: no table entry asks for "
+        "it, `bench --tune` tries it",
     ),
     Entry(
         "dK and dV, 16 warps",

@@ -31,6 +31,7 @@ from .tables import (
     Chip,
     DkdvConfig,
     ForwardConfig,
+    SpecialisedConfig,
     TileConfig,
 )
 
@@ -44,11 +45,13 @@ __all__ = [
     "Chip",
     "DkdvConfig",
     "ForwardConfig",
+    "SpecialisedConfig",
     "TileConfig",
     "ancestry",
     "attention_config",
     "chip_of",
     "entries",
+    "has_gluon",
     "nearest_chip",
     "options",
     "programs_of_a_tile",
@@ -124,6 +127,16 @@ def step_config(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str 
 
 
 @functools.cache
+def has_gluon() -> bool:
+    """Whether this Triton has what `gluon_forward.py` is written in."""
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
 def attention_config(
     kernel: str, chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str = PLAIN
 ) -> TileConfig:
@@ -141,6 +154,10 @@ def attention_config(
         )
     if chip is None:
         return _INTERPRET[kernel]
+    if kind == PLAIN and dtype != torch.float32:
+        specialised = TABLES[kernel].get(chip, {}).get("half specialised", {}).get(head_dim)
+        if specialised is not None and has_gluon():
+            return specialised
     table = entries(kernel, chip, dtype == torch.float32, kind)
     return table.get(head_dim) or table[block_dim(head_dim)]
 

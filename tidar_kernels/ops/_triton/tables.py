@@ -5,7 +5,8 @@ names. Classes are "half" (float16, bfloat16) and "float32"; "half extras" and "
 cap, sinks or a window, which need more registers, and "half tree" and "float32 tree" what differs from those with the
 paths of a token tree besides. A chip that is not in a table, or an entry that is not in a chip's part, is its parent's
 (`PARENTS`); all chips share ANY. Head dims between the powers of two run the next one's entry unless they have their
-own.
+own. "half specialised" of a chip has entries that another kernel runs (`SpecialisedConfig`), each for its own head dim.
+None has been measured, so there are none; `bench --tune` tries them.
 
 "step", "forward" and "dq": BLOCK_M rows of a program, BLOCK_N keys a step; "dkdv": BLOCK_N keys of a program, BLOCK_M
 rows a step. `benchmarks/static/report.py` shows what the compiler made of each. No time on a GPU has chosen one yet:
@@ -43,6 +44,15 @@ class ForwardConfig(TileConfig):
     """Of "step" and "forward", also the order of their loop over whole tiles (`common.attend_whole_tiles`)."""
 
     SCORES_AHEAD: bool = False
+
+
+@dataclass(frozen=True)
+class SpecialisedConfig(TileConfig):
+    """Of "forward", for `attention/gluon_forward.py`: BLOCK_M 128, `num_warps` 4 for each half of these rows, and
+    `num_stages` buffers of keys.
+
+    It stands under "half specialised" and is used without a cap and sinks, where Triton has Gluon.
+    """
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`tk.attention`: api (checks, schema, gradient), reference, cpu, triton_forward, triton_backward."""
+"""`tk.attention`: api (checks, schema, gradient), reference, cpu, triton_forward, triton_backward, gluon_forward."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.configs import EXTRAS, PLAIN, Chip, attention_config, chip_of, options
+from .._triton.configs import EXTRAS, PLAIN, Chip, SpecialisedConfig, attention_config, chip_of, options
 from .._triton.launch import Launch, block_dim, cdiv, sequence_slices, strided
 from .._triton.softmax import (
     attend_whole_tiles,
@@ -88,6 +88,10 @@ def plan_attention(rows: Rows, keys: Keys, scores: Scores, chip: Chip | None) ->
     batch, num_heads, q_len, head_dim = q.shape
     kind = PLAIN if scores.softcap is None and sinks is None else EXTRAS
     config = attention_config("forward", chip, q.dtype, head_dim, kind)
+    if isinstance(config, SpecialisedConfig):
+        from .gluon_forward import plan_specialised
+
+        return plan_specialised(rows, keys, scores, config)
     unit, inner = score_units(scores.scale, scores.softcap)
     out = torch.empty_like(q)
     q, k, v = map(aligned_rows, (q, k, v))
