@@ -226,8 +226,8 @@ LOG = (
         "groups of 64 rows one multiplies during the other's softmax",
         "`ops/attention/gluon_forward.py`, without a cap and sinks",
         "no spill at 64 and 128 keys; at d = 128 a pair takes 57 % of the instruction slots; its text is tested on "
-        "threads with mbarriers, as no interpreter runs Gluon; off until a GPU has measured it: no table entry asks for "
-        "it, `bench --tune` tries it",
+        "threads with mbarriers, as no interpreter runs Gluon; off until a GPU has measured it: no table entry asks "
+        "for it, `bench --tune` tries it",
     ),
     Entry(
         "dK and dV, 16 warps",
