@@ -117,8 +117,8 @@ def check(tmp_path: Path, world: int, ways: tuple[str, ...]) -> None:
     exact, plain = one_process(corpus, torch.float64), one_process(corpus, torch.float32, tmp_path / "one")
     first, *others = on_ranks(world, runs, tmp_path, ways)
     for way in ways:
-        for found in first[way]:
-            close(*found, exact, plain)
+        for curve, weights in first[way]:
+            close(curve, weights, exact, plain)
         (curve, weights), (same_curve, same_weights), _ = first[way]
         assert curve == same_curve
         # DDP reorders its buckets after a run's first step, and sums the gradients of three or more in another order.
