@@ -6,6 +6,7 @@ No interpreter runs Gluon. What is proven is the kernel's logic (tests/ops/gluon
 from __future__ import annotations
 
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,17 @@ def test_it_runs_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         monkeypatch.undo()
         attention_config.cache_clear()
+
+
+def test_a_triton_without_gluon_has_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
+    configs.has_gluon.cache_clear()
+    try:
+        assert not configs.has_gluon()
+        assert not any(isinstance(one, SpecialisedConfig) for one in tune.candidates(CASE))
+    finally:
+        monkeypatch.undo()
+        configs.has_gluon.cache_clear()
 
 
 @pytest.mark.cuda
