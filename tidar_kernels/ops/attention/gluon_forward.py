@@ -1,13 +1,13 @@
 """Attention over in-flight keys only, forward, for Hopper: warps that copy and warps that multiply.
 
-Computes what `triton_forward.py` computes without a cap and without sinks, over the same key tiles, in the same order.
+Computes what `triton_forward.py` computes without a cap and without sinks, and visits key tiles in the same order.
 No GPU has measured it: it runs where an entry of the launch tables asks for it, and none does (`SpecialisedConfig`).
 
 A program takes 128 rows of one head, and has three groups of warps that share its tiles in shared memory:
 
     load      one warp. Copies each K and V tile into the next of `num_stages` buffers, by TMA.
-    attend    two groups of 4 warps, 64 rows each: S = Q K^T and O += P V by wgmma, the softmax between them. One group
-              multiplies while the other is in its softmax.
+    attend    two groups of 4 warps, 64 rows each: S = Q K^T and O += P V by wgmma, the softmax between them. They meet
+              at no barrier, so one can multiply while the other is in its softmax.
 
 Every buffer has two mbarriers: `full` completes when its copy has arrived, `free` when both groups have read it. Each
 completes once a round through the buffers, and a wait names a round by its parity. The loader waits for the round
