@@ -115,7 +115,7 @@ def recorded(monkeypatch: Any) -> Iterator[Record]:
     from tidar_kernels.integrations.vllm import backend
     from tidar_kernels.integrations.vllm.sampler import TidarSampler
 
-    record, sample, append, preempt = Record(), TidarSampler.__call__, backend.append, Scheduler._preempt_request
+    record, sample, step, preempt = Record(), TidarSampler.__call__, backend.step, Scheduler._preempt_request
     layer: list[int] = []
 
     def sampled(self: Any, hidden: Any, batch: Any) -> Any:
@@ -124,11 +124,14 @@ def recorded(monkeypatch: Any) -> Iterator[Record]:
         record.steps.extend(zip(batch.req_ids, rows, output.num_sampled.tolist(), strict=True))
         return output
 
-    def appended(cache: Any, key: Any, value: Any, slots: Any) -> None:
-        layer.append(cache.data_ptr())
-        if layer[0] == layer[-1]:
-            record.stored += int((slots[: len(key)] >= 0).sum())
-        append(cache, key, value, slots)
+    def stepped(path: Any, query: Any, key: Any, value: Any, cache: Any, batch: Any, *others: Any) -> None:
+        def stored(cached: Any, keys: Any, written: Any) -> None:
+            layer.append(cached.k_cache.data_ptr())
+            if layer[0] == layer[-1]:
+                record.stored += int(written.kept.sum())
+            path.append(cached, keys, written)
+
+        step(path._replace(append=stored), query, key, value, cache, batch, *others)
 
     def preempted(self: Any, *args: Any, **kwargs: Any) -> None:
         record.preempted += 1
@@ -136,7 +139,7 @@ def recorded(monkeypatch: Any) -> Iterator[Record]:
 
     with monkeypatch.context() as patch:
         patch.setattr(TidarSampler, "__call__", sampled)
-        patch.setattr(backend, "append", appended)
+        patch.setattr(backend, "step", stepped)
         patch.setattr(Scheduler, "_preempt_request", preempted)
         yield record
 

@@ -2,7 +2,8 @@
 
 Clients complete, stream, cancel, and ask what is refused, several at once. Every text that is not cancelled must be
 vLLM's own without drafts, nothing may be lost, and the memory of the server's processes must stay where it was after
-the first tenth of the time. Prints one line a minute and a JSON object at the end; exit code 1 if anything was wrong.
+the first tenth of the time. Prints one line a minute and a JSON object at the end, which `--out` puts into a results
+file for docs/vllm.md; exit code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
+
+from benchmarks.core import record
+from tidar_kernels.integrations.vllm.plugin import installed_version
 
 from . import engines
 from .checkpoints import shipped
@@ -96,6 +100,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = shipped(Path(folder) / "shipped")
@@ -105,6 +110,10 @@ def main() -> int:
         with serving(checkpoint, Path(folder) / "log") as server:
             report = run(server, expected, args)
     print(json.dumps(report, indent=1))
+    if args.out is not None:
+        command = f"python -m tests.integrations.vllm.soak --seconds {args.seconds:.0f} --clients {args.clients}"
+        common = {"operator": "vllm_soak", "vllm": installed_version(), "clients": args.clients, "command": command}
+        record.add(args.out, "vllm_soak", "cpu", [common | report])
     return 1 if report["faults"] or not report["memory_is_flat"] else 0
 
 

@@ -1,75 +1,114 @@
-"""Attention over vLLM's paged cache against the dense mask of the same rows."""
+"""A pass over vLLM's paged cache against dense masks in float64, and what it leaves in the cache."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tidar_kernels import patterns
-from tidar_kernels.integrations.vllm.attention import Rows, append, attend
+from tidar_kernels.integrations.vllm.attention import KERNELS, ON_CPU, Buffers, Path, Rows, step
 from tidar_kernels.ops.operands import Scores
 
-PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
+from .passes import FLOAT8, LAYOUTS, MIX, MOST_REQUESTS, MOST_ROWS, Pass
 
 
-def rows_of(pattern: patterns.Pattern, count: int) -> Rows:
-    """The first `count` rows of a pattern: what is left of a step that was cut."""
-    return Rows(pattern.lead[:count, 1], pattern.own[:count])
+def check(path: Path, layout: str, dtype: torch.dtype = torch.float32) -> None:
+    buffers = Buffers(MOST_REQUESTS, MOST_ROWS, torch.device("cpu"))
+    one = Pass(MIX, layout, dtype)
+    one.check(one.run(path, one.fill(buffers, one.rows())))
 
 
-def batch_of(requests: list[tuple[int, patterns.Pattern, int]]) -> tuple[Rows, Tensor, Tensor]:
-    rows = [rows_of(pattern, count) for _, pattern, count in requests]
-    counts = torch.tensor([count for _, _, count in requests])
-    lengths = torch.tensor([context for context, _, _ in requests]) + counts
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Rows(*(torch.cat(part) for part in zip(*rows, strict=True))), lengths.int(), starts.int()
-
-
-@pytest.mark.parametrize("layout", ["pages first", "heads first"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_row_sees_its_intervals(layout: str) -> None:
-    requests = [
-        (13, patterns.tidar_step(4), 20),
-        (0, patterns.causal(9), 9),
-        (7, patterns.causal(3), 3),
-        (16, patterns.tidar_step(4), 14),  # cut within a block
-        (5, patterns.tidar_step(4), 2),  # cut within the drafts
-        (9, patterns.isd_step(3, bidirectional=True), 5),
-    ]
-    rows, lengths, starts = batch_of(requests)
-    tokens, pages = int(starts[-1]), 40
-    q, k, v = (torch.randn(tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    shape = (pages, KV_HEADS, PAGE, 2 * DIM)
-    cache = torch.full(shape, torch.nan)
-    if layout == "heads first":
-        cache = torch.full((KV_HEADS, pages, PAGE, 2 * DIM), torch.nan).transpose(0, 1)
-    table = torch.randperm(pages).int()[: 6 * 6].view(6, 6)
-    contexts = [
-        (torch.randn(context, KV_HEADS, DIM), torch.randn(context, KV_HEADS, DIM)) for context, _, _ in requests
-    ]
-    for request, (context_k, context_v) in enumerate(contexts):
-        places = torch.arange(len(context_k))
-        append(cache, context_k, context_v, table[request, places // PAGE].long() * PAGE + places % PAGE)
-    out = torch.full((tokens, HEADS * DIM), torch.nan)
-    halves = cache.chunk(2, dim=-1)
-    attend(q, k, v, halves, table, lengths, starts, rows, Scores(DIM**-0.5), out, max_query_len=20)
-
-    for request, (context, pattern, count) in enumerate(requests):
-        here = slice(int(starts[request]), int(starts[request + 1]))
-        keys, values = (torch.cat([c, x[here]]).double() for c, x in zip(contexts[request], (k, v), strict=True))
-        keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[here].double(), keys) * DIM**-0.5
-        visible = pattern.dense(context)[:count, : context + count]
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        expected = torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
-        torch.testing.assert_close(out[here].double(), expected, rtol=1e-5, atol=1e-5)
+    check(ON_CPU, layout)
 
 
-def test_a_token_without_a_slot_is_not_stored() -> None:
-    cache = torch.zeros(3, KV_HEADS, PAGE, 2 * DIM)
-    key, value = torch.randn(3, KV_HEADS, DIM), torch.randn(3, KV_HEADS, DIM)
-    append(cache, key, value, torch.tensor([5, -1, 11, 0]))  # padded, as the runner's slots are
-    expected = torch.zeros_like(cache)
-    for token, (page, slot) in {0: (1, 1), 2: (2, 3)}.items():
-        expected[page, :, slot] = torch.cat([key[token], value[token]], dim=-1)
-    torch.testing.assert_close(cache, expected, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_is_its_dequantised_twin(dtype: torch.dtype) -> None:
+    check(ON_CPU, "LBHNC", dtype)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_row_sees_its_intervals_in_the_kernels(layout: str) -> None:
+    check(KERNELS, layout)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_is_its_dequantised_twin_in_the_kernels(dtype: torch.dtype) -> None:
+    check(KERNELS, "LBNHC", dtype)
+
+
+@pytest.mark.interpret
+def test_a_pass_takes_the_place_of_another() -> None:
+    """What a graph was captured with serves the next pass, whatever that is made of: no tensor moves."""
+    buffers = Buffers(MOST_REQUESTS, MOST_ROWS, torch.device("cpu"))
+    captured, later = (
+        Pass(tuple(replace(request, pattern=patterns.causal(20)) for request in MIX), "LBHNC"),
+        Pass(MIX[::-1], "LBHNC"),
+    )
+    batch = captured.fill(buffers, None)
+    captured.check(captured.run(KERNELS, batch))
+    # vLLM's own tensors keep their addresses too.
+    for name in ("starts", "seq_lens", "table", "slots"):
+        getattr(captured, name).copy_(getattr(later, name))
+        setattr(later, name, getattr(captured, name))
+    later.fill(buffers, later.rows())
+    later.check(later.run(KERNELS, batch))
+
+
+def test_rows_that_say_nothing_are_causal() -> None:
+    one = Pass(tuple(replace(request, pattern=patterns.causal(20)) for request in MIX), "LBHNC")
+    buffers = Buffers(MOST_REQUESTS, MOST_ROWS, torch.device("cpu"))
+    one.fill(
+        buffers, Rows(torch.full((MOST_ROWS,), 3), torch.tensor([[0, 9]]).expand(MOST_ROWS, 2))
+    )  # what was there before
+    one.check(one.run(ON_CPU, one.fill(buffers, None)))
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8])
+def test_launches_compile_and_the_host_reads_nothing(cc: int, dtype: torch.dtype) -> None:
+    """On tensors without data, which cannot be read: 16 steps of B = 8 of a model with 32 heads over 8."""
+    pytest.importorskip("triton")
+    from benchmarks.static.compilation import compile_report
+    from benchmarks.static.occupancy import LIMITS
+    from tidar_kernels.ops.kv.triton import plan_append_kv
+    from tidar_kernels.ops.step_attention.triton import plan_step_attention
+
+    reports: list[Any] = []
+
+    def append(*bundles: Any) -> None:
+        reports.append(compile_report(plan_append_kv(*bundles), cc, read_binary=True))
+
+    def attend(*bundles: Any) -> tuple[Tensor, Tensor]:
+        launches, out, lse = plan_step_attention(*bundles, cc)
+        reports.extend(compile_report(launch, cc, read_binary=True) for launch in launches)
+        return out, lse
+
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    requests, rows, half = 16, 16 * 72, torch.bfloat16
+    buffers = Buffers(requests, rows, torch.device("meta"))
+    batch = buffers.fill(
+        *(meta(requests + 1), meta(requests), meta(requests, 256), meta(rows, dtype=torch.int64)),
+        Rows(meta(rows), meta(rows, 2)),
+        num_rows=rows,
+        max_rows=72,
+        max_seq_len=4096,
+    )
+    cache = meta(1000, 16, 8, 256, dtype=dtype).transpose(1, 2)
+    scales = (meta(dtype=torch.float32), meta(dtype=torch.float32)) if dtype in FLOAT8 else None
+    q, k, v = (meta(rows, heads, 128, dtype=half) for heads in (32, 8, 8))
+    step(Path(append, attend), q, k, v, (cache[..., :128], cache[..., 128:]), batch, Scores(0.1), q.clone(), scales)
+    names = [report.kernel for report in reports]
+    assert names[:3] == ["append_kv_kernel", "sound_keys_kernel", "step_attention_kernel"]
+    for report in reports:
+        assert report.shared_bytes <= LIMITS[cc].block_shared
+        assert not report.loop.get("local")  # nothing is spilled where keys are multiplied

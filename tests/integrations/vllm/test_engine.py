@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make vllm")
 
-from tidar_kernels.integrations.vllm import engine_options
+from tidar_kernels.integrations.vllm import backend, engine_options
 
 from . import engines
 from .checkpoints import adapter, random_model
@@ -158,12 +158,29 @@ class TestRequests:
     ("given", "message"),
     [
         ({"diffusion_config": {"canvas_length": 3}}, "diffusion_config: expected canvas_length 71"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: expected none with strategy tidar"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype: expected auto, float32, fp8, .* got bfloat16"),
     ],
 )
 def test_engines_that_would_be_wrong_are_refused(checkpoint: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message), engines.running(**engine_options(checkpoint) | given):
         pass
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_a_float8_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """A draft is seen with the values that the cache holds later: as one token at a time, on the same attention.
+
+    vLLM's own kernel for float8 on CPUs rounds otherwise, so the plain engine has our attention too.
+    """
+    asked = cases()["greedy"] + cases()["sampled"]
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_has_patterns", lambda config: True)
+        with engines.running(**engines.plain(checkpoint), max_num_batched_tokens=512, kv_cache_dtype=dtype) as llm:
+            expected = tokens(answers(llm, asked))
+    options = engine_options(checkpoint, max_num_seqs=4, kv_cache_dtype=dtype)
+    with engines.running(**options) as llm, engines.recorded(monkeypatch) as record:
+        assert tokens(answers(llm, asked)) == expected
+    assert record.tokens_per_step > 2
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])

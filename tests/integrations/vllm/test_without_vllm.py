@@ -65,6 +65,9 @@ def test_options_are_what_a_user_would_have_to_know(tmp_path: Path) -> None:
     assert Settings.of(options["hf_overrides"]["tidar"]) == Settings(8, 9)
     assert options["diffusion_config"] == {"canvas_length": 71}
     assert options["max_num_batched_tokens"] == 64 * 72
+    assert options["attention_backend"] == "CUSTOM"  # on GPUs; CPUs know one backend alone
+    assert "attention_backend" not in engine_options(tmp_path, "isd")
+    assert engine_options(tmp_path, attention_backend="FLASH_ATTN")["attention_backend"] == "FLASH_ATTN"
     assert options["seed"] == 3
     assert engine_options(tmp_path, max_num_batched_tokens=100)["max_num_batched_tokens"] == 100
 

@@ -12,6 +12,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
+from .plugin import BACKEND
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -72,11 +73,8 @@ def check_engine(config: Any) -> None:
             f"diffusion_config: expected canvas_length {settings.rows - 1} and no speculative_config for "
             f"{settings.drafting.label}, got {config.num_speculative_tokens} speculative tokens; see engine_options"
         )
-    if not settings.causal and not current_platform.is_cpu():
-        raise ValueError(
-            f"strategy: expected isd on a GPU, for {settings.strategy} has no attention backend there yet, "
-            f"got {settings.strategy}"
-        )
+    if not settings.causal:
+        check_attention(config, settings)
     one = {
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
@@ -95,6 +93,22 @@ def check_engine(config: Any) -> None:
     for name, on in off.items():
         if on:
             raise ValueError(f"{name}: expected False with several tokens a step, got True")
+
+
+def check_attention(config: Any, settings: Settings) -> None:
+    """Raise ValueError unless rows will see what the strategy's pattern says: on CPUs, or on CUDA by our backend."""
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise ValueError(
+            f"strategy: expected isd on {current_platform.device_name}, for {settings.strategy} has an attention "
+            f"backend on CUDA and CPUs alone, got {settings.strategy}"
+        )
+    name, path = BACKEND
+    chosen = config.attention_config.backend
+    if chosen is None or chosen.name != name or chosen.get_path() != path:
+        got = "none" if chosen is None else f"{chosen.name}, {chosen.get_path()}"
+        raise ValueError(f"attention_backend: expected {name}, {path}, for {settings.strategy}, got {got}")
 
 
 class TidarLlamaForCausalLM(_Tidar, LlamaForCausalLM):

