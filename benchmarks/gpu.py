@@ -1,5 +1,7 @@
 """What `make gpu` runs, unattended, in one call of nine minutes: sanitizer, bits, parity, every CUDA table, as files.
 
+Where vLLM is installed, the GPU part of its plug-in's tests runs too.
+
     python -m benchmarks.gpu --out DIR [--budget SECONDS] [--dry-run]
 
 Parity comes first, but does not gate: every row checks its own result before it is timed. Each part has a share of the
@@ -37,6 +39,8 @@ BUDGET = 520.0  # seconds in all; the rest of nine minutes is for starting and e
 PARITY_SECONDS = 190.0  # at most
 SANITIZER_SECONDS = 50.0  # at most, of both tools together
 BITS_SECONDS = 60.0  # at most
+VLLM_SECONDS = 120.0  # at most, where vLLM is installed: five small engines start
+VLLM_TESTS = "tests/integrations/vllm/test_gpu.py"
 # Parts: their titles, and their shares of the time after parity. What a part leaves goes to those after it.
 SHARES = {
     "step": ("step attention", 0.34),
@@ -65,7 +69,7 @@ class Suite:
     timer: measure.Timer | None = None
 
 
-FULL = Suite("cuda", torch.bfloat16, "cuda", ("tests",))
+FULL = Suite("cuda", torch.bfloat16, "cuda", ("tests", f"--ignore={VLLM_TESTS}"))
 DRY = Suite(
     "cpu", torch.float32, "tiny", ("tests/ops/test_append_kv.py",),
     lambda calls: timing.time_cpu(timing.rotated(calls), 0),
@@ -210,6 +214,24 @@ def run_bits(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> in
     return int(code != 0)
 
 
+def run_vllm(suite: Suite, folder: Path, seconds: float, launch: Launcher) -> int:
+    """What vLLM serves on this GPU with the plug-in against vLLM itself; 0 if every test ran and passed.
+
+    Not a part of parity, whose tests run side by side: an engine takes a GPU for itself. A dry run has no CUDA, so its
+    tests are skipped.
+    """
+    report = folder / "vllm.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-o", "filterwarnings=default", VLLM_TESTS]
+    code = launch([*command, "-p", "no:cacheprovider", f"--junitxml={report.resolve()}"], seconds)
+    line = parity_row(report) | {"operator": "vllm_tests", "stopped": code is None}
+    print(f"vllm: {line}", flush=True)
+    record.add(folder, "vllm_tests", suite.device, [line])
+    if suite.device != "cuda":
+        return int(line["failed"] > 0 or code not in (0, 5))
+    return int(code != 0 or line["tests"] == line["skipped"])
+
+
 def parity_row(report: Path) -> dict[str, Any]:
     """What a JUnit report says, in numbers, and the names of tests that failed."""
     root = ElementTree.parse(report).getroot() if report.is_file() else ElementTree.Element("none")
@@ -229,6 +251,10 @@ def run_all(suite: Suite, folder: Path, budget: float, launch: Launcher, *, pari
     if parity:
         codes["bits"] = run_bits(suite, folder, min(BITS_SECONDS, 0.12 * budget), launch)
         codes["parity"] = run_parity(suite, folder, min(PARITY_SECONDS, 0.4 * budget), launch)
+    if parity and importlib.util.find_spec("vllm") is not None:
+        codes["vllm"] = run_vllm(suite, folder, min(VLLM_SECONDS, 0.25 * budget), launch)
+    elif parity:
+        say("vllm: not run, no vLLM")
     shares = sum(share for _, share in SHARES.values())
     for name, (_, share) in SHARES.items():
         seconds = (end - time.perf_counter() - GRACE) * share / shares

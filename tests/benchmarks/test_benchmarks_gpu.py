@@ -226,6 +226,55 @@ def test_parity_on_a_gpu_is_green_if_all_of_it_ran(
     assert commands[0][-2:] == ["-n", str(os.cpu_count())]
 
 
+@pytest.mark.parametrize(
+    ("device", "code", "cases", "red"),
+    [
+        ("cuda", 0, "<testcase/>", 0),
+        ("cuda", 0, "<testcase><skipped/></testcase>", 1),
+        ("cuda", None, "<testcase/>", 1),
+        ("cuda", 1, "<testcase/><testcase><failure/></testcase>", 1),
+        ("cpu", 0, "<testcase><skipped/></testcase>", 0),  # a dry run
+        ("cpu", 2, "", 1),
+    ],
+)
+def test_vllms_part_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, code: int | None, cases: str, red: int
+) -> None:
+    commands: list[list[str]] = []
+
+    def launch(command: list[str], seconds: float) -> int | None:
+        commands.append(command)
+        if gpu.VLLM_TESTS in command:
+            (tmp_path / "vllm.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+            return code
+        return 0
+
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu, "SHARES", {})
+    monkeypatch.setattr(gpu, "run_sanitizer", lambda *given: 0)
+    monkeypatch.setattr(gpu, "run_parity", lambda *given: 0)
+    suite = dataclasses.replace(gpu.DRY, device=device)
+    added: list[Any] = []
+    monkeypatch.setattr(record, "add", lambda *given: added.append(given[1:]))
+    assert gpu.run_all(suite, tmp_path, 300.0, launch) == red
+    assert sum(gpu.VLLM_TESTS in command for command in commands) == 1
+    ((kind, where, (line,)),) = added
+    assert (kind, where, line["stopped"]) == ("vllm_tests", device, code is None)
+    assert (gpu.ROOT / gpu.VLLM_TESTS).is_file()
+    assert f"--ignore={gpu.VLLM_TESTS}" in gpu.FULL.parity  # or parity would start engines side by side
+
+
+def test_without_vllm_its_part_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(gpu, "SHARES", {})
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "vllm" else object())
+    assert gpu.run_all(gpu.DRY, tmp_path, 300.0, lambda command, seconds: commands.append(command) or 0) == 0
+    assert not any(gpu.VLLM_TESTS in command for command in commands)
+    assert "vllm: not run, no vLLM" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("codes", "red"), [((0, 0), 0), ((0, 9), 1), ((None, 0), 0)])
 def test_the_sanitizer_runs_both_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int | None, int], red: int

@@ -108,8 +108,8 @@ class Record:
 
 
 @contextmanager
-def recorded(monkeypatch: Any) -> Iterator[Record]:
-    """Watch the sampler, the cache and the scheduler of the engine in this process."""
+def recorded(monkeypatch: Any, *, cache: bool = True) -> Iterator[Record]:
+    """Watch the sampler, the scheduler and, if its writes may be read while a step runs, the cache of the engine."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from tidar_kernels.integrations.vllm import backend
@@ -139,7 +139,8 @@ def recorded(monkeypatch: Any) -> Iterator[Record]:
 
     with monkeypatch.context() as patch:
         patch.setattr(TidarSampler, "__call__", sampled)
-        patch.setattr(backend, "step", stepped)
+        if cache:
+            patch.setattr(backend, "step", stepped)
         patch.setattr(Scheduler, "_preempt_request", preempted)
         yield record
 

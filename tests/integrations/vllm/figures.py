@@ -1,7 +1,7 @@
 """Tokens a step of vLLM's engine with drafts, for docs/vllm.md: `python -m tests.integrations.vllm.figures`.
 
-Every engine is asked the same prompts at once, greedily and sampled, and so is one without drafts: what comes out must be
-the same, token for token. Writes a line an engine into a results file; exit code 1 if a token differs.
+Every engine is asked the same prompts at once, greedily and sampled, and so is one without drafts: their tokens must be
+the same. Writes a line an engine into a results file; exit code 1 if a token differs.
 """
 
 from __future__ import annotations
