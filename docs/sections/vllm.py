@@ -34,7 +34,10 @@ def figures_table() -> str:
         first = part["rows"][0]
         head = ["engine", "requests equal to vLLM's own", "tokens a step, greedy", "temperature 0.8, top-p 0.9"]
         said = "Shipped model (byte-level, trained on Python source), float32, "
-        said += f"{first['requests'] // 2} prompts of Python at once, {first['new_tokens']} tokens each, the prompts' own step not counted; vLLM {first['vllm']}; "
+        said += (
+            f"{first['requests'] // 2} prompts of Python at once, {first['new_tokens']} tokens each, the prompts' own "
+        )
+        said += f"step not counted; vLLM {first['vllm']}; "
         found.append(f"{table(head, rows)}\n\n{said}{where(part)}.")
     return (
         "\n\n".join(found) or "No figures are published yet: `python -m tests.integrations.vllm.figures` measures them."

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make vllm")
 
-from tidar_kernels.integrations.vllm import backend, engine_options
+from tidar_kernels.integrations.vllm import attention, backend, engine_options
 
 from . import engines
 from .checkpoints import adapter, random_model
@@ -181,6 +181,19 @@ def test_a_float8_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype
     with engines.running(**options) as llm, engines.recorded(monkeypatch) as record:
         assert tokens(answers(llm, asked)) == expected
     assert record.tokens_per_step > 2
+
+
+def test_the_kernels_in_vllms_runner(
+    checkpoint: Path, autoregressive: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, interpreted: mixed prompts and steps, more requests than run at once."""
+    monkeypatch.setattr(backend._OnCPU, "path", attention.KERNELS)
+    asked = [Ask(ask.prompt, ask.params | {"max_tokens": 6}) for ask in cases()["sampled"][:3]]
+    options = engine_options(checkpoint, max_num_seqs=2, block_size=4)
+    with engines.running(**options) as llm, engines.recorded(monkeypatch) as record:
+        got = tokens(answers(llm, asked))
+    assert got == [[whole[:6]] for (whole,) in tokens(autoregressive["sampled"])[:3]]
+    assert record.tokens_per_step > 1
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])

@@ -33,13 +33,18 @@ def _patch_once(function):
     return SimpleNamespace(restore=lambda: None)
 
 
-def _masked_store(self, pointers, value, mask, cache_policy):
-    # The grammar's mask comes as int1 in a wider NumPy type, which the interpreter refuses.
-    return _store(self, pointers, value, interpreter.TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+# Some masks come as int1 in a wider NumPy type, which the interpreter refuses.
+def _masked_store(self, pointers, value, mask, *others):
+    return _store(self, pointers, value, interpreter.TensorHandle(mask.data.astype(bool), mask.dtype), *others)
 
 
-_store = interpreter.InterpreterBuilder.create_masked_store
+def _masked_load(self, pointers, mask, *others):
+    return _load(self, pointers, interpreter.TensorHandle(mask.data.astype(bool), mask.dtype), *others)
+
+
+_store, _load = (getattr(interpreter.InterpreterBuilder, f"create_masked_{name}") for name in ("store", "load"))
 interpreter.InterpreterBuilder.create_masked_store = _masked_store
+interpreter.InterpreterBuilder.create_masked_load = _masked_load
 interpreter._patch_lang = _patch_once
 interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
 interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
