@@ -1,18 +1,20 @@
 """`exact=True` in bfloat16 over a thousand tokens: texts and committed bits against one token at a time, and its cost.
 
     python -m benchmarks.decoding.exactness [MODEL --title "SmolLM2-135M-Instruct"] [--tokens 1000] [--out DIR]
+        [--only STRATEGY]
 
 Without MODEL, a model of random weights with the widths of Qwen3-0.6B, of four layers and a small vocabulary. Sampled,
-so that every logit counts. The cost of a pass is processor time, with `exact` over without, of batches of 1 and of 8
-requests. A part of the results file; docs/exact.md shows it.
+so that every logit counts. The cost of a pass is processor time, of batches of 1 and of 8 requests; plain and exact
+passes take turns, so that both see the same machine, and each turn gives a ratio of its own. A part of the results
+file; a row measured anew replaces the one that the same command measured. docs/exact.md shows it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from tidar_kernels.cache import KVCache
 from tidar_kernels.decoding.strategies import StrategyName
 
 STRATEGIES: dict[StrategyName, int] = {"tidar": 4, "isd": 4}
+AUTOREGRESSIVE = "autoregressive"
 RANDOM = "random weights, widths of Qwen3-0.6B"
-_COST_TOKENS, _WITHOUT_TOKENS = 12, 100
+_COST_TOKENS, _COST_TURNS, _WITHOUT_TOKENS = 12, 5, 100
 PROMPT = [1 + 7 * token % 251 for token in range(40)]
 
 
@@ -64,15 +67,26 @@ def same_bits(found: KVCache, expected: KVCache, length: int) -> bool:
 
 def seconds_a_pass(model: Any, strategy: StrategyName | None, exact: bool, batch: int) -> float:
     """Processor time of a pass after the prompt's."""
-    prompts = [PROMPT] * batch
-    sample(model, strategy, exact, prompts, 2)
     times = []
     for tokens in (1, _COST_TOKENS):
         started = time.process_time()
-        result = sample(model, strategy, exact, prompts, tokens)
+        result = sample(model, strategy, exact, [PROMPT] * batch, tokens)
         times.append((time.process_time() - started, result.forwards))
     (first, few), (second, many) = times
     return (second - first) / (many - few)
+
+
+def cost(model: Any, strategy: StrategyName | None, batch: int) -> dict[str, Any]:
+    """Of a pass: `plain_ms`, `exact_ms` (medians over turns), and the median, least and largest `ratio` of a turn."""
+    for exact in (False, True):
+        sample(model, strategy, exact, [PROMPT] * batch, 2)
+    turns = [
+        tuple(seconds_a_pass(model, strategy, exact, batch) for exact in (False, True)) for _ in range(_COST_TURNS)
+    ]
+    ratios = [exact / plain for plain, exact in turns]
+    plain_ms, exact_ms = (round(1e3 * statistics.median(times), 2) for times in zip(*turns, strict=True))
+    found = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+    return {"plain_ms": plain_ms, "exact_ms": exact_ms, "ratio": found}
 
 
 def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> list[int]:
@@ -82,32 +96,18 @@ def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> l
     return [len(expected), [*same, False].index(False)]
 
 
-def measure(model: Any, title: str, tokens: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far, one for each strategy and one token at a time first; then, row by row, with the cost."""
-    expected, length = sample(model, None, True, [PROMPT], tokens), len(PROMPT) + tokens - 1
-    rows: list[dict[str, Any]] = []
-    for strategy in (None, *STRATEGIES):
-        found = expected if strategy is None else sample(model, strategy, True, [PROMPT], tokens)
-        rows.append(
-            {
-                "model": title,
-                "strategy": strategy or "autoregressive",
-                "block_size": 1 if strategy is None else STRATEGIES[strategy],
-                "tokens": tokens,
-                "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
-                "equal_bits": same_bits(found.cache, expected.cache, length),
-                "equal_without": without(model, strategy, expected.tokens[0][:_WITHOUT_TOKENS]),
-            }
-        )
-        yield rows
-    for row, strategy in zip(rows, (None, *STRATEGIES), strict=True):
-        row["cost"] = {
-            str(batch): round(
-                seconds_a_pass(model, strategy, True, batch) / seconds_a_pass(model, strategy, False, batch), 2
-            )
-            for batch in (1, 8)
-        }
-        yield rows
+def measure(model: Any, title: str, tokens: int, strategy: StrategyName | None, expected: Any) -> dict[str, Any]:
+    """The row of a strategy (None: one token at a time), without its cost; `expected` is exact, a token at a time."""
+    found = expected if strategy is None else sample(model, strategy, True, [PROMPT], tokens)
+    return {
+        "model": title,
+        "strategy": strategy or AUTOREGRESSIVE,
+        "block_size": 1 if strategy is None else STRATEGIES[strategy],
+        "tokens": tokens,
+        "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
+        "equal_bits": same_bits(found.cache, expected.cache, len(PROMPT) + tokens - 1),
+        "equal_without": without(model, strategy, expected.tokens[0][:_WITHOUT_TOKENS]),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="a folder, or a name on the Hub; default random weights")
     parser.add_argument("--title", default=RANDOM, help="what the page calls the model")
     parser.add_argument("--tokens", type=int, default=1000, metavar="N", help="to decode; default 1000")
+    parser.add_argument("--only", choices=(AUTOREGRESSIVE, *STRATEGIES), help="this row alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     options = parser.parse_args(arguments)
     if options.model is None:
@@ -126,12 +127,20 @@ def main(arguments: list[str] | None = None) -> int:
 
         model, _ = loading.load(options.model, torch.bfloat16)
     said = "" if options.model is None else f' MODEL --title "{options.title}"'
-    command = f"python -m benchmarks.decoding.exactness{said} --tokens {options.tokens}"
     part = "exactness" if options.model is None else "exactness_model"
-    for rows in measure(model, options.title, options.tokens):  # what there is stays, if the run is cut short
-        print(rows[-1], file=sys.stderr, flush=True)
-        record.add(options.out, part, "cpu", [row | {"command": command} for row in rows])
-    return 0 if all(row["equal"] == row["tokens"] and row["equal_bits"] for row in rows) else 1
+    rows = record.Rows(options.out, part, "cpu", resume=True)
+    expected = sample(model, None, True, [PROMPT], options.tokens)
+    chosen = [name for name in (None, *STRATEGIES) if options.only in (None, name or AUTOREGRESSIVE)]
+    failed = False
+    for strategy in chosen:  # what there is stays, if the run is cut short
+        command = f"python -m benchmarks.decoding.exactness{said} --tokens {options.tokens} "
+        row = measure(model, options.title, options.tokens, strategy, expected)
+        row["command"] = f"{command}--only {strategy or AUTOREGRESSIVE}"
+        rows.put(row)
+        rows.put(row | {"cost": {str(batch): cost(model, strategy, batch) for batch in (1, 8)}})
+        print(rows.get(row["command"]), file=sys.stderr, flush=True)
+        failed |= row["equal"] < row["tokens"] or not row["equal_bits"]
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -38,18 +38,26 @@ HUMAN_EVAL = "HumanEval"
 Tokens = list[list[int]]
 
 
-def reference(model: Any, stop: list[int], new_tokens: int) -> Callable[[Tokens], Tokens]:
-    """`model.generate` on prompts of any lengths: the new tokens of each, up to the first that ends a text."""
+def reference(model: Any, stop: list[int], new_tokens: int, **options: Any) -> Callable[[Tokens], Tokens]:
+    """`model.generate`, with these `options`, on prompts of any lengths: the new tokens of each, up to its end."""
 
     def run(prompts: Tokens) -> Tokens:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with lora_gate(False):  # the model without what was trained for drafting
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
+            )
         return [ended(row, stop) for row in out[:, longest:].tolist()]
 
     return run
+
+
+def stop_tokens(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def ended(tokens: list[int], stop: list[int]) -> list[int]:
@@ -150,8 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
             tokenizer.apply_chat_template([{"role": "user", "content": text}], **template)
             for text in read_prompts(options.chat)[: options.limit]
         ]
-    ends = model.generation_config.eos_token_id
-    stop = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    stop = stop_tokens(model)
     options.out.mkdir(parents=True, exist_ok=True)
     generate = reference(model, stop, options.max_new_tokens)
     drafting, mask, more = chosen(options, tokenizer)

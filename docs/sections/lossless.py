@@ -60,6 +60,21 @@ def human_eval_table() -> str:
     return table([*head, "drafts kept by position"], rows, left=3) + f"\n\n{under[0]}"
 
 
+def scores_table() -> str:
+    """A line for each way to decode: problems of HumanEval that it solves, and how many texts are `generate`'s."""
+    rows, under = [], ""
+    for part in parts("scores", "cpu"):
+        for run in part["rows"]:
+            of = run["problems"]
+            rows.append([run["model"], run["way"], f"{len(run['solved'])} of {of}", f"{run['equal']} of {of}"])
+        solved = sorted({name for run in part["rows"] for name in run["solved"]}, key=lambda name: (len(name), name))
+        under = f"The first {of} problems, {run['max_new_tokens']} tokens each at most, greedy, float32; solved: "
+        under += f"{', '.join(solved) or 'none'}. {where(part)}."
+    if not rows:
+        return "No figures are published yet: `python -m benchmarks.decoding.scores` measures them."
+    return table(["model", "decoded by", "solved (pass@1)", "texts equal to `generate`"], rows, left=2) + f"\n\n{under}"
+
+
 def exactness_table() -> str:
     """A line for each model and strategy: a thousand exact tokens against one token at a time, and what that costs."""
     rows, under = [], []
@@ -123,6 +138,7 @@ PICTURES = {"images/adapter.png": Picture(_save, _description)}
 SECTIONS: dict[str, Section] = {
     "lossless": lossless_table,
     "human-eval": human_eval_table,
+    "scores": scores_table,
     "adapter": training_table,
     "exactness": exactness_table,
 }

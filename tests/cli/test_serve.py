@@ -49,6 +49,10 @@ def test_refusals(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert refused(run("serve", folder, "--strategy", "tree")).startswith("--strategy: invalid choice: 'tree'")
     assert refused(run("serve", folder, "--levels", "2,3")).startswith("--levels: expected ascending ints from 1")
     assert refused(run("serve", folder, "--set", "--port=1")).startswith("--set: expected")
+    assert refused(run("serve", folder, "--adapter", "runs/smol")) == (
+        "--adapter: expected none, for vLLM runs an adapter on every row of a request, and one that drafts would "
+        "change the text there; tidar-kernels generate runs it on mask rows alone, got runs/smol"
+    )
     monkeypatch.setattr(plugin, "installed_version", lambda: "0.33.0")
     assert refused(run("serve", folder)) == (
         "vllm: expected version 0.32.x, which this package was tried with, got 0.33.0"

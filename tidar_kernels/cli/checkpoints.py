@@ -14,7 +14,7 @@ from typing import Any
 
 from .common import UserError, any_path, import_torch, resolve_device, user_errors
 
-__all__ = ["PROMPTS", "add_model_arguments", "add_prompt_arguments", "load_model", "quiet", "read_prompts"]
+__all__ = ["PROMPTS", "add_model_arguments", "add_prompt_arguments", "load_model", "quiet", "read_prompts", "reading"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 _MAX_FILE_BYTES = 2**28
@@ -109,6 +109,16 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
 
     where = resolve_device(device)
+    with reading():
+        from ..integrations.transformers.checkpoints import load_any
+
+        model, tokenizer = load_any(name, getattr(torch, dtype))
+        return model.to(where), tokenizer
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """A checkpoint is read inside; what is wrong with it becomes the one line of a `UserError`."""
     with (
         quiet(),
         user_errors(
@@ -117,7 +127,4 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
             otherwise="MODEL: expected a checkpoint that transformers can read",
         ),
     ):
-        from ..integrations.transformers.checkpoints import load_any
-
-        model, tokenizer = load_any(name, getattr(torch, dtype))
-        return model.to(where), tokenizer
+        yield

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levels", type=whole_numbers, metavar="L,..", help="numbers of accepted drafts that get a block, as in 1,2,4"
     )
     parser.add_argument(
+        "--adapter", type=any_path, metavar="DIR", help="refused, for vLLM cannot run one on mask rows alone"
+    )
+    parser.add_argument(
         "--max-num-seqs",
         type=whole_number(1, MAX_TOKENS),
         default=16,
@@ -89,6 +92,11 @@ def _engine_argument(text: str) -> tuple[str, str | None]:
 
 def run(options: argparse.Namespace) -> int:
     folder: Path = options.folder
+    if options.adapter is not None:
+        raise UserError(
+            "--adapter: expected none, for vLLM runs an adapter on every row of a request, and one that drafts would "
+            f"change the text there; {PROGRAM} generate runs it on mask rows alone, got {options.adapter}"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"FOLDER: expected a folder with a config.json, got {folder}")  # before seconds of imports
     import_torch()

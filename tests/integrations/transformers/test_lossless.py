@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.integrations.transformers.test_convert import tiny  # noqa: E402
 from tidar_kernels.decoding.strategies import base  # noqa: E402
 from tidar_kernels.integrations.transformers import attention  # noqa: E402
 from tidar_kernels.integrations.transformers.lossless import LosslessReport, lossless  # noqa: E402
+from tidar_kernels.nn.adapters import add_gated_lora, has_gated_lora, lora_gate, save_adapter  # noqa: E402
 
 PROMPTS = [[1, 4, 9, 16, 25], [2, 3, 5, 7, 11, 13, 17, 19], [26]]
 
@@ -142,3 +144,46 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^exact: "):
         check(model, strategy="tree", exact=True)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A random one, so large that no row that runs it says what it said."""
+    model = tiny().eval()
+    add_gated_lora(model, 2, 4.0)
+    for name, weight in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(weight)
+    save_adapter(model, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("strategy", ["tidar", "isd", "self_speculation"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_adapter_changes_drafts_and_no_text(adapter: Path, strategy: str, exact: bool) -> None:
+    options = {"strategy": strategy, "exact": exact, "mask_token_id": 20}
+    model = tiny().eval()
+    report = check(model, adapter=adapter, **options)
+    assert has_gated_lora(model)
+    assert report.equal == 3
+    assert report.stages["projection"][0] > 0  # those with an adapter are compared, too
+    if exact:
+        assert report.equal_bits == 3
+        assert not any(depending for _, depending in report.stages.values())
+    assert report.forwards != check(tiny().eval(), **options).forwards
+
+
+def test_an_adapter_that_runs_on_other_rows_than_masks_is_found(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in the text to compare with, if that were decoded with the adapter, too."""
+    monkeypatch.setattr(base, "lora_gate", lambda gate: lora_gate(True))
+    report = check(tiny().eval(), adapter=adapter, exact=True, strategy="isd", mask_token_id=20)
+    found = [each.divergence for each in report.trajectories if each.divergence is not None]
+    assert found
+    assert {(each.stage, each.module) for each in found} == {("projection", "layers.0.self_attn.q_proj")}
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^adapter: expected none with 'prompt_lookup'"):
+        check(tiny().eval(), adapter=adapter, strategy="prompt_lookup")
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a folder with adapter_config"):
+        check(tiny().eval(), adapter=tmp_path / "none")

@@ -13,6 +13,7 @@ the model, is what this reports. It takes the strategies of this package and tra
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from transformers import GenerationConfig
 
 from ...decoding.decoder import Mode, ModelDecoder
 from ...decoding.strategies.base import check_ready
+from ...nn.adapters import has_gated_lora, load_peft_adapter, lora_gate
 from ...patterns.arguments import check_int
 from .loading import tidar_entry
 from .model import decoder_model
@@ -131,6 +133,7 @@ def lossless(
     temperature: float = 0.0,
     seed: int = 0,
     assistant: Any = None,
+    adapter: str | os.PathLike[str] | Callable[[Any], object] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> LosslessReport:
     """Decode every prompt autoregressively and by speculation, and report where and why they differ.
@@ -148,17 +151,25 @@ def lossless(
         max_new_tokens: of each prompt; an end token of the generation config ends it earlier.
         temperature, seed: sampling by the coupled rule; greedy by default.
         assistant: the drafting model of strategy "assistant".
+        adapter: a folder with a gated adapter that drafts, as PEFT saves it, or a function that puts one into a model.
+            Autoregressive decoding is of the model before it has the adapter, which it keeps afterwards.
         progress: called with the number of prompts done.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the strategy cannot be exact, or the model does not suit.
+        TypeError, ValueError: an argument does not fit, the strategy cannot be exact, or the model or the adapter does
+            not suit. FileNotFoundError: there is no adapter.
     """
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("block_size", block_size, 1)
     if (assistant is None) == (strategy == "assistant"):
         raise ValueError(f'assistant: expected a model with strategy "assistant" alone, got {type(assistant).__name__}')
+    if adapter is not None and strategy in ASSISTED:
+        raise ValueError(f"adapter: expected none with {strategy!r}, which is transformers' own, got {adapter}")
     before = model.config._attn_implementation
     report, rows, depending = LosslessReport(), Counter[str](), Counter[str]()
+    mask_token_id = _some_mask(model) if mask_token_id is None else mask_token_id
+    options: dict[str, Any] = {"mode": "tidar", "exact": exact, "strategy": strategy, "mask_token_id": mask_token_id}
+    options["block_size"] = block_size if isinstance(strategy, str) else None
     try:
         if strategy in ASSISTED:
             if exact or temperature:
@@ -167,23 +178,19 @@ def lossless(
             numbers = {"prompt_lookup_num_tokens": block_size} if assistant is None else {}
             other = _generating(model, max_new_tokens, assistant, **numbers)
         else:
-            mask_token_id = _some_mask(model) if mask_token_id is None else mask_token_id
             one, other = (
-                _decoding(model, max_new_tokens, temperature, seed, **options)
-                for options in (
-                    {"mode": "autoregressive", "exact": exact},
-                    {
-                        "mode": "tidar",
-                        "strategy": strategy,
-                        "exact": exact,
-                        "mask_token_id": mask_token_id,
-                        "block_size": block_size if isinstance(strategy, str) else None,
-                    },
-                )
+                _decoding(model, max_new_tokens, temperature, seed, **each)
+                for each in ({"mode": "autoregressive", "exact": exact}, options)
             )
-        for index, prompt in enumerate(prompts):
+        wanted = []
+        for prompt in prompts:
             with torch.no_grad(), Trace(model) as plain:
-                expected, _ = one(prompt, plain)
+                wanted.append((one(prompt, plain)[0], plain))
+        if adapter is not None:
+            # Only now: what an adapter does to rows that it should leave alone would be in both texts otherwise.
+            _ = adapter(model) if callable(adapter) else load_peft_adapter(model, adapter)
+            other = _decoding(model, max_new_tokens, temperature, seed, **options)
+        for index, (prompt, (expected, plain)) in enumerate(zip(prompts, wanted, strict=True)):
             with torch.no_grad(), Trace(model, alone_from=len(prompt)) as drafting:
                 got, forwards = other(prompt, drafting)
             report.trajectories.append(_compared(model, prompt, expected, got, plain, drafting, not temperature))
@@ -216,7 +223,8 @@ def _decoding(
     **options: Any,
 ) -> Run:
     found = decoder_model(model, None, block_size, mask_token_id, needs_mask=mode == "tidar")
-    decoder = ModelDecoder(found, block_size, mask_token_id, mode=mode, cuda_graph=False, **options)
+    adapted = has_gated_lora(model)
+    decoder = ModelDecoder(found, block_size, mask_token_id, mode=mode, adapted=adapted, cuda_graph=False, **options)
     stops = _stop_tokens(model)
 
     def run(prompt: list[int], trace: Trace) -> tuple[list[int], int]:
@@ -282,7 +290,7 @@ def _margin(model: Any, tokens: list[int], expected: int, got: int) -> float:
     """By how much the model prefers one token to another after `tokens`; 0 where one of them is none."""
     if min(expected, got) < 0:
         return 0.0
-    with torch.no_grad():
+    with torch.no_grad(), lora_gate(False):
         ids = torch.tensor([tokens], device=model.device)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float()
     return float(logits[expected] - logits[got])

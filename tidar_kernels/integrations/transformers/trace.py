@@ -9,18 +9,21 @@
 What a module takes and gives is kept as one 64-bit hash a row. A row counts for a position if it was computed from the
 tokens that the sequence has there, row by row from the first of its forward pass: rejected drafts, and mask rows, which
 only guess, are not compared. It works for every way to decode that calls the model, one sequence at a time: single
-tokens, the steps of this package, transformers' assisted generation.
+tokens, the steps of this package, transformers' assisted generation. A projection with a gated adapter counts as one
+module, under the projection's own name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...nn.adapters import GatedLoRA, lora_gate
 from ...patterns import Pattern, Role
 
 __all__ = ["Difference", "Trace"]
@@ -85,9 +88,8 @@ class Trace:
     def __enter__(self) -> Trace:
         add = self._handles.append
         add(self._decoder.register_forward_pre_hook(self._begins, with_kwargs=True))
-        for module in (*self._decoder.modules(), self._head):
-            if not any(module.children()):
-                add(module.register_forward_hook(self._ran, with_kwargs=True))
+        for module in (*_leaves(self._decoder), *_leaves(self._head)):
+            add(module.register_forward_hook(self._ran, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -185,7 +187,8 @@ class Trace:
 
     def _run_alone(self, module: nn.Module, taken: Tensor, output: Tensor) -> None:
         stage = "lm_head" if module is self._head else self._kind(module)
-        alone = type(module).forward(module, taken[:, :1])
+        with lora_gate(False):  # the row is of a token, on which no adapter runs
+            alone = type(module).forward(module, taken[:, :1])
         self.rows[stage] += 1
         self.depending[stage] += self._hashes(alone) != self._hashes(output[:, :1])
 
@@ -217,11 +220,20 @@ class Trace:
     @staticmethod
     def _kind(module: nn.Module) -> str:
         kind = type(module).__name__
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, GatedLoRA)):
             return "projection"
         if isinstance(module, nn.Embedding):
             return "embedding"
         return "norm" if "norm" in kind.lower() else kind
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in which nothing is called that would be looked at."""
+    if isinstance(module, GatedLoRA) or not any(module.children()):
+        yield module
+        return
+    for child in module.children():
+        yield from _leaves(child)
 
 
 def _token_rows(pattern: Pattern) -> int:

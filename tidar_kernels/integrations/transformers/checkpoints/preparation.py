@@ -19,7 +19,7 @@ from ..model import TransformersModel, decoder_model
 from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
 from .system import Config, System
 
-__all__ = ["Prepared", "Recognised", "load_any", "prepared"]
+__all__ = ["Drafts", "Prepared", "Recognised", "drafts_of", "load_any", "prepared"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,28 @@ class Recognised:
         said += [] if self.adapter is None else [f"adapter {Path(self.adapter).name}"]
         said += [] if self.beta == 1.0 else [f"beta {self.beta:g}"]
         return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """How a checkpoint drafts, before its weights are read.
+
+    Attributes:
+        system: None for an ordinary model.
+        adapter: the folder of its gated adapter, None if it has none.
+        strategy: or its name, where `Decoder` knows enough.
+        mask_token_id: None if neither the configuration nor an adapter says.
+    """
+
+    system: System | None
+    adapter: Path | None
+    strategy: Any
+    mask_token_id: int | None
+
+    def add_adapter(self, model: Any) -> None:
+        """Put the adapter, if there is one, into the model; errors as `reading.add_adapter`."""
+        if self.adapter is not None:
+            add_adapter(model, self.adapter, self.system)
 
 
 @dataclass(frozen=True)
@@ -93,16 +115,67 @@ def prepared(
 
     source = os.fspath(model)
     config = config_of(check_name(source))
-    found_system = recognised_system(config) if system is None else by_system_name(system)
-    folder = _adapter_folder(source, found_system, adapter)
-    trained = {} if folder is None else _training_of(folder)
-    is_risd = found_system is None and folder is not None and not trained
+    drafts = drafts_of(
+        source,
+        tokenizer,
+        config,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        strategy=strategy,
+        stride=stride,
+        autoregressive=autoregressive,
+        system=system,
+        adapter=adapter,
+    )
+    found_system, chosen, mask_token_id = drafts.system, drafts.strategy, drafts.mask_token_id
     if found_system is None:
         read, own_tokenizer = load(source, dtype, needs_tokenizer=False)
     else:
         read, own_tokenizer = read_checkpoint(source, found_system, config, dtype), None
     tokenizer = tokenizer if tokenizer is not None else own_tokenizer
+    if not autoregressive:
+        block_size = chosen.drafts if isinstance(chosen, Strategy) else block_size
+    drafts.add_adapter(read)
+    if device is not None:
+        read = read.to(device)
+    found = decoder_model(read, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
+    if beta is None and found_system is not None and isinstance(chosen, Strategy) and chosen.takes_beta:
+        beta = found_system.beta(config)
+    label = "autoregressive" if autoregressive else chosen.label if isinstance(chosen, Strategy) else str(chosen)
+    recognised = Recognised(
+        system="transformers" if found_system is None else found_system.title,
+        model=type(read).__name__,
+        strategy=label,
+        mask_token_id=None if autoregressive else found.config.mask_token_id,
+        adapter=None if drafts.adapter is None else str(drafts.adapter),
+        beta=1.0 if beta is None else beta,
+    )
+    _log.info("%s: %s", source, recognised)
+    return Prepared(found, chosen, block_size, mask_token_id, beta, recognised)
 
+
+def drafts_of(
+    source: str,
+    tokenizer: Any,
+    config: Config,
+    *,
+    block_size: int | None = None,
+    mask_token_id: int | None = None,
+    strategy: Any = None,
+    stride: int | None = None,
+    autoregressive: bool = False,
+    system: str | None = None,
+    adapter: str | os.PathLike[str] | bool = True,
+) -> Drafts:
+    """How the checkpoint in `source` with this configuration drafts; what is given wins over what it says.
+
+    Raises:
+        ValueError: its system cannot be decoded, or it says no mask token or block size that is needed.
+    """
+    found_system = recognised_system(config) if system is None else by_system_name(system)
+    folder = _adapter_folder(source, found_system, adapter)
+    trained = {} if folder is None else _training_of(folder)
+    is_risd = found_system is None and folder is not None and not trained
     if found_system is not None and mask_token_id is None:
         mask_token_id = found_system.mask_token_id(config)
         if mask_token_id is None:
@@ -125,25 +198,7 @@ def prepared(
             chosen = by_name(chosen, trained["block_size"] if size is None else size)
         else:
             chosen = _strategy(chosen, found_system, config, size, is_risd)
-        block_size = chosen.drafts if isinstance(chosen, Strategy) else block_size
-    if folder is not None:
-        add_adapter(read, folder, found_system)
-    if device is not None:
-        read = read.to(device)
-    found = decoder_model(read, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
-    if beta is None and found_system is not None and isinstance(chosen, Strategy) and chosen.takes_beta:
-        beta = found_system.beta(config)
-    label = "autoregressive" if autoregressive else chosen.label if isinstance(chosen, Strategy) else str(chosen)
-    recognised = Recognised(
-        system="transformers" if found_system is None else found_system.title,
-        model=type(read).__name__,
-        strategy=label,
-        mask_token_id=None if autoregressive else found.config.mask_token_id,
-        adapter=None if folder is None else str(folder),
-        beta=1.0 if beta is None else beta,
-    )
-    _log.info("%s: %s", source, recognised)
-    return Prepared(found, chosen, block_size, mask_token_id, beta, recognised)
+    return Drafts(found_system, folder, chosen, mask_token_id)
 
 
 def load_any(source: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
