@@ -66,13 +66,13 @@ ROWS = (
     _row("R-ISD adapters", "", "test_risd_adapter_on_an_ordinary_model", Cell("yes", _DISTILLED)),
     _row("SDAR", "sdar", "test_sdar", _BLOCKS),
     _row("Fast-dLLM v2", "fast-dllm-v2", "test_fast_dllm", _BLOCKS),
+    _row("LLaDA 2.x", "llada-2", "test_llada2", _BLOCKS, loader="test_logits_of_llada2_are_those_of_its_own_layers"),
 )
 
 _REFUSED = f"{_HERE}::test_what_cannot_be_had_is_refused_by_name"
 
 # By the names of the package; the reason is the package's own.
 NOT_DECODED = {
-    "llada-2": ("LLaDA 2.x", _BLOCKS),
     "diffusion-gemma": ("DiffusionGemma", Cell("no")),
     "dflash": ("DFlash, DFlash2, DSpark, JetSpec drafters", Cell("mask", f"{_FAMILIES}::test_dflash")),
     "llada": ("LLaDA, Dream", Cell("no")),

@@ -72,8 +72,8 @@ def test_generate_takes_the_adapter_of_an_ordinary_model(
     assert refused(run(*asked[:1], *asked[3:], "--dtype", "float32")).startswith(
         "--dtype: expected beside --checkpoint"
     )
-    (base / "config.json").write_text(json.dumps({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}))
-    assert refused(run(*asked)).startswith("--checkpoint: expected a checkpoint that can be decoded, got LLaDA2Moe")
+    (base / "config.json").write_text(json.dumps({"architectures": ["LLaDAMoEModelLM"], "model_type": "llada_moe"}))
+    assert refused(run(*asked)).startswith("--checkpoint: expected a checkpoint that can be decoded, got LLaDAMoE")
 
 
 def test_text_comes_when_a_character_is_whole() -> None:
@@ -100,8 +100,8 @@ def test_what_is_wrong_with_one_is_a_line(run: Run, folder: Path) -> None:
 
     assert said(num_hidden_layers=3).startswith("MODEL: expected all weights of Nemotron-Labs-Diffusion, got none for")
     assert said(intermediate_size=64).startswith("MODEL: expected weights of the shapes that config.json of Nemotron")
-    assert said(architectures=["LLaDA2MoeModelLM"], model_type="llada2_moe").startswith(
-        "MODEL: expected a checkpoint that can be decoded, got LLaDA2MoeModelLM, LLaDA 2.x: its mixture of experts"
+    assert said(architectures=["LLaDAMoEModelLM"], model_type="llada_moe").startswith(
+        "MODEL: expected a checkpoint that can be decoded, got LLaDAMoEModelLM, a diffusion model without blocks"
     )
     assert said(architectures=["DFlashDraftModel"], model_type="qwen3").startswith(
         "MODEL: expected a checkpoint that can be decoded, got DFlashDraftModel, a drafter"

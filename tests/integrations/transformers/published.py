@@ -15,6 +15,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.integrations.transformers.llada2 import LLaDA2
+
 VOCAB_SIZE, MASK = 64, 50
 
 # Of every published configuration, in numbers that a CPU likes.
@@ -60,9 +62,58 @@ _SDAR = {
 }
 
 
+_LLADA2 = {
+    "model_type": "llada2_moe",
+    "architectures": ["LLaDA2MoeModelLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 16384,
+    "max_window_layers": 28,
+    "moe_intermediate_size": 24,
+    "moe_router_enable_expert_bias": True,
+    "n_group": 4,
+    "norm_head": False,
+    "norm_softmax": False,
+    "norm_topk_prob": True,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 1,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "pad_token_id": 3,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 600000,
+    "rotary_dim": 8,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "transformers_version": "4.52.3",
+    "use_bias": False,
+    "use_cache": False,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False,
+}
+
+
 @dataclass(frozen=True)
 class Published:
-    """A system's checkpoint: its configuration, the class of transformers with its layers, and its names of tensors."""
+    """A system's checkpoint: its configuration, the class of transformers with its layers, and its names of tensors.
+
+    Without a class its layers are those of this folder, written from the public code.
+    """
 
     config: dict[str, Any]
     built_in: str
@@ -131,6 +182,7 @@ PUBLISHED = {
         },
         "Qwen2",
     ),
+    "llada-2": Published(_LLADA2, ""),
     "qwen3": Published({**_QWEN, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3"),
 }
 
@@ -140,12 +192,18 @@ _NOT_OF_LAYERS = ("architectures", "auto_map", "model_type", "attn_implementatio
 def reference(name: str, seed: int = 0) -> Any:
     """The model itself, with plain attention."""
     published = PUBLISHED[name]
+    torch.manual_seed(seed)
+    if not published.built_in:
+        return _sharper(LLaDA2({**published.config, **_SMALL}))
     settings = {key: value for key, value in {**published.config, **_SMALL}.items() if key not in _NOT_OF_LAYERS}
     config = getattr(transformers, f"{published.built_in}Config")(**settings)
     config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{published.built_in}ForCausalLM")(config)
-    with torch.no_grad():  # few tokens that are likely, so that drafts are right now and then
+    return _sharper(getattr(transformers, f"{published.built_in}ForCausalLM")(config))
+
+
+def _sharper(model: Any) -> Any:
+    """Few tokens that are likely, so that drafts are right now and then."""
+    with torch.no_grad():
         model.lm_head.weight[8:] *= 0.3
     return model.eval()
 

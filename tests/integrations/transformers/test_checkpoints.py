@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.integrations.transformers.published import MASK, PUBLISHED, VOCAB_SIZE, reference, write, write_adapter
 from tidar_kernels import Decoder, strategies
+from tidar_kernels.integrations.transformers.checkpoints import config_of, read_checkpoint, recognised_system
 from tidar_kernels.nn.adapters import has_gated_lora
 
 NEW_TOKENS = 24
@@ -162,7 +163,7 @@ def nemotron_diffusion(model: Any, prompt: list[int], block: int, threshold: flo
 def aligned_blocks(
     model: Any, prompt: list[int], block: int, threshold: float, mask: int, part: int, is_shifted: bool
 ) -> tuple[list[int], list[int]]:
-    """SDAR and Fast-dLLM v2: blocks at multiples of their length, block-causal; the prompt's last block is filled up.
+    """SDAR, Fast-dLLM v2, LLaDA 2: blocks at multiples of their length, block-causal, the prompt's last one filled up.
 
     Shifted, row i - 1 of the block predicts its token i, and the last row of the block before it the first.
     """
@@ -374,6 +375,43 @@ def test_fast_dllm(tmp_path: Path) -> None:
         assert (result.tokens, result.passes) == ([tokens[:NEW_TOKENS]], [passes])
 
 
+# LLaDA 2.x.
+
+
+@pytest.mark.parametrize("threshold", [0.95, 0.05])
+def test_llada2(tmp_path: Path, threshold: float) -> None:
+    """Its layers are read into those of GLM; the other side is its own, written down in plain PyTorch."""
+    model = reference("llada-2")
+    folder = write("llada-2", tmp_path, model)
+    decoder = Decoder.from_transformers(folder, mask_token_id=MASK)
+    label = "block diffusion, L = 32, threshold 0.95, aligned"
+    assert str(decoder.recognised) == f"LLaDA 2.x as Glm4MoeForCausalLM, {label}, mask token 50"
+    size = 32
+    if threshold != 0.95:
+        size, own = 8, strategies.BlockDiffusion(8, threshold, aligned=True)
+        decoder = Decoder.from_transformers(folder, strategy=own, mask_token_id=MASK)
+    for prompt in (PROMPTS[0], PROMPTS[2], list(range(1, 9))):
+        result = decoder.generate(list(prompt), NEW_TOKENS)
+        tokens, passes = aligned_blocks(model, prompt, size, threshold, MASK, size, False)
+        assert (result.tokens, result.passes) == ([tokens[:NEW_TOKENS]], [passes])
+
+
+def test_logits_of_llada2_are_those_of_its_own_layers(tmp_path: Path) -> None:
+    """Every rule of the router has a say at these sizes: groups, the bias that only chooses, scaling, shared expert."""
+    model = reference("llada-2")
+    folder = str(write("llada-2", tmp_path, model))
+    config = config_of(folder)
+    system = recognised_system(config)
+    assert system is not None
+    read = read_checkpoint(folder, system, config)
+    tokens = torch.randint(0, VOCAB_SIZE, (1, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(1, 1, 40, 40)
+    with torch.no_grad():
+        found = read(input_ids=tokens, attention_mask=mask).logits
+        expected = model(tokens, torch.arange(40)[None], mask).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # What is wrong, or cannot be had.
 
 
@@ -398,6 +436,24 @@ def changed(folder: Path, **keys: Any) -> Path:
         ("tidar", {}, "mask_token_id: expected a token id here, in config.json of TiDAR-LM or as its tokenizer's"),
         ("sdar", {"use_sliding_window": True}, "use_sliding_window: expected none in config.json of SDARForCausalLM"),
         ("fast-dllm", {}, "mask_token_id: expected a token id here, in config.json of Fast-dLLM v2"),
+        ("llada-2", {}, "mask_token_id: expected a token id here, in config.json of LLaDA 2.x"),
+        (
+            "llada-2",
+            {"use_bias": True, "mask_token_id": 9},
+            "use_bias: expected none in config.json of LLaDA2MoeModelLM, got True",
+        ),
+        (
+            "llada-2",
+            {"use_qkv_bias": True, "mask_token_id": 9},
+            "use_qkv_bias: expected none in config.json of LLaDA2MoeModelLM",
+        ),
+        (
+            "llada-2",
+            {"score_function": "softmax", "mask_token_id": 9},
+            "score_function: expected sigmoid in config.json",
+        ),
+        ("llada-2", {"num_experts": 16, "mask_token_id": 9}, "model: expected weights of the shapes that config.json"),
+        ("llada-2", {"num_hidden_layers": 3, "mask_token_id": 9}, "model: expected all weights of LLaDA 2.x, got none"),
         ("fast-dllm", {"bd_size": None, "mask_token_id": 9}, "block_size: expected one here or in config.json of Fast"),
     ],
 )
@@ -446,9 +502,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma"},
         "got DiffusionGemmaForBlockDiffusion, DiffusionGemma: its canvas holds random tokens in the place of masks",
     ),
-    "LLaDA 2": (
-        {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "auto_map": {"AutoModel": "m.M"}},
-        "got LLaDA2MoeModelLM, LLaDA 2.x: its mixture of experts is code of its own",
+    "LLaDA with experts": (
+        {"architectures": ["LLaDAMoEModelLM"], "model_type": "llada_moe", "auto_map": {"AutoModel": "m.M"}},
+        "got LLaDAMoEModelLM, a diffusion model without blocks: all its tokens see each other in every pass",
     ),
     "LLaDA": (
         {"architectures": ["LLaDAModelLM"], "model_type": "llada", "auto_map": {"AutoModel": "m.M"}},

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ....nn.adapters import load_peft_adapter
 from .fast_dllm import FastDLLM
+from .llada2 import LLaDA2
 from .nemotron import NemotronLabsDiffusion
 from .refused import REFUSED
 from .sdar import IDLM, SDAR
@@ -29,7 +30,7 @@ __all__ = [
     "recognised_system",
 ]
 
-SYSTEMS: tuple[System, ...] = (NemotronLabsDiffusion(), TiDARLM(), IDLM(), SDAR(), FastDLLM())
+SYSTEMS: tuple[System, ...] = (NemotronLabsDiffusion(), TiDARLM(), IDLM(), SDAR(), FastDLLM(), LLaDA2())
 
 # Buffers that older code saved, which layers compute for themselves.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.bias$")
@@ -96,7 +97,7 @@ def read_checkpoint(source: str, system: System, config: Config, dtype: torch.dt
     """
     own = system.built_in(config)
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        read: Any = (system.layers or AutoModelForCausalLM).from_pretrained(
             source, config=own, dtype=dtype, key_mapping=dict(system.renames) or None, output_loading_info=True
         )
     except RuntimeError as error:

@@ -52,12 +52,6 @@ REFUSED: tuple[Refused, ...] = (
         names=("DiffusionGemmaForBlockDiffusion", "diffusion_gemma"),
     ),
     _Refused(
-        "llada-2",
-        "LLaDA 2.x",
-        "its mixture of experts is code of its own, which transformers does not have",
-        names=("LLaDA2MoeModelLM", "llada2_moe"),
-    ),
-    _Refused(
         "llada",
         "a diffusion model without blocks",
         "all its tokens see each other in every pass, so that there is nothing to cache",

@@ -55,6 +55,7 @@ class System(ABC):
         strategies: names of the ways to decode it, its authors' own default first.
         adapter: the folder in a checkpoint with a gated adapter for drafting, None if there is none.
         renames: pairs of a regular expression over the names of its tensors, and what to put in its place.
+        layers: the class of transformers that it is read into; None where the class of the configuration says so.
     """
 
     name: str
@@ -62,6 +63,7 @@ class System(ABC):
     strategies: tuple[str, ...]
     adapter: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
+    layers: Any = None
 
     @abstractmethod
     def recognises(self, config: Config) -> bool:
