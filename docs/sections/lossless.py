@@ -100,6 +100,32 @@ def exactness_table() -> str:
     return table([*head, "time of a pass, batch 1", "batch 8"], rows, left=2) + f"\n\n{under[0]}"
 
 
+def exact_cost_table() -> str:
+    """A line for each model, strategy and batch whose passes were timed in turns, plain and exact."""
+    rows, under = [], []
+    for part in (*parts("exactness_model", "cpu"), *parts("exactness", "cpu")):
+        for run in part["rows"]:
+            name = run["strategy"] if run["strategy"] == "autoregressive" else f"{run['strategy']}, {run['block_size']}"
+            for batch, found in run.get("pass", {}).items():
+                ratios = found["ratios"]
+                spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+                times = [f"{found[kind]:.1f}" for kind in ("plain_ms", "exact_ms")]
+                rows.append([run["model"], name, batch, *times, f"{run['cost'][batch]:.2f} x", spread])
+                under.append(f"bfloat16; {where(part)}.")
+    if not rows:
+        return "No figures are published yet: `python -m benchmarks.decoding.exactness` measures them."
+    head = [
+        "model",
+        "strategy",
+        "batch",
+        "plain, ms a pass",
+        "exact, ms a pass",
+        "exact over plain",
+        "in a single turn",
+    ]
+    return table(head, rows, left=2) + f"\n\n{under[0]}"
+
+
 def _training() -> dict[str, Any] | None:
     found = parts("human_eval_adapter", "cpu")
     return found[0]["rows"][0]["training"] if found else None
@@ -141,4 +167,5 @@ SECTIONS: dict[str, Section] = {
     "scores": scores_table,
     "adapter": training_table,
     "exactness": exactness_table,
+    "exact-cost": exact_cost_table,
 }

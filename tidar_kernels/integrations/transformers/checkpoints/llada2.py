@@ -1,4 +1,4 @@
-"""LLaDA 2.x (arXiv 2512.15745): block diffusion on a mixture of experts whose layers are those of GLM-4.5.
+"""LLaDA 2.x ("LLaDA2.0: Scaling Up Diffusion Language Models to 100B"): block diffusion on the layers of GLM-4.5.
 
 Blocks of 32 start at multiples of 32 and see themselves whole, as clean tokens too; a pass fixes what is more probable
 than 0.95, and the most probable token at least. LLaDA 2.1 has the same layers and may also change tokens that are fixed
