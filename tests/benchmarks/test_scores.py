@@ -7,7 +7,6 @@ import json
 import shlex
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,27 +53,16 @@ def test_a_program_that_does_not_end_is_ended_with_what_it_started(tmp_path: Pat
 
 
 def test_a_completion_ends_with_its_function() -> None:
-    assert scores.completion_of("    return 1\n\n\ndef other():\n    pass") == "    return 1\n\n"
-    assert scores.completion_of("    return 1\nprint(2)\nif x:") == "    return 1"
-    assert scores.completion_of("    if x:\n        return 1") == "    if x:\n        return 1"
-
-
-def test_a_model_with_a_chat_template_is_asked_for_the_function() -> None:
-    tokenizer = SimpleNamespace(
-        chat_template="x", apply_chat_template=lambda turns, **_: f"<{turns[0]['role']}>{turns[0]['content']}<answer>"
-    )
-    text = scores.asked(PROBLEM, tokenizer)
-    assert text.startswith("<user>Write a solution")
-    assert text.endswith("<answer>Here is the completed function:\n```python\ndef double(x):\n")
-    assert scores.asked(PROBLEM, SimpleNamespace()) == PROBLEM["prompt"]
-    assert scores.completion_of("    return 1\n```\nThis") == "    return 1"
+    assert scores.completion_of(" return 1\n\n\ndef other():\n    pass") == "    return 1\n\n"
+    assert scores.completion_of(" return 1\nprint(2)\nif x:") == "    return 1"
+    assert scores.completion_of(" if x:\n        return 1") == "    if x:\n        return 1"
 
 
 class Coding(Letters):
     """Every text that it reads from tokens is the answer to one of the problems."""
 
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return "    return 2 * x\nprint(" if len(tokens) == 5 else ""
+        return " return 2 * x\nprint(" if len(tokens) == 5 else ""
 
 
 def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict[str, Any]]:

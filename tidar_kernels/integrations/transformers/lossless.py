@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from ...decoding.decoder import Mode, ModelDecoder
 from ...decoding.strategies.base import check_ready
-from ...nn.adapters import has_gated_lora, load_peft_adapter, lora_gate
+from ...nn.adapters import load_peft_adapter, lora_gate
 from ...patterns.arguments import check_int
 from .loading import tidar_entry
 from .model import decoder_model
@@ -223,8 +223,7 @@ def _decoding(
     **options: Any,
 ) -> Run:
     found = decoder_model(model, None, block_size, mask_token_id, needs_mask=mode == "tidar")
-    adapted = has_gated_lora(model)
-    decoder = ModelDecoder(found, block_size, mask_token_id, mode=mode, adapted=adapted, cuda_graph=False, **options)
+    decoder = ModelDecoder(found, block_size, mask_token_id, mode=mode, cuda_graph=False, **options)
     stops = _stop_tokens(model)
 
     def run(prompt: list[int], trace: Trace) -> tuple[list[int], int]:
