@@ -1,18 +1,20 @@
 """`exact=True` in bfloat16 over a thousand tokens: texts and committed bits against one token at a time, and its cost.
 
-    python -m benchmarks.decoding.exactness [MODEL --title "SmolLM2-135M-Instruct"] [--tokens 1000] [--out DIR]
-        [--only STRATEGY]
+    python -m benchmarks.decoding.exactness [MODEL --title "SmolLM2-135M-Instruct"] [--tokens 1000 | --cost]
+        [--only STRATEGY] [--out DIR]
 
 Without MODEL, a model of random weights with the widths of Qwen3-0.6B, of four layers and a small vocabulary. Sampled,
-so that every logit counts. The cost of a pass is processor time, of batches of 1 and of 8 requests; plain and exact
-passes take turns, so that both see the same machine, and each turn gives a ratio of its own. A part of the results
-file; a row measured anew replaces the one that the same command measured. docs/exact.md shows it. A run that was cut
-short does not decode the text to compare with again: `OUT/exactness-*.pt` has it until the end.
+so that every logit counts. With `--cost`, processor time of a pass instead, of batches of 1 and of 8 requests: plain
+and exact passes take turns, so that both see the same machine, and each turn gives a ratio of its own.
+
+Parts of the results file; a row measured anew replaces the one that the same command measured. docs/exact.md shows
+them. A run that was cut short need not decode the text to compare with again: `OUT/exactness-*.pt` has it till the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -32,6 +34,7 @@ from .human_eval import fingerprint
 STRATEGIES: dict[StrategyName, int] = {"tidar": 4, "isd": 4}
 AUTOREGRESSIVE = "autoregressive"
 RANDOM = "random weights, widths of Qwen3-0.6B"
+BATCHES = (1, 8)
 _COST_TOKENS, _COST_TURNS, _WITHOUT_TOKENS = 12, 5, 100
 PROMPT = [1 + 7 * token % 251 for token in range(40)]
 
@@ -80,8 +83,8 @@ def seconds_a_pass(model: Any, strategy: StrategyName | None, exact: bool, batch
     return (second - first) / (many - few)
 
 
-def cost(model: Any, strategy: StrategyName | None, batch: int) -> tuple[float, dict[str, Any]]:
-    """Exact over plain of a pass, the median of the turns' ratios; and `plain_ms`, `exact_ms`, and the `ratios`."""
+def cost(model: Any, title: str, strategy: StrategyName | None, batch: int) -> dict[str, Any]:
+    """The row of a strategy's passes: medians over turns, in ms, and exact over plain of each turn, in order."""
     for exact in (False, True):
         sample(model, strategy, exact, [PROMPT] * batch, 2)
     turns = [
@@ -89,7 +92,12 @@ def cost(model: Any, strategy: StrategyName | None, batch: int) -> tuple[float, 
     ]
     plain, exact = (round(1e3 * statistics.median(times), 2) for times in zip(*turns, strict=True))
     ratios = sorted(round(exact / plain, 3) for plain, exact in turns)
-    return round(statistics.median(ratios), 2), {"plain_ms": plain, "exact_ms": exact, "ratios": ratios}
+    return {**named(title, strategy), "batch": batch, "plain_ms": plain, "exact_ms": exact, "ratios": ratios}
+
+
+def named(title: str, strategy: StrategyName | None) -> dict[str, Any]:
+    block_size = 1 if strategy is None else STRATEGIES[strategy]
+    return {"model": title, "strategy": strategy or AUTOREGRESSIVE, "block_size": block_size}
 
 
 def without(model: Any, strategy: StrategyName | None, expected: list[int]) -> list[int]:
@@ -111,12 +119,10 @@ def reference(model: Any, tokens: int, path: Path) -> Any:
 
 
 def measure(model: Any, title: str, tokens: int, strategy: StrategyName | None, expected: Any) -> dict[str, Any]:
-    """The row of a strategy (None: one token at a time), without its cost; `expected` is exact, a token at a time."""
+    """The row of a strategy (None: one token at a time); `expected` is exact, a token at a time."""
     found = expected if strategy is None else sample(model, strategy, True, [PROMPT], tokens)
     return {
-        "model": title,
-        "strategy": strategy or AUTOREGRESSIVE,
-        "block_size": 1 if strategy is None else STRATEGIES[strategy],
+        **named(title, strategy),
         "tokens": tokens,
         "equal": sum(a == b for a, b in zip(found.tokens[0], expected.tokens[0], strict=True)),
         "equal_bits": same_bits(found.cache, expected.cache, len(PROMPT) + tokens - 1),
@@ -131,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", help="a folder, or a name on the Hub; default random weights")
     parser.add_argument("--title", default=RANDOM, help="what the page calls the model")
     parser.add_argument("--tokens", type=int, default=1000, metavar="N", help="to decode; default 1000")
+    parser.add_argument("--cost", action="store_true", help="time passes instead")
     parser.add_argument("--only", choices=(AUTOREGRESSIVE, *STRATEGIES), help="this row alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
     options = parser.parse_args(arguments)
@@ -141,21 +148,26 @@ def main(arguments: list[str] | None = None) -> int:
 
         model, _ = loading.load(options.model, torch.bfloat16)
     said = "" if options.model is None else f' MODEL --title "{options.title}"'
+    command = f"python -m benchmarks.decoding.exactness{said}"
+    chosen = [name for name in (None, *STRATEGIES) if options.only in (None, name or AUTOREGRESSIVE)]
+    if options.cost:
+        rows = record.Rows(options.out, "exactness_cost", "cpu", resume=True)
+        for strategy, batch in itertools.product(chosen, BATCHES):
+            row = cost(model, options.title, strategy, batch)
+            row["command"] = f"{command} --cost --only {row['strategy']}  # batch {batch}"
+            rows.put(row)
+            print(row, file=sys.stderr, flush=True)
+        return 0
     part = "exactness" if options.model is None else "exactness_model"
     rows = record.Rows(options.out, part, "cpu", resume=True)
     text = options.out / f"exactness-{fingerprint(model):08x}-{options.tokens}.pt"
     expected = reference(model, options.tokens, text)
-    chosen = [name for name in (None, *STRATEGIES) if options.only in (None, name or AUTOREGRESSIVE)]
     failed = False
     for strategy in chosen:  # what there is stays, if the run is cut short
-        command = f"python -m benchmarks.decoding.exactness{said} --tokens {options.tokens} "
         row = measure(model, options.title, options.tokens, strategy, expected)
-        row["command"] = f"{command}--only {strategy or AUTOREGRESSIVE}"
+        row["command"] = f"{command} --tokens {options.tokens} --only {row['strategy']}"
         rows.put(row)
-        costs = {str(batch): cost(model, strategy, batch) for batch in (1, 8)}
-        row["cost"], row["pass"] = ({batch: found[i] for batch, found in costs.items()} for i in range(2))
-        rows.put(row)
-        print(rows.get(row["command"]), file=sys.stderr, flush=True)
+        print(row, file=sys.stderr, flush=True)
         failed |= row["equal"] < row["tokens"] or not row["equal_bits"]
     text.unlink()
     return int(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -76,54 +77,41 @@ def scores_table() -> str:
 
 
 def exactness_table() -> str:
-    """A line for each model and strategy: a thousand exact tokens against one token at a time, and what that costs."""
+    """A line for each model and strategy: long exact texts against one token at a time."""
     rows, under = [], []
     for part in (*parts("exactness_model", "cpu"), *parts("exactness", "cpu")):
         for run in part["rows"]:
-            name = run["strategy"] if run["strategy"] == "autoregressive" else f"{run['strategy']}, {run['block_size']}"
             bits = "yes" if run["equal_bits"] else "no"
             of, same = run["equal_without"]
-            cost = run.get("cost", {})
-            times = [f"{cost[batch]:.1f} x" if batch in cost else "-" for batch in ("1", "8")]
             equal = f"{run['equal']:,} of {run['tokens']:,}"
-            rows.append([run["model"], name, equal, bits, f"{same} of {of}", *times])
+            rows.append([run["model"], _step(run), equal, bits, f"{same} of {of}"])
         under.append(f"bfloat16, temperature 0.8; {where(part)}.")
     if not rows:
         return "No figures are published yet: `python -m benchmarks.decoding.exactness` measures them."
-    head = [
-        "model",
-        "strategy",
-        "tokens equal",
-        "K/V equal in every bit",
-        "before the first that differs without `exact`",
-    ]
-    return table([*head, "time of a pass, batch 1", "batch 8"], rows, left=2) + f"\n\n{under[0]}"
+    head = ["model", "strategy", "tokens equal", "K/V equal in every bit"]
+    return table([*head, "before the first that differs without `exact`"], rows, left=2) + f"\n\n{under[0]}"
 
 
 def exact_cost_table() -> str:
     """A line for each model, strategy and batch whose passes were timed in turns, plain and exact."""
-    rows, under = [], []
-    for part in (*parts("exactness_model", "cpu"), *parts("exactness", "cpu")):
+    rows, under = [], ""
+    for part in parts("exactness_cost", "cpu"):
         for run in part["rows"]:
-            name = run["strategy"] if run["strategy"] == "autoregressive" else f"{run['strategy']}, {run['block_size']}"
-            for batch, found in run.get("pass", {}).items():
-                ratios = found["ratios"]
-                spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-                times = [f"{found[kind]:.1f}" for kind in ("plain_ms", "exact_ms")]
-                rows.append([run["model"], name, batch, *times, f"{run['cost'][batch]:.2f} x", spread])
-                under.append(f"bfloat16; {where(part)}.")
+            ratios = run["ratios"]
+            times = [f"{run[kind]:.0f}" if kind in run else "-" for kind in ("plain_ms", "exact_ms")]
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else "-"
+            ratio = f"{statistics.median(ratios):.2f} x"
+            rows.append([run["model"], _step(run), str(run["batch"]), *times, ratio, spread])
+        under = f"bfloat16; {where(part)}."
     if not rows:
-        return "No figures are published yet: `python -m benchmarks.decoding.exactness` measures them."
-    head = [
-        "model",
-        "strategy",
-        "batch",
-        "plain, ms a pass",
-        "exact, ms a pass",
-        "exact over plain",
-        "in a single turn",
-    ]
-    return table(head, rows, left=2) + f"\n\n{under[0]}"
+        return "No figures are published yet: `python -m benchmarks.decoding.exactness --cost` measures them."
+    head = ["model", "strategy", "batch", "plain, ms a pass", "exact, ms a pass", "exact over plain", "in single turns"]
+    return table(head, rows, left=2) + f"\n\n{under}"
+
+
+def _step(run: dict[str, Any]) -> str:
+    name: str = run["strategy"]
+    return name if name == "autoregressive" else f"{name}, {run['block_size']}"
 
 
 def _training() -> dict[str, Any] | None:

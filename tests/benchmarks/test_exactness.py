@@ -28,18 +28,23 @@ def test_rows_stay_and_are_replaced_by_their_own_command(tmp_path: Path, monkeyp
     asked = ["--tokens", "6", "--out", str(tmp_path)]
     assert exactness.main([*asked, "--only", "isd"]) == 0
     (isd,) = part_of(tmp_path, "exactness")
-    assert (isd["strategy"], isd["equal"], isd["equal_bits"], list(isd["cost"])) == ("isd", 6, True, ["1", "8"])
+    assert (isd["strategy"], isd["equal"], isd["equal_bits"]) == ("isd", 6, True)
     again = shlex.split(isd["command"])[3:]
     assert exactness.main([*again, "--out", str(tmp_path)]) == 0
     assert exactness.main([*asked, "--only", "autoregressive"]) == 0
-    rows = part_of(tmp_path, "exactness")
-    assert [row["strategy"] for row in rows] == ["isd", "autoregressive"]
-    for row in rows:
-        for batch, found in row["pass"].items():
-            assert found["ratios"] == sorted(found["ratios"])
-            assert row["cost"][batch] == pytest.approx(found["ratios"][1], abs=0.01)
+    assert [row["strategy"] for row in part_of(tmp_path, "exactness")] == ["isd", "autoregressive"]
+
+
+def test_plain_and_exact_passes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    seconds = exactness.seconds_a_pass
+    monkeypatch.setattr(exactness, "seconds_a_pass", lambda *args: timed.append(args[2]) or seconds(*args))
+    assert exactness.main(["--cost", "--only", "isd", "--out", str(tmp_path)]) == 0
+    assert timed == [False, True] * 6
+    rows = part_of(tmp_path, "exactness_cost")
+    assert [(row["strategy"], row["batch"], len(row["ratios"])) for row in rows] == [("isd", 1, 3), ("isd", 8, 3)]
     table = sections_of(tmp_path, monkeypatch, "lossless").exact_cost_table()
-    assert table.count("| isd, 4 |") == table.count("| autoregressive |") == 2
+    assert table.count("| isd, 4 |") == 2
 
 
 def test_a_text_that_differs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +62,6 @@ def test_a_run_that_was_cut_short_keeps_the_text_to_compare_with(
             exactness.main(asked)
     decoded = []
     sample = exactness.sample
-    monkeypatch.setattr(exactness, "cost", lambda *_: (1.0, {"plain_ms": 1.0, "exact_ms": 1.0, "ratios": [1.0]}))
     monkeypatch.setattr(exactness, "sample", lambda *args: decoded.append(args[1:3]) or sample(*args))
     assert exactness.main(asked) == 0
     assert (None, True) not in decoded
