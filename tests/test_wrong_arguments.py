@@ -5,31 +5,31 @@ A callable is a line of `CALLS`, with arguments that it takes; one that is publi
 
 from __future__ import annotations
 
-import inspect
-import re
+import contextlib
+import functools
+import importlib
+import io
+import json
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import tidar_kernels as tk
 from tests.toys import CONFIG
-from tidar_kernels import models, patterns, strategies
+from tests.wrong_arguments import TABLES, Call, complaints, defaults, labelled, whole
+from tidar_kernels import cli, eager, models, patterns, strategies
+from tidar_kernels.decoding.profile import profile
+from tidar_kernels.integrations import vllm
+from tidar_kernels.integrations.vllm import plugin
 from tidar_kernels.models import Transformer, TransformerConfig
+from tidar_kernels.ops.linear import add_lora
+from tidar_kernels.ops.verify import sampling_tensors
 
-Call = tuple[Callable[..., Any], dict[str, Any]]
-JUNK: dict[str, Any] = {
-    "None": None, "text": "x", "bytes": b"q", "an object": object(), "a function": lambda *_: 3,
-    "a dtype": torch.float32, "True": True, "-1": -1, "2**70": 2**70, "1.5": 1.5, "nan": float("nan"), "-0.0": -0.0,
-    "[]": [], "[1]": [1], "[None]": [None], "[[1]]": [[1]], "['a', 2]": ["a", 2], "7 ints": (1, 2, 3, 4, 5, 6, 7),
-    "{}": {}, "a float tensor": torch.tensor([1.5]), "an empty tensor": torch.zeros(0), "a scalar": torch.tensor(3),
-    "five dimensions": torch.zeros(2, 2, 2, 2, 2), "a complex tensor": torch.zeros(3, dtype=torch.complex64),
-    "a meta tensor": torch.empty(2, device="meta"),
-}  # fmt: skip
 ROWS = 3
 PROFILE = strategies.Profile((0.5,), (1, 4), (1.0, 2.0))
 
@@ -95,12 +95,6 @@ def checkpoint() -> str:
     return path
 
 
-def defaults(function: Callable[..., Any], **given: Any) -> dict[str, Any]:
-    """Every argument that has a default, with it, and what is given."""
-    known = inspect.signature(function).parameters
-    return {n: p.default for n, p in known.items() if p.default is not p.empty and p.kind is not p.VAR_KEYWORD} | given
-
-
 def stepping() -> tk.Decoder:
     decoder = tk.Decoder(model(), 2)
     decoder.add([1, 2, 3])
@@ -127,6 +121,26 @@ def entered(context: Callable[..., Any]) -> Callable[..., Any]:
     return enter
 
 
+def served_checkpoint() -> str:
+    folder = Path(tempfile.mkdtemp())
+    entry = {"block_size": 4, "mask_token_id": 29}
+    config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 30, "tidar": entry}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def served(**arguments: Any) -> dict[str, Any]:
+    """`engine_options` where a vLLM that was tried is installed."""
+    with mock.patch.object(plugin, "installed_version", return_value="0.32.1"):
+        return vllm.engine_options(**arguments)
+
+
+def silent(**arguments: Any) -> int:
+    """`cli.main`, which must end with an exit code whatever it is given."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return cli.main(**arguments)
+
+
 CAUSAL = patterns.causal(ROWS)
 SCORES = {"scale": 0.2, "softcap": 3.0, "sinks": randn(4)}
 PAGED = {"block_table": None, "k_scale": None, "v_scale": None, "backend": None}
@@ -134,6 +148,7 @@ FIELDS = {name: getattr(CAUSAL, name) for name in ("lead", "own", "positions", "
 RAGGED_ROTARY = (randn(ROWS, 1, 16), randn(ROWS, 1, 16))
 RAGGED = {name: randn(ROWS, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 PATH = ints([0, 1], [0, 2])
+KNOBS = {"positions": ints(4, 9), "knobs": randn(2, 5).abs(), "seeds": ints(1, 2, dtype=torch.int64)}
 LINEAR = {"x": randn(3, 8), "weight": randn(6, 8), "bias": randn(6)}
 LORA = {"lora_a": randn(2, 8), "lora_b": randn(6, 2), "gate": torch.tensor([True, False, True]), "scale": 1.0}
 LOGITS = {"positions": ints(4, 9), "params": tk.SamplingParams(0.7, 5)}
@@ -301,6 +316,46 @@ CALLS: dict[str, Callable[[], Call]] = {
     "models.load_shipped": lambda: (models.load_shipped, {"dtype": torch.float32, "device": "cpu"}),
     "models.load_shipped_adapter": lambda: (models.load_shipped_adapter, {"model": models.load_shipped()[0]}),
     "patch": lambda: (tk.patch, defaults(tk.patch, model=Attentive(), rope_theta=None, num_heads=2)),
+    "integrations.vllm.engine_options": lambda: (
+        served, defaults(vllm.engine_options, folder=served_checkpoint(), max_num_seqs=2)
+    ),
+    "decoding.profile.profile": lambda: (
+        profile, defaults(profile, model=model(), prompts=[[1, 2, 3]], max_block_size=2, new_tokens=2, repeats=1)
+    ),
+    "eager.attention": lambda: (eager.attention, operands("q", "k", "v", pattern=CAUSAL, **SCORES)),
+    "eager.step_attention": lambda: (
+        eager.step_attention,
+        operands("q", "k", "v", "k_cache", "v_cache", "lengths", pattern=CAUSAL, **SCORES),
+    ),
+    "eager.append_kv": lambda: (eager.append_kv, operands("k_cache", "v_cache", "k", "v", "lengths")),
+    "eager.compact_kv": lambda: (eager.compact_kv, operands("k_cache", "v_cache", "lengths", path=PATH)),
+    "eager.rotary_append": lambda: (
+        eager.rotary_append,
+        operands(
+            *("q", "k", "v", "k_cache", "v_cache", "lengths"), cos=randn(2, ROWS, 16), sin=randn(2, ROWS, 16), keep=2
+        ),
+    ),
+    "eager.row_invariant_linear": lambda: (eager.row_invariant_linear, dict(LINEAR)),
+    "eager.gated_lora": lambda: (eager.gated_lora, {**LINEAR, **LORA}),
+    "eager.sample": lambda: (eager.sample, {"logits": randn(2, 3, 30), **KNOBS}),
+    "eager.shaped_scores": lambda: (
+        eager.shaped_scores, {"logits": randn(2, 3, 30), "knobs": KNOBS["knobs"], "history": None}
+    ),
+    "eager.verify": lambda: (
+        eager.verify, {"logits": randn(2, 3, 30), "drafts": ints([1, 2, 3], [3, 4, 5], dtype=torch.int64), **KNOBS}
+    ),
+    "ops.linear.add_lora": lambda: (add_lora, {"base": randn(3, 6), "x": randn(3, 8), **LORA}),
+    "ops.verify.sampling_tensors": lambda: (
+        sampling_tensors, {"params": [tk.SamplingParams()], "device": "cpu"}
+    ),
+    "models.Transformer.forward": lambda: (
+        model(), {"tokens": ints([1, 2, 3], dtype=torch.int64), "pattern": CAUSAL, "cache": None}
+    ),
+    "models.Transformer.logits": lambda: (model().logits, {"hidden": randn(2, 48)}),
+    "models.ByteTokenizer.encode": lambda: (models.ByteTokenizer().encode, {"text": "x"}),
+    "models.ByteTokenizer.decode": lambda: (models.ByteTokenizer().decode, {"tokens": [1]}),
+    "strategies.Profile.latency": lambda: (PROFILE.latency, {"rows": 2}),
+    "cli.main": lambda: (silent, {"argv": ["draw", "step", "--block-size", "2"]}),
 }  # fmt: skip
 
 ALSO = {  # names of what the argument becomes, which users know
@@ -308,75 +363,51 @@ ALSO = {  # names of what the argument becomes, which users know
     "strategies.class_of": ("strategy",),
     "strategies.tree": ("paths",),
 }
-# Not here: results and enumerations, whose fields nobody passes, and what takes the arguments of `torch.nn.Module.to`.
+# Not tried here, with the reason.
 ELSEWHERE = {
-    "GenerationResult",
-    "TiDARLoss",
-    "Pattern.to",
-    "patterns.PatternBatch.to",
-    "patterns.PatternTable",
-    "patterns.Role",
-    "models.ByteTokenizer",
-    "models.tensor_parallel",  # of a mesh of processes: tests/distributed
-    "models.shipped_figures",
+    # Results and enumerations, whose fields nobody passes.
+    *("GenerationResult", "TiDARLoss", "patterns.PatternTable", "patterns.Role", "strategies.Plan"),
+    *("strategies.Batch", "strategies.DecoderModel", "strategies.Drafting", "strategies.StepResult"),
+    *("ops.verify.Knob", "ops.verify.SamplingTensors", "ops.verify.Verified"),
+    # The arguments of `torch.nn.Module.to`.
+    *("Pattern.to", "patterns.PatternBatch.to"),
+    # What a session calls of a strategy, and a strategy of what it is given.
+    "strategies.Strategy",
+    *(f"strategies.{name}.step" for name in (
+        "Adaptive", "BlockDiffusion", "Drafting", "SelfSpeculation", "Strategy", "Tree"
+    )),
+    *(f"strategies.{name}" for name in (
+        "Adaptive.first", "Batch.draft", "Batch.forward", "Batch.logits", "Batch.narrowed", "Batch.sequence",
+        "BlockDiffusion.context", "BlockDiffusion.kept", "DecoderModel.logits", "Strategy.context", "Strategy.first",
+        "Strategy.kept",
+    )),
+    # No arguments.
+    *("cli.build_parser", "models.ByteTokenizer", "models.shipped_figures", "ops.interpreting"),
     "strategies.autoregressive",
-    *(f"strategies.{name}" for name in ("Batch", "DecoderModel", "Drafting", "StepResult", "Strategy", "StrategyName")),
-    "strategies.Plan",
-}
-
-
-def public() -> Iterator[str]:
-    """Names of the public callables, methods included."""
-    for prefix, room in (("", tk), ("patterns.", patterns), ("strategies.", strategies), ("models.", models)):
-        for name in room.__all__:
-            value = getattr(room, name)
-            if not callable(value) or (prefix and name in tk.__all__):
-                continue
-            yield prefix + name
-            if inspect.isclass(value) and prefix in ("", "patterns."):  # those of strategies are for the session
-                for method, function in vars(value).items():
-                    if (
-                        inspect.isfunction(function)
-                        and not method.startswith("_")
-                        and len(inspect.signature(function).parameters) > 1
-                    ):
-                        yield f"{prefix}{name}.{method}"
+    *("integrations.vllm.check_version", "integrations.vllm.register"),
+    # What the bridges share.
+    "integrations.causal.causal",
+    # Made by `patch` alone.
+    *("integrations.patch.PatchedAttention", "integrations.patch.PatchedAttention.forward"),
+    # Of a mesh of processes: tests/distributed/test_wrong_arguments.py.
+    "models.tensor_parallel",
+}  # fmt: skip
 
 
 def test_every_public_callable_has_a_line() -> None:
-    assert set(public()) - ELSEWHERE - {name.partition(" (")[0] for name in CALLS} == set()
-
-
-def called(name: str) -> Call:
-    """What a line says, with the arguments that it leaves out at their defaults."""
-    function, arguments = CALLS[name]()
-    of: Any = tk
-    for part in name.partition(" (")[0].split("."):
-        of = getattr(of, part)
-    return function, defaults(of if name != "patterns.check_int" else function, **arguments)
+    missing = []
+    for module, names in labelled().items():
+        room = max((room for room in TABLES if f"{module}.".startswith(f"{room}.")), key=len)
+        table = importlib.import_module(TABLES[room])
+        known = {name.partition(" (")[0] for name in table.CALLS} | table.ELSEWHERE
+        missing += [name for name in names if name not in known]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_arguments_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # "x" is a path too
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of it is taken with a warning
-        function, arguments = called(name)
-        if name != "load_peft_adapter":  # of no adapter
-            function(**arguments)
-        wrong = []
-        for argument in arguments:
-            for what, junk in JUNK.items():
-                if isinstance(arguments[argument], bool) and isinstance(junk, torch.Tensor):
-                    continue  # a flag may be anything that Python takes for one; which tensors it does not is PyTorch's
-                function, arguments = called(name)
-                try:
-                    function(**(arguments | {argument: junk}))
-                except (TypeError, ValueError, KeyError, FileNotFoundError) as error:
-                    # Of two arguments that do not fit each other it may be either.
-                    named = re.match(r"'?(\w+)[^:]*: expected", str(error))
-                    if named is None or named[1] not in {*arguments, *ALSO.get(name, ())}:
-                        wrong.append(f"{argument} = {what}: {type(error).__name__}: {error}")
-                except Exception as error:
-                    wrong.append(f"{argument} = {what}: {type(error).__name__}: {error}")
-    assert not wrong, "\n".join(wrong)
+    if name != "load_peft_adapter":  # of no adapter
+        function, arguments = whole(name, CALLS)
+        function(**arguments)
+    assert complaints(functools.partial(whole, name, CALLS), ALSO.get(name, ())) == []

@@ -300,7 +300,7 @@ BAD = [
     ({"gate": torch.ones(1, 2, 3)}, ValueError, r"^gate: expected .* broadcasts to \[2, 3\], got \[1, 2, 3\]$"),
     ({"gate": torch.ones(3, device="meta")}, ValueError, r"^gate: expected device cpu"),
     ({"gate": torch.ones(3, requires_grad=True)}, ValueError, r"^gate: expected a tensor without gradient"),
-    ({"scale": "1"}, TypeError, r"^scale: expected a float, got str$"),
+    ({"scale": "1"}, TypeError, r"^scale: expected a number, got str$"),
     ({"scale": float("nan")}, ValueError, r"^scale: expected a finite number, got nan$"),
     ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
     ({"backend": "cuda"}, ValueError, r'^backend: expected None, "triton" or "eager"'),

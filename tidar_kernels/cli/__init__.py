@@ -159,6 +159,12 @@ def _flushed(stream: TextIO) -> bool:
 
 def _dispatch(argv: Sequence[str] | None) -> int:
     """Parse the arguments and run the subcommand that they name."""
+    if argv is not None and (
+        isinstance(argv, (str, bytes))
+        or not isinstance(argv, Sequence)
+        or not all(isinstance(argument, str) for argument in argv)
+    ):
+        raise UserError(f"argv: expected a sequence of strings, got {argv!r}")
     parser = build_parser()
     try:
         options = parser.parse_args(argv)

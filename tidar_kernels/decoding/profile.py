@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..patterns.arguments import check_int
 from .costs import row_costs
 from .decoder import ModelDecoder
+from .prompts import as_prompts
 from .session import DecoderModel, StepConfig
 from .strategies import Profile, tidar
 from .strategies.levels import acceptance_of, shapes
 
 __all__ = ["profile"]
+
+_MOST = 2**20  # of any of the numbers: beyond it a measurement would not end
 
 
 def profile(
@@ -42,10 +46,17 @@ def profile(
     Raises:
         TypeError, ValueError: as `Decoder` and `Decoder.generate`.
     """
+    check_int("max_block_size", max_block_size, 1, _MOST)
+    check_int("new_tokens", new_tokens, 1, _MOST)
+    check_int("batch_size", batch_size, 1, _MOST)
+    check_int("repeats", repeats, 1, _MOST)
+    if context_len is not None:
+        check_int("context_len", context_len, 0, _MOST)
     decoder = ModelDecoder(model, max_block_size, mask_token_id)
+    prompts = as_prompts("prompts", prompts, decoder.model.config.vocab_size)
     accepted: list[int] = []
     for prompt in prompts:
-        result = decoder.generate([list(prompt)], new_tokens, **sampling)
+        result = decoder.generate([prompt], new_tokens, **sampling)
         accepted += result.accepted[0][:-1]  # the last count is cut short by the length
     if context_len is None:
         context_len = sum(map(len, prompts)) // len(prompts) + new_tokens // 2

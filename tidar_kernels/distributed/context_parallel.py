@@ -20,10 +20,11 @@ from ..ops import Backend
 from ..ops.attention import api
 from ..ops.operands import Keys, Results, Rows, Scores
 from ..patterns import Pattern
+from ..patterns.arguments import check_instance, check_int
 from .collectives import Gather, Shards
 from .sharding import deal, live_pairs
 
-__all__ = ["ContextParallel", "shared_out"]
+__all__ = ["ContextParallel", "check_mesh", "shared_out"]
 
 Of = Literal["rows", "keys"]
 
@@ -55,10 +56,7 @@ class ContextParallel:
     """
 
     def __init__(self, mesh: DeviceMesh, pattern: Pattern, *, keep_gathered: bool = False) -> None:
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {type(mesh).__name__}")
-        if mesh.ndim != 1:
-            raise ValueError(f"mesh: expected one dimension, got {mesh.ndim} (mesh['name'] is one of them)")
+        check_mesh(mesh)
         if not isinstance(pattern, Pattern):
             raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
         if pattern.tree_mask is not None:
@@ -91,7 +89,12 @@ class ContextParallel:
         return self._keys.own
 
     def windowed(self, window: int) -> ContextParallel:
-        """The same rows with a sliding window, kept: `Pattern.windowed`. Who has which rows stays as it is."""
+        """The same rows with a sliding window, kept: `Pattern.windowed`. Who has which rows stays as it is.
+
+        Raises:
+            TypeError, ValueError: `window` is not an int >= 1.
+        """
+        check_int("window", window, 1)
         if window not in self._windowed:
             narrow = object.__new__(ContextParallel)
             vars(narrow).update(vars(self))
@@ -106,7 +109,8 @@ class ContextParallel:
         The gradient that comes back is this rank's share; the sum over the ranks is that of `x`.
 
         Raises:
-            ValueError: `x` has another number of elements in `dim` than the pattern has rows (keys).
+            TypeError, ValueError: `x` has another number of elements in `dim` than the pattern has rows (keys), or an
+                argument is of another type.
         """
         shards = self._shards(of)
         _check_size(x, dim, {"rows": self.pattern.q_len, "keys": self.pattern.kv_len}[of], of)
@@ -116,7 +120,8 @@ class ContextParallel:
         """All of what is sharded, in the order of the pattern: the inverse of `shard`, a collective, differentiable.
 
         Raises:
-            ValueError: `x` has another number of elements in `dim` than this rank has rows (keys).
+            TypeError, ValueError: `x` has another number of elements in `dim` than this rank has rows (keys), or an
+                argument is of another type.
         """
         shards = self._shards(of)
         _check_size(x, dim, len(shards.own), of)
@@ -124,7 +129,7 @@ class ContextParallel:
         return whole.movedim(0, dim)
 
     def _shards(self, of: Of) -> Shards:
-        if of not in ("rows", "keys"):
+        if not isinstance(of, str) or of not in ("rows", "keys"):
             raise ValueError(f'of: expected "rows" or "keys", got {of!r}')
         return self._rows if of == "rows" else self._keys
 
@@ -178,13 +183,29 @@ class ContextParallel:
         return Keys(*(self._keys.sum(x.movedim(2, 0)).movedim(0, 2) for x in (dk, dv)))
 
 
-@functools.lru_cache(maxsize=8)
 def shared_out(mesh: DeviceMesh, pattern: Pattern) -> ContextParallel:
-    """`ContextParallel(mesh, pattern)`, made once while it is in use: batch after batch may have one pattern."""
-    return ContextParallel(mesh, pattern)
+    """`ContextParallel(mesh, pattern)`, made once while it is in use: batch after batch may have one pattern.
+
+    Raises:
+        TypeError, ValueError: as `ContextParallel`.
+    """
+    return _shared_out(check_mesh(mesh), check_instance("pattern", pattern, Pattern))
 
 
-def _check_size(x: Tensor, dim: int, expected: int, of: str) -> None:
+_shared_out = functools.lru_cache(maxsize=8)(ContextParallel)
+
+
+def check_mesh(mesh: Any) -> DeviceMesh:
+    """`mesh`, if it is one of one dimension."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: expected one dimension, got {mesh.ndim} (mesh['name'] is one of them)")
+    return mesh
+
+
+def _check_size(x: Any, dim: Any, expected: int, of: str) -> None:
+    check_int("dim", dim, -check_instance("x", x, Tensor).ndim, x.ndim)
     if x.shape[dim] != expected:
         raise ValueError(f"x: expected {expected} {of} in dimension {dim}, got shape {list(x.shape)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..distributed.context_parallel import check_mesh
 from .transformer import Transformer
 
 __all__ = ["tensor_parallel"]
@@ -21,7 +22,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     the mesh: `fully_shard(layer, mesh=mesh["dp"])`.
 
     Raises:
-        TypeError: `model` is not a Transformer.
+        TypeError: `model` is not a Transformer or `mesh` not a DeviceMesh.
         ValueError: the mesh has more than one dimension, or its size does not divide the kv heads or the middle.
     """
     from torch.distributed.tensor.parallel import (
@@ -34,8 +35,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
 
     if not isinstance(model, Transformer):
         raise TypeError(f"model: expected a tidar_kernels.models.Transformer, got {type(model).__name__}")
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh: expected one dimension, got {mesh.ndim} (mesh['name'] is one of them)")
+    check_mesh(mesh)
     for name in ("num_kv_heads", "intermediate_size"):
         size = getattr(model.config, name)
         if size % mesh.size():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 from collections.abc import Iterable
 
 __all__ = ["EOS_ID", "MASK_ID", "VOCAB_SIZE", "ByteTokenizer", "StreamDecoder"]
@@ -22,7 +23,7 @@ class StreamDecoder:
         """The text that `tokens` complete; MASK and EOS add nothing.
 
         Raises:
-            ValueError: a token outside the vocabulary.
+            TypeError: these are no ids. ValueError: a token outside the vocabulary.
         """
         return self._utf8.decode(_to_bytes(tokens))
 
@@ -52,7 +53,7 @@ class ByteTokenizer:
         """Text of `tokens`; MASK and EOS are dropped, invalid UTF-8 becomes U+FFFD.
 
         Raises:
-            ValueError: a token outside the vocabulary.
+            TypeError: these are no ids. ValueError: a token outside the vocabulary.
         """
         return _to_bytes(tokens).decode("utf-8", errors="replace")
 
@@ -62,8 +63,16 @@ class ByteTokenizer:
 
 
 def _to_bytes(tokens: Iterable[int]) -> bytes:
+    try:
+        ids = iter(tokens)
+    except TypeError:
+        raise TypeError(f"tokens: expected ids, got {type(tokens).__name__}") from None
     kept = bytearray()
-    for token in tokens:
+    for one in ids:
+        try:
+            token = operator.index(one)
+        except (TypeError, ValueError, RuntimeError):  # the last two of tensors that are no number
+            raise TypeError(f"tokens: expected ids, got {type(one).__name__}") from None
         if not 0 <= token < VOCAB_SIZE:
             raise ValueError(f"tokens: expected ids in [0, {VOCAB_SIZE}), got {token}")
         if token < 256:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..distributed import ContextParallel
 from ..nn.attention import RMSNorm, RotaryEmbedding, TiDARAttention
+from ..ops import checks
 from ..patterns import Pattern
+from ..patterns.arguments import check_instance
 from .settings import MODEL_SIZES, check_settings, setting
 
 __all__ = ["Transformer", "TransformerConfig"]
@@ -151,8 +154,18 @@ class Transformer(nn.Module):
 
         Returns:
             `[batch, q_len, hidden_size]`, after the final norm.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type, or there are other rows than the pattern's.
         """
-        rows = pattern.local if isinstance(pattern, ContextParallel) else pattern
+        rows = pattern.local if isinstance(pattern, ContextParallel) else check_instance("pattern", pattern, Pattern)
+        checks.tensor("tokens", tokens, 2)
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
+        if tokens.shape[1] != rows.q_len:
+            raise ValueError(f"tokens: expected {rows.q_len} rows for {rows.name}, got shape {list(tokens.shape)}")
+        if cache is not None:
+            check_instance("cache", cache, KVCache)
         positions = rows.on(tokens.device)[2]
         if cache is not None:
             positions = cache.lengths[:, None] + positions
@@ -163,7 +176,12 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """lm_head, tied to the embedding: `[..., hidden_size] -> [..., vocab_size]`."""
+        """lm_head, tied to the embedding: `[..., hidden_size] -> [..., vocab_size]`.
+
+        Raises:
+            TypeError, ValueError: `hidden` is no float tensor of this size.
+        """
+        checks.last_dim("hidden", hidden, self.config.hidden_size)
         return F.linear(hidden, self.embed_tokens.weight)
 
     def check_ready(self) -> None:

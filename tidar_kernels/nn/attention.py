@@ -18,14 +18,19 @@ __all__ = ["RMSNorm", "RotaryEmbedding", "TiDARAttention", "apply_rotary"]
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dimension (Zhang & Sennrich 2019)."""
+    """`x / rms(x) * weight` over the last dimension (Zhang & Sennrich 2019).
+
+    Raises:
+        TypeError, ValueError: `dim` is no int >= 1 or `eps` no number >= 0; later, x is no float tensor `[.., dim]`.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.eps = check_number("eps", eps, 0.0)
+        self.weight = nn.Parameter(torch.ones(check_int("dim", dim, 1, 2**31)))
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.last_dim("x", x, self.weight.shape[0])
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -67,7 +72,7 @@ class TiDARAttention(nn.Module):
         head_dim = check_int("head_dim", hidden_size // num_heads if head_dim is None else head_dim, 1, 2**31)
         check_bool("qk_norm", qk_norm)
         check_bool("bias", bias)
-        check_number("norm_eps", norm_eps)
+        check_number("norm_eps", norm_eps, 0.0)
         check_int("layer_idx", layer_idx, 0)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")

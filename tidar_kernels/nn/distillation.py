@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import patterns
+from ..ops import checks
 from ..patterns import Pattern, Role
+from ..patterns.arguments import check_instance, check_int
 from ..patterns.rows import intervals
+from .loss import check_logits
 
 __all__ = ["adapter_pattern", "clean_then_masks", "distillation_loss"]
 
@@ -50,7 +53,11 @@ def clean_then_masks(pattern: Pattern) -> tuple[Pattern, Pattern, Pattern]:
 
     Args:
         pattern: of `adapter_pattern`; no interval of it spans both halves.
+
+    Raises:
+        TypeError: it is no Pattern.
     """
+    check_instance("pattern", pattern, Pattern)
     is_mask = pattern.roles == int(Role.MASK)
     order = torch.cat([(~is_mask).nonzero().flatten(), is_mask.nonzero().flatten()])
     place = order.argsort()
@@ -79,7 +86,17 @@ def distillation_loss(
         head: from rows `[n, hidden_size]` to logits.
         pattern: of `adapter_pattern`.
         chunk_size: >= 1.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or hidden has other rows than the pattern.
     """
+    checks.tensor("hidden", hidden, 3)
+    checks.shape(
+        "hidden", hidden, (hidden.shape[0], check_instance("pattern", pattern, Pattern).q_len, hidden.shape[2])
+    )
+    if not callable(head):
+        raise TypeError(f"head: expected a function from rows to logits, got {type(head).__name__}")
+    check_int("chunk_size", chunk_size, 1)
     roles = pattern.roles.to(hidden.device)
     is_mask = roles == int(Role.MASK)
     asked = pattern.positions.to(hidden.device)[is_mask] > 0
@@ -91,8 +108,8 @@ def distillation_loss(
 
     def summed(draft: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = head(teacher).to(dtype).softmax(-1)
-        return -(expected * head(draft).to(dtype).log_softmax(-1)).sum()
+            expected = check_logits(head(teacher), teacher).to(dtype).softmax(-1)
+        return -(expected * check_logits(head(draft), draft).to(dtype).log_softmax(-1)).sum()
 
     total = hidden.new_zeros((), dtype=dtype)
     for rows in zip(drafting.split(chunk_size), teaching.split(chunk_size), strict=True):

@@ -1,14 +1,37 @@
-"""Files that are whole at every moment: written beside, brought to the disk, then put in place."""
+"""Files that are whole at every moment, written beside and then put in place; and JSON, read or refused by name."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["read_json", "replacing"]
+
+
+def read_json(name: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a folder.
+
+    Args:
+        name: of the argument that is the folder, for errors.
+
+    Raises:
+        FileNotFoundError: there is no such file; other OSErrors: it cannot be read. ValueError: it is no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected a folder with {path.name}, got {path.parent}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON, got one that is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 @contextlib.contextmanager

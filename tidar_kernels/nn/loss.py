@@ -16,7 +16,7 @@ from ..ops.checks import shape, tensor
 from ..patterns import Pattern, Role
 from ..patterns.arguments import FLOAT_DTYPES, check_int, check_number
 
-__all__ = ["TiDARLoss", "label_counts", "tidar_loss"]
+__all__ = ["TiDARLoss", "check_logits", "label_counts", "tidar_loss"]
 
 
 class TiDARLoss(NamedTuple):
@@ -72,17 +72,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
+def check_logits(logits: Any, rows: Tensor) -> Tensor:
+    """`logits`, if a head gave a tensor `[rows, vocab]` for its rows."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"head: expected logits [{len(rows)}, vocab] of its rows, got {got}")
+    return logits
+
+
 def _chunked_by_head(
     hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """The same sum and rows for any head: a chunk's logits are made again in the backward, not kept for it."""
 
     def losses_of(rows: Tensor, label: Tensor) -> Tensor:
-        logits = head(rows)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(rows):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"head: expected logits [{len(rows)}, vocab] of its rows, got {got}")
-        return F.cross_entropy(logits.float(), label, reduction="none")
+        return F.cross_entropy(check_logits(head(rows), rows).float(), label, reduction="none")
 
     chunks = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
     if torch.is_grad_enabled():
@@ -106,8 +110,27 @@ def label_counts(tokens: Tensor, pattern: Pattern | ContextParallel, *, ignore_i
 
     Summed over the batches of an accumulated step, and over devices, they are what `tidar_loss` divides by there. Of a
     `ContextParallel` the rows of all its ranks are counted.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or there are fewer tokens than the pattern predicts.
     """
+    _check_labels(tokens, pattern, ignore_index)
     return _labels(tokens, _whole(pattern), ignore_index)[1].sum(dim=(1, 2))
+
+
+def _check_labels(tokens: Any, pattern: Any, ignore_index: Any) -> None:
+    """Raise unless the rows of a training pattern find their labels in `tokens`."""
+    tensor("tokens", tokens, 2)
+    if not isinstance(pattern, (Pattern, ContextParallel)):
+        raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
+    whole = _whole(pattern)
+    if whole.num_labels < 1:
+        raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {whole.name}")
+    if tokens.shape[1] < whole.num_labels:
+        raise ValueError(f"tokens: expected shape [batch, >= {whole.num_labels}], got {list(tokens.shape)}")
+    check_int("ignore_index", ignore_index, -(2**63))
 
 
 def _whole(pattern: Pattern | ContextParallel) -> Pattern:
@@ -154,9 +177,7 @@ def tidar_loss(
     tensor("hidden", hidden, 3)
     if hidden.dtype not in FLOAT_DTYPES:
         raise TypeError(f"hidden: expected a float dtype, got {hidden.dtype}")
-    tensor("tokens", tokens, 2)
-    if not isinstance(pattern, (Pattern, ContextParallel)):
-        raise TypeError(f"pattern: expected a tidar_kernels.Pattern, got {type(pattern).__name__}")
+    _check_labels(tokens, pattern, ignore_index)
     local, whole = pattern.local if isinstance(pattern, ContextParallel) else pattern, _whole(pattern)
     vocab_size = None
     if isinstance(head, Tensor) or not callable(head):
@@ -165,8 +186,6 @@ def tidar_loss(
         if head.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(f"head: expected dtype {hidden.dtype} like hidden, got {head.dtype}")
         vocab_size = head.shape[0]
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
     for name, operand in (("head", head), ("tokens", tokens)):
         if isinstance(operand, Tensor) and operand.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {operand.device}")
@@ -174,14 +193,11 @@ def tidar_loss(
     if hidden.shape[1] != local.q_len or hidden.shape[2] != hidden_size:
         expected = f"[batch, {local.q_len}, {hidden_size}]"
         raise ValueError(f"hidden: expected shape {expected} for {local.name}, got {list(hidden.shape)}")
-    if whole.num_labels < 1:
-        raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {whole.name}")
-    if tokens.shape[0] != hidden.shape[0] or tokens.shape[1] < whole.num_labels:
+    if tokens.shape[0] != hidden.shape[0]:
         expected = f"[{hidden.shape[0]}, >= {whole.num_labels}]"
         raise ValueError(f"tokens: expected shape {expected}, got {list(tokens.shape)}")
     alpha = check_number("alpha", alpha, 0.0)
     check_int("chunk_size", chunk_size, 1)
-    check_int("ignore_index", ignore_index, -(2**63))
     if counts is not None:
         tensor("counts", counts, 1)
         shape("counts", counts, (2,))

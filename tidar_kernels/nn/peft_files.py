@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import replacing
+from .files import read_json, replacing
 
 __all__ = ["CONFIG", "WEIGHTS", "number_of", "read_config", "read_weights", "write"]
 
@@ -40,15 +40,9 @@ _PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a PEFT adapter, or an error that names what is not supported."""
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected a folder with {CONFIG}, got {folder}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: expected peft_type 'LORA', got {kind!r}")
+    config = read_json("path", path)
+    if str(config.get("peft_type")).upper() != "LORA":
+        raise ValueError(f"{path}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
     for name in _UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{path}: expected an adapter without {name}, got {config[name]!r}")

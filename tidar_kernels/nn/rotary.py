@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
-from ..patterns.arguments import check_device, check_int, check_number
+from ..patterns.arguments import check_device, check_dtype, check_instance, check_int, check_number
 
 __all__ = ["RotaryEmbedding", "apply_rotary"]
 
@@ -41,7 +41,17 @@ class RotaryEmbedding(nn.Module):
         """`positions` int `[..., rows]` -> `(cos, sin)`, each `[..., rows, 1, head_dim]`, for `apply_rotary`.
 
         The sign of the rotation is folded into `sin`, so that applying it is one roll and no concatenation.
+
+        Raises:
+            TypeError: `positions` is no tensor of real numbers, or `dtype` no float dtype that computes. ValueError:
+                they are on another device than the frequencies.
         """
+        if check_instance("positions", positions, Tensor).is_complex():
+            raise TypeError(f"positions: expected an int dtype, got {positions.dtype}")
+        if positions.device != self.inv_freq.device:
+            raise ValueError(f"positions: expected device {self.inv_freq.device}, got {positions.device}")
+        if check_dtype("dtype", dtype) is None:
+            raise TypeError("dtype: expected a float dtype that computes, got None")
         angle = positions.to(torch.float32).unsqueeze(-1) * self.inv_freq.to(torch.float32)
         cos, sin = angle.cos(), angle.sin()
         return (

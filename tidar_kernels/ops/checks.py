@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import torch
@@ -16,14 +17,42 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # of quantised caches
 _CACHES = ("k_cache", "v_cache")
 
 
-def tensor(name: str, value: Any, rank: int) -> None:
-    """`value` is a tensor of this rank."""
+def strided(name: str, value: Any) -> None:
+    """`value` is a tensor, and an ordinary, strided one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got {'a nested one' if value.is_nested else value.layout}")
+
+
+def written(**values: Tensor) -> None:
+    """Every tensor can be written in place, each element of it into memory of its own."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in values.items():
+        steps = value.stride()
+        if 0 in steps and any(step == 0 and size > 1 for step, size in zip(steps, value.shape, strict=True)):
+            raise ValueError(f"{name}: expected memory for every element, got an expanded tensor, strides {steps}")
+        if value.is_neg():
+            raise ValueError(f"{name}: expected a tensor that can be written, got a view with the negative bit")
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name}: expected an ordinary tensor outside of inference mode, got one made in it")
+
+
+def tensor(name: str, value: Any, rank: int) -> None:
+    """`value` is a strided tensor of this rank."""
+    strided(name, value)
     if value.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(value.shape)}")
+
+
+def last_dim(name: str, value: Any, size: int) -> None:
+    """`value` is a float tensor `[.., size]`."""
+    strided(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
+    if value.ndim < 1 or value.shape[-1] != size:
+        raise ValueError(f"{name}: expected shape [.., {size}], got {list(value.shape)}")
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
@@ -37,6 +66,10 @@ def same_kind(reference: Tensor, **others: Tensor) -> None:
 
     The dtype of a float8 cache is left to `caches`.
     """
+    _same_kind(reference, others)
+
+
+def _same_kind(reference: Tensor, others: dict[str, Tensor]) -> None:
     dtype, device = reference.dtype, reference.device
     if dtype in FLOAT8_DTYPES and reference is others.get("k_cache"):
         dtype = next((value.dtype for name, value in others.items() if name not in _CACHES), torch.float32)
@@ -58,10 +91,11 @@ def ragged(**values: Tensor) -> list[Tensor]:
 
 def operands(rank: int, **values: Any) -> None:
     """Every value is a tensor of this rank, and all are of one kind: the float dtype and device of the first."""
+    strided = torch.strided
     for name, value in values.items():
-        if not isinstance(value, Tensor) or value.ndim != rank:
+        if not isinstance(value, Tensor) or value.layout is not strided or value.ndim != rank or value.is_nested:
             tensor(name, value, rank)
-    same_kind(next(iter(values.values())), **values)
+    _same_kind(next(iter(values.values())), values)
 
 
 def heads(q: Tensor, num_kv_heads: int) -> None:
@@ -87,7 +121,7 @@ def scale(value: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"scale: expected a float, got {type(value).__name__}")
-    if not 0.0 < value < math.inf:
+    if not 0.0 < value <= sys.float_info.max:
         raise ValueError(f"scale: expected a positive finite number, got {value}")
     return float(value)
 
@@ -98,7 +132,7 @@ def softcap(value: float | None) -> float | None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"softcap: expected a float or None, got {type(value).__name__}")
-    if not 0.0 < value < math.inf:
+    if not 0.0 < value <= sys.float_info.max:
         raise ValueError(f"softcap: expected a positive finite number, got {value}")
     return float(value)
 
@@ -293,7 +327,7 @@ def lengths(
 
     `new`: tokens that each sequence needs room for besides.
     """
-    if not isinstance(value, Tensor) or value.ndim != 1:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.ndim != 1:
         tensor("lengths", value, 1)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"lengths: expected dtype int32 or int64, got {value.dtype}")

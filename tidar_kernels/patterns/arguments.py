@@ -86,7 +86,8 @@ def check_numbers(name: str, values: Any, low: float = -math.inf, high: float = 
 def check_instance(name: str, value: Any, of: type[T]) -> T:
     """`value`, if it is an object of this class."""
     if not isinstance(value, of):
-        raise TypeError(f"{name}: expected a tidar_kernels.{of.__name__}, got {type(value).__name__}")
+        room = of.__module__.partition(".")[0]
+        raise TypeError(f"{name}: expected a {room}.{of.__name__}, got {type(value).__name__}")
     return value
 
 
@@ -126,7 +127,10 @@ def check_path(name: str, value: Any) -> Path:
     """`value` as a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
-    return Path(value)
+    path = os.fspath(value)
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{name}: expected a path as text without NUL, got {path!r}")
+    return Path(path)
 
 
 def check_device(name: str, value: Any) -> torch.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .caches import CacheKind, make_cache
-from .harness import ParityResult, generator_of, guarded, naming, result_of
+from .harness import ParityResult, check_case, generator_of, guarded, naming, result_of
 
 __all__ = ["APPEND_CASES", "APPEND_CASES_LARGE", "AppendCase", "check_append_kv"]
 
@@ -177,6 +177,7 @@ def check_append_kv(
         ParityError: any bit differs.
         ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
     """
+    check_case(case, AppendCase, device)
     if backend is not None and not case.fits:
         raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
     draw, batch = generator_of(case), len(case.lengths)

@@ -12,7 +12,17 @@ from torch import Tensor
 from .. import eager, ops, patterns
 from ..patterns import Pattern
 from .builders import irregular_pattern, pairwise
-from .harness import Guarded, Measure, ParityError, ParityResult, budget, check_equal, guarded, poisoned_allocations
+from .harness import (
+    Guarded,
+    Measure,
+    ParityError,
+    ParityResult,
+    budget,
+    check_case,
+    check_equal,
+    guarded,
+    poisoned_allocations,
+)
 
 __all__ = [
     "ATTENTION_CASES",
@@ -296,6 +306,7 @@ def check_attention(
     Raises:
         ParityError: any of it fails.
     """
+    check_case(case, AttentionCase, device)
     operands = attention_operands(case, device)
     try:
         names = _NAMES if case.sinks else _NAMES[:-1]
@@ -344,6 +355,7 @@ def check_attention_repeats(
     Raises:
         ParityError: a bit differs.
     """
+    check_case(case, AttentionCase, device)
     operands = attention_operands(case, device)
     runs = [_run(case, operands, backend) for _ in range(2)]
     for name, first, second in zip(_NAMES, *runs, strict=False):

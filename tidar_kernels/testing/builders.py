@@ -11,6 +11,7 @@ import torch
 
 from .._moved import renamed_keyword
 from ..patterns import tree
+from ..patterns.arguments import check_int, check_sequence
 from ..patterns.pattern import Pattern
 from ..patterns.rows import pack_tree_mask
 
@@ -23,6 +24,7 @@ def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
     Greedy: each row starts from the first pair still missing, then takes on each further axis the value that adds the
     most missing pairs.
     """
+    axes = {name: check_sequence(name, values, "values") for name, values in axes.items()}
     names = list(axes)
     missing = {
         (a, i, b, j): None
@@ -57,8 +59,13 @@ def _pairs(row: dict[int, int], axis: int, value: int) -> list[tuple[int, int, i
 
 
 def random_tree(nodes: int, seed: int = 0) -> Pattern:
-    """A token tree whose nodes have any of the nodes before them as parents."""
-    draw = torch.Generator().manual_seed(seed)
+    """A token tree whose nodes have any of the nodes before them as parents.
+
+    Raises:
+        TypeError, ValueError: `nodes` is not an int in [1, 1024], or `seed` no 64-bit int.
+    """
+    check_int("nodes", nodes, 1, 1025)
+    draw = torch.Generator().manual_seed(check_int("seed", seed, -(2**63)))
     return tree([-1, *(int(torch.randint(node, (), generator=draw, device="cpu")) for node in range(1, nodes))])
 
 
@@ -70,8 +77,15 @@ def irregular_pattern(
 
     With `reach` every row sees some number of the last context tokens, from none to that many. With `with_tree_mask`
     some rows see some of the other keys too, and some of them nothing else.
+
+    Raises:
+        TypeError, ValueError: a number is not an int that fits.
     """
-    draw = torch.Generator().manual_seed(seed)
+    for name, size in (("q_len", q_len), ("kv_len", kv_len)):
+        check_int(name, size, 0, 2**24)
+    if reach is not None:
+        check_int("reach", reach, 0, 2**31 - 1)
+    draw = torch.Generator().manual_seed(check_int("seed", seed, -(2**63)))
     lead, own = torch.zeros(2, q_len, 2, dtype=torch.int32, device="cpu").unbind(0)
     for row in range(q_len):
         cuts = torch.randint(0, kv_len + 1, (4,), generator=draw, device="cpu").sort().values.to(torch.int32)

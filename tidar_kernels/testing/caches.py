@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import paging
+from ..ops import checks, paging
 from ..ops.operands import Cached
+from ..patterns.arguments import check_device, check_dtype, check_instance, check_ints, check_sequence
 from .harness import GUARD, Guarded, bits, canary, check_equal, guarded
 
 __all__ = ["PAGED_LAYOUTS", "CacheKind", "GuardedCache", "make_cache"]
@@ -121,7 +122,23 @@ def make_cache(
         needed: for each sequence the slots `[first, end)` whose entries the operator may read; the others are garbage.
         shape: `(kv_heads, max_len, head_dim)`; with pages the capacity is max_len, rounded up to pages.
         dtype: of the operands.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or there is not one entry of `needed` a sequence.
     """
+    check_instance("kind", kind, CacheKind)
+    check_instance("lengths", lengths, Tensor)
+    pairs = check_sequence("needed", needed, "pairs of ints")
+    needed = [tuple(check_ints("needed", pair, -(2**63))) for pair in pairs]  # type: ignore[misc]
+    if any(len(pair) != 2 for pair in needed):
+        raise ValueError(f"needed: expected pairs of ints, got {needed}")
+    checks.shape("lengths", lengths, (len(needed),))
+    if len(check_ints("shape", shape, 1)) != 3:
+        raise ValueError(f"shape: expected (kv_heads, max_len, head_dim), got {shape}")
+    if check_dtype("dtype", dtype) is None:
+        raise TypeError("dtype: expected a float dtype that computes, got None")
+    check_instance("draw", draw, torch.Generator)
+    device = check_device("device", device)
     batch, (heads, max_len, dim) = len(needed), shape
     stored = kind.dtype or dtype
 

@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from .caches import CacheKind, make_cache
-from .harness import ParityResult, bits, generator_of, guarded, naming, result_of
+from .harness import ParityResult, bits, check_case, generator_of, guarded, naming, result_of
 
 __all__ = ["COMPACT_CASES", "COMPACT_CASES_LARGE", "CompactCase", "check_compact_kv"]
 
@@ -100,6 +100,7 @@ def check_compact_kv(
         ParityError: any bit differs.
         ValueError: a case that does not fit, with a backend by name: only the default has checks to go below.
     """
+    check_case(case, CompactCase, device)
     if backend is not None and not case.fits:
         raise ValueError(f"backend: expected None for a case that does not fit, got {backend!r}")
     draw, batch = generator_of(case), len(case.lengths)

@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ..ops import checks
+from ..patterns.arguments import check_device, check_instance, check_number
 from .sanitizer import mark_unwritten
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ParityResult",
     "bits",
     "budget",
+    "check_case",
     "check_equal",
     "generator_of",
     "guarded",
@@ -88,6 +91,19 @@ class Case(Protocol):
         """Of the operands."""
 
 
+def check_case(case: Any, of: type, device: Any) -> None:
+    """Raise a TypeError or ValueError unless these are a case of this class and a device."""
+    check_instance("case", case, of)
+    check_device("device", device)
+
+
+def _check_values(**values: Any) -> None:
+    """Raise a TypeError unless all are tensors of real numbers that can be read."""
+    for name, value in values.items():
+        if check_instance(name, value, Tensor).is_complex() or value.is_meta:
+            raise TypeError(f"{name}: expected a tensor of real numbers, got {value.dtype} on {value.device}")
+
+
 @contextmanager
 def naming(operator: str, case: Case, device: torch.device | str) -> Iterator[None]:
     """Put the operator, the case and the device before the message of a `ParityError`."""
@@ -112,7 +128,12 @@ def relative_error(value: Tensor, reference: Tensor, *, by_row: bool = False) ->
 
     With `by_row` the norms are taken along the last dimension and the largest quotient is returned. Where the
     reference is 0 the error is absolute.
+
+    Raises:
+        TypeError, ValueError: these are no tensors of one shape.
     """
+    _check_values(value=value, reference=reference)
+    checks.shape("value", value, tuple(reference.shape))
     finite = reference.isfinite()
     expected = torch.where(finite, reference.double(), 0.0)
     difference = torch.where(finite, value.double(), 0.0) - expected
@@ -148,7 +169,11 @@ def budget(
     Raises:
         ParityError: the error is over budget; or shapes differ, or `out` is not finite where `reference` is, or not
             the same infinity where `reference` is infinite.
+        TypeError, ValueError: an argument is of another type, or `eager` of another shape.
     """
+    _check_values(out=out, reference=reference, eager=eager)
+    checks.shape("eager", eager, tuple(reference.shape))
+    check_number("at_least", at_least, 0.0)
     if out.shape != reference.shape:
         raise ParityError(f"{name}: expected shape {list(reference.shape)}, got {list(out.shape)}")
     finite = reference.isfinite()
@@ -171,7 +196,13 @@ def budget(
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of the same size: NaNs compare, and 0.0 differs from -0.0."""
+    """The bits of a tensor as integers of the same size: NaNs compare, and 0.0 differs from -0.0.
+
+    Raises:
+        TypeError: it is no tensor of real numbers.
+    """
+    if check_instance("tensor", tensor, Tensor).is_complex():
+        raise TypeError(f"tensor: expected one of real numbers, got {tensor.dtype}")
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
@@ -180,7 +211,9 @@ def check_equal(got: Tensor, expected: Tensor, what: str) -> None:
 
     Raises:
         ParityError: naming `what`, the first place where they differ, and how many values differ.
+        TypeError: these are no tensors.
     """
+    _check_values(got=got, expected=expected)
     if got.shape != expected.shape:
         raise ParityError(f"{what}: expected shape {list(expected.shape)}, got {list(got.shape)}")
     if torch.equal(got, expected):
@@ -245,9 +278,10 @@ def guarded(values: Tensor, layout: str = "bhnd") -> Guarded:
     In the layout `shared_heads` all heads hold the values of head 0.
 
     Raises:
-        ValueError: `layout` is not in `LAYOUTS`.
+        TypeError: `values` is no tensor of real numbers. ValueError: `layout` is not in `LAYOUTS`.
     """
-    if layout not in LAYOUTS:
+    _check_values(values=values)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     shape = tuple(values.shape)
     if layout == "shared_heads":

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ..ops import gated_lora, row_invariant_linear
 from ..ops.linear import reference as eager_linear
-from .harness import Guarded, ParityResult, budget, generator_of, guarded, naming, poisoned_allocations, result_of
+from .harness import (
+    Guarded,
+    ParityResult,
+    budget,
+    check_case,
+    generator_of,
+    guarded,
+    naming,
+    poisoned_allocations,
+    result_of,
+)
 
 __all__ = ["LINEAR_CASES", "LINEAR_CASES_LARGE", "LinearCase", "check_gated_lora", "check_row_invariant_linear"]
 
@@ -98,6 +108,7 @@ def check_gated_lora(case: LinearCase, device: torch.device | str = "cpu") -> Pa
     Raises:
         ParityError: any of it fails, or an operand was written to.
     """
+    check_case(case, LinearCase, device)
     draw, inner, outer = generator_of(case), case.in_features, case.out_features
     rows = torch.Size(case.rows).numel()
 
@@ -140,6 +151,7 @@ def check_row_invariant_linear(case: LinearCase, device: torch.device | str = "c
     Raises:
         ParityError: it fails.
     """
+    check_case(case, LinearCase, device)
     draw, inner, outer = generator_of(case), case.in_features, case.out_features
     x = matrix(
         torch.randn(torch.Size(case.rows).numel(), inner, generator=draw, device="cpu").to(device, case.dtype),

@@ -10,7 +10,16 @@ from torch import Tensor
 from ..nn.rotary import RotaryEmbedding, apply_rotary
 from ..ops import Backend, rotary_append
 from .caches import CacheKind, make_cache
-from .harness import ParityResult, budget, generator_of, guarded, naming, poisoned_allocations, result_of
+from .harness import (
+    ParityResult,
+    budget,
+    check_case,
+    generator_of,
+    guarded,
+    naming,
+    poisoned_allocations,
+    result_of,
+)
 
 __all__ = ["ROTARY_CASES", "ROTARY_CASES_LARGE", "RotaryCase", "check_rotary_append"]
 
@@ -113,6 +122,7 @@ def check_rotary_append(
     Raises:
         ParityError: any of it fails.
     """
+    check_case(case, RotaryCase, device)
     draw, batch = generator_of(case), len(case.lengths) if case.ragged is None else 1
 
     def normal(heads: int, rows: int) -> Tensor:

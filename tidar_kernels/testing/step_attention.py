@@ -23,6 +23,7 @@ from .harness import (
     ParityResult,
     bits,
     budget,
+    check_case,
     check_equal,
     generator_of,
     guarded,
@@ -80,6 +81,7 @@ class StepOperands:
 
 def step_operands(case: StepCase, device: torch.device | str = "cpu") -> StepOperands:
     """Fresh random operands of a case."""
+    check_case(case, StepCase, device)
     draw, batch = generator_of(case), len(case.lengths)
 
     head_dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
@@ -181,6 +183,7 @@ def check_step_attention(
     Raises:
         ParityError: any of it fails.
     """
+    check_case(case, StepCase, device)
     operands = step_operands(case, device)
     with naming("step_attention", case, device):
         out, lse = _step(case, operands.tensors, backend, **operands.options)
@@ -234,6 +237,7 @@ def check_row_bits(
     Raises:
         ParityError: a bit differs, in out or lse, for any m below `pattern.causal_len`.
     """
+    check_case(case, StepCase, device)
     causal_len = case.pattern.causal_len
     if case.max_len is None:
         case = replace(case, max_len=max(case.lengths) + causal_len + 1)
@@ -264,6 +268,7 @@ def check_launch_bits(
     Raises:
         ParityError: a bit differs.
     """
+    check_case(case, StepCase, device)
     memory = step_operands(case, device)
     operands, sinks, paged = memory.tensors, memory.options["sinks"], memory.cache_options.items()
     group = case.num_heads // case.num_kv_heads

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from .. import ops
+from ..patterns.arguments import check_device, check_strings
 from .append_kv import APPEND_CASES, APPEND_CASES_LARGE, check_append_kv
 from .attention import ATTENTION_CASES, ATTENTION_CASES_LARGE, check_attention
 from .compact_kv import COMPACT_CASES, COMPACT_CASES_LARGE, check_compact_kv
@@ -25,8 +26,12 @@ Path = Literal["triton", "interpreter", "cpu"]
 
 
 def path_of(device: torch.device | str) -> Path:
-    """What the operators run on this device: compiled kernels, interpreted kernels, or the CPU path."""
-    if torch.device(device).type == "cuda":
+    """What the operators run on this device: compiled kernels, interpreted kernels, or the CPU path.
+
+    Raises:
+        TypeError, ValueError: it is no device.
+    """
+    if check_device("device", device).type == "cuda":
         return "triton"
     return "interpreter" if ops.interpreting() else "cpu"
 
@@ -121,10 +126,10 @@ def run_parity(
         One result a case. A failed case has its message in `failure`; nothing is raised for it.
 
     Raises:
-        ValueError: an operator is not in `SUITES`.
+        TypeError, ValueError: an operator is not in `SUITES`, or an argument of another type.
     """
     known = {suite.operator for suite in SUITES}
-    wanted = known if operators is None else set(operators)
+    wanted = known if operators is None else set(check_strings("operators", operators))
     if not wanted <= known:
         raise ValueError(f"operators: expected names among {sorted(known)}, got {sorted(wanted - known)}")
     path = path_of(device)

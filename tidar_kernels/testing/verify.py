@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import Backend
 from ..ops.verify import RULES, Rule, SamplingParams, sample, sampling_tensors, verify
 from ..ops.verify.noise import Stream
-from .harness import ParityError, ParityResult, generator_of, naming, result_of
+from .harness import ParityError, ParityResult, check_case, generator_of, naming, result_of
 
 __all__ = ["VERIFY_CASES", "VERIFY_CASES_LARGE", "VerifyCase", "check_verify"]
 
@@ -91,6 +91,7 @@ def check_verify(case: VerifyCase, device: torch.device | str = "cpu", backend: 
     Raises:
         ParityError: a decision differs.
     """
+    check_case(case, VerifyCase, device)
     draw, vocab_size = generator_of(case), case.vocab_size
 
     def normal(scale: float) -> Tensor:

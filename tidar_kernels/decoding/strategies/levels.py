@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...patterns.arguments import check_instance, check_int, check_ints, check_numbers
+from ...patterns.arguments import check_instance, check_int, check_ints, check_number, check_numbers
 from .tidar import TiDAR, tidar
 
 __all__ = ["Plan", "Profile", "auto", "plan"]
@@ -50,6 +50,7 @@ class Profile:
 
     def latency(self, rows: int) -> float:
         """Seconds of a step: between measured points on a line, outside them on the nearest one's."""
+        check_number("rows", rows, 0.0)
         if len(self.rows) == 1:
             return self.seconds[0]
         right = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)

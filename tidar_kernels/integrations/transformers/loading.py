@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-__all__ = ["check_name", "check_source", "load", "read_tokenizer", "tidar_entry"]
+from ...patterns.arguments import FLOAT_DTYPES, check_path
+
+__all__ = ["check_name", "check_source", "check_weights_dtype", "load", "read_tokenizer", "tidar_entry"]
 
 _MAX_LAYERS = 10_000
 
@@ -31,6 +33,7 @@ def load(
         FileNotFoundError: neither a folder nor a name. ValueError: weights are missing, or have other shapes than the
             configuration says. OSError: the checkpoint cannot be read. ImportError: `gguf` is needed and missing.
     """
+    check_weights_dtype("dtype", dtype)
     source = check_source(model_path)
     file = _gguf_file(source)
     options: dict[str, Any] = {} if file is None else {"gguf_file": file}
@@ -73,12 +76,20 @@ def check_name(model_path: str | os.PathLike[str]) -> str:
     """`model_path` as a str, if it is a folder or looks like a name on the Hub; nothing is read.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: it is neither. TypeError, ValueError: it is no path.
     """
-    source = os.fspath(model_path)
+    source = os.fspath(check_path("model_path", model_path))
     if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
     return source
+
+
+def check_weights_dtype(name: str, value: Any) -> None:
+    """Raise a TypeError unless this is a dtype that weights are read in: "auto", a float dtype, or its name."""
+    if isinstance(value, str):
+        value = None if value == "auto" else getattr(torch, value, value)
+    if value is not None and value not in FLOAT_DTYPES:
+        raise TypeError(f'{name}: expected "auto" or a float dtype that computes, got {value!r}')
 
 
 def check_source(model_path: str | os.PathLike[str]) -> str:

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ...decoding.decoder import Mode, ModelDecoder
+from ...decoding.prompts import as_prompts
 from ...decoding.strategies.base import check_ready
 from ...nn.adapters import load_peft_adapter, lora_gate
 from ...patterns.arguments import check_int
@@ -159,8 +160,13 @@ def lossless(
         TypeError, ValueError: an argument does not fit, the strategy cannot be exact, or the model or the adapter does
             not suit. FileNotFoundError: there is no adapter.
     """
-    check_int("max_new_tokens", max_new_tokens, 1)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    prompts = as_prompts("prompts", prompts, model.config.get_text_config(decoder=True).vocab_size)
+    check_int("max_new_tokens", max_new_tokens, 1, 2**20)
     check_int("block_size", block_size, 1)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function, got {type(progress).__name__}")
     if (assistant is None) == (strategy == "assistant"):
         raise ValueError(f'assistant: expected a model with strategy "assistant" alone, got {type(assistant).__name__}')
     if adapter is not None and strategy in ASSISTED:

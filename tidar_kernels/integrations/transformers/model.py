@@ -346,7 +346,7 @@ def decoder_model(
             "or as the tokenizer's mask token, got none"
         )
     vocab_size = config.get_text_config(decoder=True).vocab_size
-    if tokenizer is not None and not hasattr(tokenizer, "__len__"):
+    if tokenizer is not None and (isinstance(tokenizer, Tensor) or not hasattr(tokenizer, "__len__")):
         raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(f"tokenizer: expected at most the model's {vocab_size} tokens, got {len(tokenizer)}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...decoding.strategies import StrategyName
-from ...patterns.arguments import check_int
+from ...nn.files import read_json
+from ...patterns.arguments import check_int, check_ints, check_path
 from .plugin import ARCHITECTURES, BACKEND, check_version
 from .settings import Settings
 
@@ -56,20 +55,24 @@ def engine_options(
     """
     check_version()
     check_int("max_num_seqs", max_num_seqs, 1)
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(f"folder: expected an architecture among {', '.join(ARCHITECTURES)}, got {names[0]}")
+    config = read_json("folder", check_path("folder", folder) / "config.json")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "none"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"folder: expected an architecture among {', '.join(ARCHITECTURES)}, got {name}")
     chosen = {"strategy": strategy, "block_size": block_size, "mask_token_id": mask_token_id}
-    entry = dict(config.get("tidar") or {})
+    entry = config.get("tidar") or {}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"folder: expected an entry tidar with settings in its config.json, got {entry!r}")
+    entry = dict(entry)
     if strategy not in (None, entry.get("strategy", "tidar")):
         entry = {key: value for key, value in entry.items() if key not in ("levels", "bidirectional")}
     entry |= {key: value for key, value in chosen.items() if value is not None}
     if levels is not None:
-        entry["levels"] = list(levels)
+        entry["levels"] = check_ints("levels", levels, 1)
     settings = Settings.of(entry)
     vocab_size = config.get("vocab_size")
-    if vocab_size is not None and settings.mask_token_id >= vocab_size:
+    if isinstance(vocab_size, int) and settings.mask_token_id >= vocab_size:
         raise ValueError(f"mask_token_id: expected < {vocab_size}, the vocabulary, got {settings.mask_token_id}")
     overrides = dict(engine.pop("hf_overrides", None) or {})
     options: dict[str, Any] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -139,8 +140,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, unchecked.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not TOML, or longer than any settings are.
+        OSError: it cannot be read. TypeError: `path` is none. ValueError: it is not TOML, or longer than any settings
+            are.
     """
+    if not isinstance(path, (str, os.PathLike)):  # an int would be an open file, and closed
+        raise TypeError(f"path: expected a path, got {type(path).__name__}")
     if sys.version_info >= (3, 11):
         import tomllib
     else:

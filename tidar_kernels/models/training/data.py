@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops import checks
+from ...patterns.arguments import check_instance, check_int, check_path, check_strings
 from ..tokenizer import EOS_ID
 
 __all__ = [
@@ -103,7 +105,7 @@ def stdlib_files(folder: Path | None = None) -> TextFiles:
     Raises:
         FileNotFoundError: there is no `.py` file to train on.
     """
-    folder = stdlib_folder() if folder is None else folder
+    folder = stdlib_folder() if folder is None else check_path("folder", folder)
     names = [
         name
         for name in _names(folder, (".py",))
@@ -125,8 +127,11 @@ def folder_files(folder: Path, suffixes: Sequence[str] = (".py",), held_out: Seq
 
     Raises:
         FileNotFoundError: there is no such folder, or no such file in it.
-        ValueError: a held-out file is not among the files, or none is left to train on.
+        TypeError, ValueError: an argument is of another type, a held-out file is not among the files, or none is left
+            to train on.
     """
+    folder, suffixes = check_path("folder", folder), check_strings("suffixes", suffixes)
+    held_out = check_strings("held_out", held_out)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder, got {folder}")
     wanted = ", ".join(suffixes)
@@ -167,7 +172,16 @@ def held_out_texts() -> dict[str, bytes]:
 
 
 def document_lengths(tokens: Tensor) -> list[int]:
-    """Tokens of each document in windows `[batch, S]` laid end to end: EOS ends a document, and so does a window."""
+    """Tokens of each document in windows `[batch, S]` laid end to end: EOS ends a document, and so does a window.
+
+    Raises:
+        TypeError, ValueError: `tokens` are no ints `[batch, S]`, S >= 1.
+    """
+    checks.tensor("tokens", tokens, 2)
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens: expected dtype int64, got {tokens.dtype}")
+    if not tokens.shape[1]:
+        raise ValueError(f"tokens: expected at least one in a window, got shape {list(tokens.shape)}")
     ends = tokens == EOS_ID
     ends[:, -1] = True
     last = ends.flatten().nonzero().flatten()
@@ -187,7 +201,7 @@ class Corpus:
     """
 
     def __init__(self, files: TextFiles | None = None) -> None:
-        self.files = stdlib_files() if files is None else files
+        self.files = stdlib_files() if files is None else check_instance("files", files, TextFiles)
         end = np.array([EOS_ID], dtype=np.int16)
         texts = ((self.files.folder / name).read_bytes() for name in self.files.training)
         parts = [part for text in texts for part in (np.frombuffer(text, np.uint8), end)]
@@ -205,8 +219,12 @@ class Corpus:
             int64 `[count, length]`.
 
         Raises:
-            ValueError: the corpus is shorter than `length`.
+            TypeError, ValueError: a number is no int that fits, or the corpus is shorter than `length`.
         """
+        check_int("first", first, 0, 2**62)
+        check_int("count", count, 0, 2**31)
+        check_int("seed", seed, 0, 2**64)
+        check_int("length", length, 1)
         room = len(self.tokens) - length + 1
         if room < 1:
             raise ValueError(f"length: expected <= {len(self.tokens)} tokens of corpus, got {length}")

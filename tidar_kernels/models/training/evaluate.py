@@ -11,14 +11,22 @@ from torch import Tensor
 
 from ...decoding.decoder import ModelDecoder
 from ...patterns import tidar_training
+from ...patterns.arguments import check_instance, check_int, check_ints, check_sequence
 from ..transformer import Transformer
 
 __all__ = ["evaluate_block_lengths", "evaluate_briefly", "evaluate_decoding", "evaluate_likelihood", "held_out_prompts"]
 
 
 def held_out_prompts(texts: dict[str, bytes], prompt_len: int = 256, per_module: int = 3) -> dict[str, list[bytes]]:
-    """Prompts of `prompt_len` bytes at evenly spaced places of each text; texts shorter than a prompt give none."""
+    """Prompts of `prompt_len` bytes at evenly spaced places of each text; texts shorter than a prompt give none.
+
+    Raises:
+        TypeError, ValueError: `texts` is no dict of bytes, or a number no int >= 1.
+    """
+    check_int("prompt_len", prompt_len, 1)
+    check_int("per_module", per_module, 1, 2**16)
     prompts = {}
+    _check_texts("texts", _mapping("texts", texts).values())
     for name, text in texts.items():
         room = len(text) - prompt_len
         if room >= 0:
@@ -47,8 +55,15 @@ def evaluate_likelihood(
         all bytes before the block are given (row 0 is one byte ahead of them, as the causal row is).
 
     Raises:
-        ValueError: the model has no block size or mask token, or no text fills a window.
+        TypeError, ValueError: an argument is of another type or out of range, the model has no block size or mask
+            token, or no text fills a window.
     """
+    check_instance("model", model, Transformer)
+    texts = _check_texts("texts", texts)
+    check_int("seq_len", seq_len, 1, 2**20)
+    for name, number in (("block_size", block_size), ("max_windows", max_windows)):
+        if number is not None:
+            check_int(name, number, 1)
     block_size, mask_token_id = block_size or model.config.block_size, model.config.mask_token_id
     if block_size is None or mask_token_id is None:
         raise ValueError("model: expected a config with block_size and mask_token_id, got None")
@@ -82,6 +97,28 @@ def evaluate_likelihood(
     }
 
 
+def _check_texts(name: str, values: Any) -> list[bytes]:
+    """`values` as a list, if they are bytes."""
+    found = check_sequence(name, values, "bytes")
+    for value in found:
+        if not isinstance(value, bytes):
+            raise TypeError(f"{name}: expected bytes, got {type(value).__name__}")
+    return found
+
+
+def _check_prompts(prompts: Any) -> list[bytes]:
+    found = _check_texts("prompts", prompts)
+    if not found or not all(found):
+        raise ValueError(f"prompts: expected some, each of at least one byte, got {found!r}")
+    return found
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+    return value
+
+
 def _evenly(items: list[bytes], count: int | None) -> list[bytes]:
     """At most `count` of the items, evenly spaced."""
     if count is None or len(items) <= count:
@@ -105,7 +142,18 @@ def evaluate_briefly(
     Returns:
         `blocks`: for each of `block_sizes` what `evaluate_likelihood` returns, and `tokens_per_forward` of greedy
         decoding; `skipped`: in words, what the texts are too short for. Its figures are then missing.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of range.
     """
+    check_instance("model", model, Transformer)
+    _check_texts("texts", _mapping("texts", texts).values())
+    block_sizes = check_ints("block_sizes", block_sizes, 1)
+    for name, number in (
+        ("seq_len", seq_len), ("max_windows", max_windows), ("max_prompts", max_prompts),
+        ("max_new_tokens", max_new_tokens),
+    ):  # fmt: skip
+        check_int(name, number, 1, 2**20)
     blocks: list[dict[str, Any]] = [{"block_size": block_size} for block_size in block_sizes]
     skipped = []
     if any(len(text) > seq_len for text in texts.values()):
@@ -135,7 +183,13 @@ def evaluate_block_lengths(
     Returns:
         For each of `block_sizes` its `tokens_per_forward`, and `identical`: whether every output is that of
         autoregressive decoding.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of range, or there is no prompt.
     """
+    check_instance("model", model, Transformer)
+    prompts, block_sizes = _check_prompts(prompts), check_ints("block_sizes", block_sizes, 1)
+    check_int("max_new_tokens", max_new_tokens, 1, 2**20)
     reference = [ModelDecoder(model, mode="autoregressive").generate([list(p)], max_new_tokens).tokens for p in prompts]
     rows = []
     for block_size in block_sizes:
@@ -157,7 +211,16 @@ def evaluate_decoding(model: Transformer, prompts: dict[str, list[bytes]], max_n
         For the two modes together `tokens`, `identical` (same output for every prompt) and `speedup`; TiDAR's
         `tokens_per_forward`, `accepted` (how many steps committed 1, 2, .. B tokens) and `tokens_per_forward_of` each
         text; `tokens_per_second` of each mode, decode steps only.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of range, or there is no prompt.
     """
+    check_instance("model", model, Transformer)
+    check_int("max_new_tokens", max_new_tokens, 1, 2**20)
+    for group in _mapping("prompts", prompts).values():
+        _check_prompts(group)
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
     decoders = {"tidar": ModelDecoder(model), "autoregressive": ModelDecoder(model, mode="autoregressive")}
     seconds = dict.fromkeys(decoders, 0.0)
     accepted = [0] * decoders["tidar"].block_size

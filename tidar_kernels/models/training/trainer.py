@@ -33,6 +33,14 @@ from ...distributed import shared_out
 from ...nn.files import replacing
 from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
+from ...patterns.arguments import (
+    check_device,
+    check_instance,
+    check_int,
+    check_number,
+    check_path,
+    check_sequence,
+)
 from ..checkpoint import save_checkpoint
 from ..tokenizer import MASK_ID, VOCAB_SIZE
 from ..transformer import Transformer, TransformerConfig
@@ -59,7 +67,12 @@ _TENSORS = frozenset({"model", "optimisers"})
 
 
 def model_config(config: TrainConfig) -> TransformerConfig:
-    """The shape of the model that a run trains."""
+    """The shape of the model that a run trains.
+
+    Raises:
+        TypeError: `config` is none.
+    """
+    check_instance("config", config, TrainConfig)
     return TransformerConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=config.hidden_size,
@@ -90,7 +103,12 @@ def training_loss(
     Documents do not see each other: where a window holds more than one, all windows are packed into one sequence of
     documents, each with positions and blocks of its own. The processes of the mesh `context` have the same tokens, and
     share out their rows; the losses are those of `tidar_loss` with a `ContextParallel`.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of range.
     """
+    check_instance("model", model, Transformer)
+    check_int("block_size", block_size, 1)
     lengths = document_lengths(tokens)
     if len(lengths) == len(tokens):
         pattern = _training_pattern(tokens.shape[1], block_size)
@@ -125,7 +143,12 @@ def _label_counts(tokens: Tensor) -> Tensor:
 
 
 def weights_sha256(model: Transformer) -> str:
-    """Digest of a model's weights in float32, in their order, wherever they are and however they are stored."""
+    """Digest of a model's weights in float32, in their order, wherever they are and however they are stored.
+
+    Raises:
+        TypeError: it is no Transformer.
+    """
+    check_instance("model", model, Transformer)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -149,8 +172,9 @@ class Trainer:
         parallel: this process is one of several, with shares of its own, which it takes one after the other.
 
     Raises:
-        ValueError: `init` is of another shape, the shares cannot be dealt to the processes, the corpus is shorter than
-            a window, or the model does not fit into memory; before anything large is allocated.
+        TypeError, ValueError: an argument is of another type, `init` is of another shape, the shares cannot be dealt to
+            the processes, the corpus is shorter than a window, or the model does not fit into memory; before anything
+            large is allocated.
     """
 
     config: TrainConfig
@@ -166,6 +190,17 @@ class Trainer:
     parallel: Parallel | None = None
 
     def __post_init__(self, init: Transformer | None) -> None:
+        check_instance("config", self.config, TrainConfig)
+        check_instance("corpus", self.corpus, Corpus)
+        if init is not None:
+            check_instance("init", init, Transformer)
+        if self.parallel is not None:
+            check_instance("parallel", self.parallel, Parallel)
+        self.device = str(check_device("device", self.device))
+        for name in ("done", "seconds"):
+            check_number(name, getattr(self, name), 0.0)
+        check_sequence("curve", self.curve, "pairs of losses")
+        check_sequence("evaluations", self.evaluations, "dicts")
         if len(self.corpus.tokens) < self.config.seq_len:
             raise ValueError(
                 f"corpus: expected at least seq_len = {self.config.seq_len} tokens to train on, "
@@ -204,7 +239,12 @@ class Trainer:
             self._map = pool.map
 
     def batch(self, step: int) -> Tensor:
-        """Token windows of a step, int64 `[sequences, S]`; they depend on the configuration and `step` alone."""
+        """Token windows of a step, int64 `[sequences, S]`; they depend on the configuration and `step` alone.
+
+        Raises:
+            TypeError, ValueError: `step` is no int >= 0.
+        """
+        check_int("step", step, 0, 2**31)
         count, length = self.config.window(step)
         return self.corpus.windows(step * 2 * self.config.batch, count, length, self.config.seed)
 
@@ -288,8 +328,9 @@ class Trainer:
         beside `state.pt`, which names that folder once it is complete.
 
         Raises:
-            OSError: one could not be written, and is what it was before.
+            OSError: one could not be written, and is what it was before. TypeError: `folder` is no path.
         """
+        folder = check_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "config": asdict(self.config),
@@ -380,8 +421,12 @@ class Trainer:
         Raises:
             KeyboardInterrupt: after Ctrl-C; `__cause__` is the OSError, if saving failed.
             OSError: a checkpoint could not be written; the one before is whole.
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss is not finite. TypeError, ValueError: an argument is of another type.
         """
+        folder = check_path("folder", folder)
+        check_int("save_every", save_every, 1)
+        if steps is not None:
+            check_int("steps", steps, 0)
         last = self.config.steps if steps is None else min(self.config.steps, self.done + steps)
         tokens = self.config.batch * self.config.seq_len
         quiet = self.parallel is not None and not self.parallel.is_first
@@ -436,9 +481,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What `Trainer.save` wrote into `folder`, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no `state.pt`. ValueError: it is truncated, damaged or something else.
+        FileNotFoundError: there is no `state.pt`. ValueError: it is truncated, damaged or something else. TypeError:
+            `folder` is no path.
     """
-    path = folder / STATE
+    path = check_path("folder", folder) / STATE
     if not path.is_file():
         raise FileNotFoundError(f"resume: expected {path}, got no such file")
     try:

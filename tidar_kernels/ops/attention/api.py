@@ -91,7 +91,7 @@ def checked(
     """The operands of `attention`, checked, and cast if there is autocast; k and v have `num_keys` keys, if given."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, value, 4)
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     checks.same_kind(q, k=k, v=v)

@@ -44,7 +44,7 @@ def masked_attention(
     num_kv_heads, head_dim = k.shape[-3], q.shape[-1]
     visible = mask if mask.dtype == torch.bool else mask != -math.inf
     (q, row_defect), (k, key_defect), (v, value_defect) = map(_split_defects, (q, k, v))
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)  # a large int is not one of PyTorch's
     grouped = rearrange(q, "... (kv group) row dim -> ... kv group row dim", kv=num_kv_heads)
     scores = grouped @ rearrange(k, "... kv key dim -> ... kv 1 dim key")
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
@@ -52,7 +52,7 @@ def masked_attention(
     scores = scores + rearrange(key_defect + value_defect, "... kv key -> ... kv 1 1 key")
     scores = scores.masked_fill(~visible, 0.0)  # so that nothing but 0 comes back through what follows
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = float(softcap) * torch.tanh(scores / float(softcap))
     scores = scores.masked_fill(~visible, -math.inf) if visible is mask else scores + mask
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:

@@ -63,6 +63,7 @@ def append_kv(
     if cu_rows is not None:
         k, v = _ragged(cu_rows, k=k, v=v)
     checks.operands(4, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    checks.written(k_cache=k_cache, v_cache=v_cache)
     batch = _batch(k_cache, k, lengths, block_table, cu_rows)
     (_, num_kv_heads, _, head_dim), head_dim_v, (of_rows, _, num_new, _) = k_cache.shape, v_cache.shape[3], k.shape
     capacity = checks.caches(
@@ -118,6 +119,7 @@ def compact_kv(
     Twin: `tidar_kernels.eager.compact_kv`. Kernel: `triton.py` beside this file.
     """
     checks.operands(4, k_cache=k_cache, v_cache=v_cache)
+    checks.written(k_cache=k_cache, v_cache=v_cache)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     batch = _batch(k_cache, k_cache, lengths, block_table, block_table)
     capacity = checks.caches(
@@ -188,6 +190,7 @@ def rotary_append(
         q, k, v = _ragged(cu_rows, q=q, k=k, v=v)
     cos, sin = (x if x.ndim == 4 else x.unsqueeze(0) for x in checks.rotary(rotary))
     checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
+    checks.written(k_cache=k_cache, v_cache=v_cache)
     of_rows, num_kv_heads, rows, head_dim = q.shape[0], k.shape[1], q.shape[2], q.shape[3]
     if head_dim % 2:
         raise ValueError(f"q: expected an even head_dim for rotary positions, got {head_dim}")

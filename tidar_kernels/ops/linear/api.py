@@ -19,19 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...patterns.arguments import FLOAT_DTYPES
+from ...patterns.arguments import FLOAT_DTYPES, check_number
 from .. import checks
 from ..declaration import Backend, Gradient, Operator, check_backend, no_second_derivative
 from . import cpu, reference
 from .operands import Adapter, Gated, Projection
 
-__all__ = ["add_lora", "gated_lora", "row_invariant_linear"]
+__all__ = ["add_lora", "check_linear", "check_lora", "gated_lora", "row_invariant_linear", "rows_of_gate"]
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Types and shapes of a projection."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    checks.strided("x", x)
     checks.tensor("weight", weight, 2)
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., {weight.shape[1]}] for this weight, got {list(x.shape)}")
@@ -77,7 +76,7 @@ def row_invariant_linear(
     Twin: `tidar_kernels.eager.row_invariant_linear`. Kernel: `triton.py` beside this file.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check_linear(x, weight, bias)
+    check_linear(x, weight, bias)
     check_backend(backend, x.device)
     if backend == "eager":
         return reference.row_invariant_linear(x, weight, bias)
@@ -128,14 +127,14 @@ def gated_lora(
     Twin: `tidar_kernels.eager.gated_lora`. Kernels: `triton.py` beside this file.
     """
     x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
-    _check_linear(x, weight, bias)
-    _check_lora(x, lora_a, lora_b, scale, weight.shape[0])
-    gate = _rows_of_gate(gate, x)
+    check_linear(x, weight, bias)
+    scale = check_lora(x, lora_a, lora_b, scale, weight.shape[0])
+    gate = rows_of_gate(gate, x)
     check_backend(backend, x.device)
     if backend == "eager":
         return reference.gated_lora(x, weight, lora_a, lora_b, gate.view(x.shape[:-1]), scale, bias)
     rows = x.reshape(gate.shape[0], x.shape[-1])
-    adapter = Adapter(lora_a, lora_b, gate, float(scale))
+    adapter = Adapter(lora_a, lora_b, gate, scale)
     out, _ = lora_operator(Projection(rows, weight, bias), adapter, row_invariant=bool(row_invariant))
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -151,13 +150,19 @@ def add_lora(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tens
         TypeError, ValueError: as `gated_lora`, or the base has other rows than x.
     """
     x, lora_a, lora_b = _autocast(x, lora_a, lora_b)
-    _check_lora(x, lora_a, lora_b, scale, base.shape[-1])
-    checks.shape("base", base, (*x.shape[:-1], base.shape[-1]))
-    return reference.add_lora(base, x, lora_a, lora_b, _rows_of_gate(gate, x).view(x.shape[:-1]), scale)
+    checks.tensor("lora_a", lora_a, 2)
+    checks.last_dim("x", x, lora_a.shape[1])
+    if not isinstance(base, Tensor) or not base.is_floating_point():
+        got = base.dtype if isinstance(base, Tensor) else type(base).__name__
+        raise TypeError(f"base: expected a float tensor, got {got}")
+    if base.ndim != x.ndim or base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base: expected the rows of x, {list(x.shape[:-1])}, got shape {list(base.shape)}")
+    scale = check_lora(x, lora_a, lora_b, scale, base.shape[-1])
+    return reference.add_lora(base, x, lora_a, lora_b, rows_of_gate(gate, x).view(x.shape[:-1]), scale)
 
 
-def _check_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out_features: int) -> None:
-    """Types and shapes of an adapter."""
+def check_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out_features: int) -> float:
+    """Types and shapes of an adapter; returns its scale."""
     for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         checks.tensor(name, value, 2)
     checks.same_kind(x, lora_a=lora_a, lora_b=lora_b)
@@ -166,16 +171,12 @@ def _check_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out_fea
         raise ValueError(f"lora_a: expected a rank of at least 1, got shape {list(lora_a.shape)}")
     checks.shape("lora_a", lora_a, (rank, x.shape[-1]))
     checks.shape("lora_b", lora_b, (out_features, rank))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return check_number("scale", scale)
 
 
-def _rows_of_gate(gate: Tensor, x: Tensor) -> Tensor:
+def rows_of_gate(gate: Tensor, x: Tensor) -> Tensor:
     """The gate, one number a row of x flattened: float32 (float64 beside float64), contiguous."""
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"gate: expected a torch.Tensor, got {type(gate).__name__}")
+    checks.strided("gate", gate)
     if gate.dtype != torch.bool and gate.dtype not in FLOAT_DTYPES:
         raise TypeError(f"gate: expected dtype bool or a float, got {gate.dtype}")
     if gate.device != x.device:

@@ -35,5 +35,5 @@ def add_lora(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tens
     gate = gate.expand(x.shape[:-1]).unsqueeze(-1)
     # Both branches of a `where` have a gradient, so garbage must not enter the one that is not taken either.
     chosen = torch.where(gate != 0, x, 0.0)
-    term = F.linear(F.linear(chosen, lora_a) * gate.to(x.dtype), lora_b) * scale
+    term = F.linear(F.linear(chosen, lora_a) * gate.to(x.dtype), lora_b) * float(scale)
     return torch.where(gate != 0, base + term.to(base.dtype), base)

@@ -28,7 +28,7 @@ from .noise import Stream
 from .operands import RULES, Drafted, Requests, Rule, Target
 from .params import Knob, SamplingParams, SamplingTensors, sampling_tensors
 
-__all__ = ["RULES", "Rule", "Verified", "sample", "verify"]
+__all__ = ["RULES", "Rule", "Verified", "check_drafts", "check_rows", "sample", "verify"]
 
 
 class Verified(NamedTuple):
@@ -46,7 +46,7 @@ class Verified(NamedTuple):
     bad_rows: Tensor
 
 
-def _check_rows(
+def check_rows(
     logits: Any, positions: Any, params: Any, seen: Any, others: dict[str, Any]
 ) -> tuple[Tensor, SamplingTensors]:
     """Check what both operators take; returns `(positions, parameters)`."""
@@ -71,6 +71,7 @@ def _check_rows(
         positions = torch.as_tensor(positions, device=logits.device)
     except (TypeError, ValueError, RuntimeError) as error:  # which of them depends on what it was
         raise TypeError(f"positions: expected an int tensor, got {type(positions).__name__}") from error
+    checks.tensor("positions", positions, 1)
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"positions: expected int32 or int64, got {positions.dtype}")
     checks.shape("positions", positions, (batch,))
@@ -80,6 +81,24 @@ def _check_rows(
         if seen.dtype != torch.bool:
             raise TypeError(f"seen: expected dtype bool, got {seen.dtype}")
     return positions.contiguous(), SamplingTensors(params.knobs.contiguous(), params.seeds.contiguous())
+
+
+def check_drafts(drafts: Any, logits: Tensor, rule: Any, draft_logits: Any, beta: Any, mix: Any) -> None:
+    """Check what is decided about, beside the rows of logits, and how."""
+    checks.tensor("drafts", drafts, 2)
+    checks.shape("drafts", drafts, tuple(logits.shape[:2]))
+    if drafts.dtype != torch.int64 or drafts.device != logits.device:
+        raise TypeError(f"drafts: expected int64 on {logits.device}, got {drafts.dtype} on {drafts.device}")
+    readable = drafts.device.type == "cpu" and type(drafts) is Tensor and not torch.compiler.is_compiling()
+    if readable and drafts.numel() and int(drafts.max()) >= logits.shape[-1]:
+        raise ValueError(f"drafts: expected tokens below {logits.shape[-1]}, got {int(drafts.max())}")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if (draft_logits is None) == (rule == "rejection"):
+        got = "none" if draft_logits is None else "some"
+        raise ValueError(f'draft_logits: expected for rule "rejection" and no other, got {got} for {rule!r}')
+    if check_number("beta", beta, 0.0, 1.0) != 1.0 and mix is None:
+        raise ValueError(f"beta: expected a number in [0, 1], and 1 without mix, got {beta}")
 
 
 def sample(
@@ -109,7 +128,7 @@ def sample(
 
     Twin: `tidar_kernels.eager.sample`. Kernel: `triton.py` beside this file.
     """
-    positions, (knobs, seeds) = _check_rows(logits, positions, params, seen, {})
+    positions, (knobs, seeds) = check_rows(logits, positions, params, seen, {})
     check_int("stream", stream, 0, 2**31)
     check_backend(backend, logits.device)
     if backend == "eager":
@@ -160,21 +179,8 @@ def verify(
 
     Twin: `tidar_kernels.eager.verify`. Kernel: `triton.py` beside this file.
     """
-    positions, (knobs, seeds) = _check_rows(logits, positions, params, seen, {"draft_logits": draft_logits, "mix": mix})
-    checks.tensor("drafts", drafts, 2)
-    checks.shape("drafts", drafts, tuple(logits.shape[:2]))
-    if drafts.dtype != torch.int64 or drafts.device != logits.device:
-        raise TypeError(f"drafts: expected int64 on {logits.device}, got {drafts.dtype} on {drafts.device}")
-    readable = drafts.device.type == "cpu" and type(drafts) is Tensor and not torch.compiler.is_compiling()
-    if readable and drafts.numel() and int(drafts.max()) >= logits.shape[-1]:
-        raise ValueError(f"drafts: expected tokens below {logits.shape[-1]}, got {int(drafts.max())}")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if (draft_logits is None) == (rule == "rejection"):
-        got = "none" if draft_logits is None else "some"
-        raise ValueError(f'draft_logits: expected for rule "rejection" and no other, got {got} for {rule!r}')
-    if check_number("beta", beta, 0.0, 1.0) != 1.0 and mix is None:
-        raise ValueError(f"beta: expected a number in [0, 1], and 1 without mix, got {beta}")
+    positions, (knobs, seeds) = check_rows(logits, positions, params, seen, {"draft_logits": draft_logits, "mix": mix})
+    check_drafts(drafts, logits, rule, draft_logits, beta, mix)
     check_backend(backend, logits.device)
     if backend == "eager":
         verified = Verified(*reference.verify(

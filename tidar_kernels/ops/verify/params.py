@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...patterns.arguments import check_device, check_instances
+
 __all__ = ["Knob", "SamplingParams", "SamplingTensors", "sampling_tensors"]
 
 
@@ -81,7 +83,12 @@ class SamplingTensors(NamedTuple):
 
 
 def sampling_tensors(params: Sequence[SamplingParams], device: torch.device | str) -> SamplingTensors:
-    """`params`, one for each sequence, as the operators take them."""
+    """`params`, one for each sequence, as the operators take them.
+
+    Raises:
+        TypeError, ValueError: these are no `SamplingParams`, or `device` is none.
+    """
+    params, device = check_instances("params", params, SamplingParams), check_device("device", device)
     knobs = [list(_knobs(p)) for p in params]
     for row in knobs:
         row[Knob.TOP_K] = min(row[Knob.TOP_K], 2**24)  # no vocabulary has as many, and float32 counts no further

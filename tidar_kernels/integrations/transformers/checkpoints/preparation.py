@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ....decoding.strategies import Strategy, StrategyName, by_name
-from ....patterns.arguments import check_int
+from ....patterns.arguments import check_device, check_int, check_path
 from ..distillation import FIGURES
 from ..loading import check_name, load, read_tokenizer
 from ..model import TransformersModel, decoder_model
@@ -113,6 +113,10 @@ def prepared(
         found = decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
         return Prepared(found, "tidar" if strategy is None else strategy, block_size, mask_token_id)
 
+    if not isinstance(adapter, bool):
+        check_path("adapter", adapter)
+    if device is not None:
+        device = check_device("device", device)
     source = os.fspath(model)
     config = config_of(check_name(source))
     drafts = drafts_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ....nn.adapters import load_peft_adapter
+from ..loading import check_weights_dtype
 from .fast_dllm import FastDLLM
 from .llada2 import LLaDA2
 from .nemotron import NemotronLabsDiffusion
@@ -48,8 +50,11 @@ def recognised_system(config: Config) -> System | None:
     """The system that a configuration is of; None for an ordinary model.
 
     Raises:
-        ValueError: it is of a system that cannot be decoded here, or of a class that transformers does not have.
+        TypeError: it is no mapping. ValueError: it is of a system that cannot be decoded here, or of a class that
+            transformers does not have.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a mapping, as config.json has it, got {type(config).__name__}")
     for system in SYSTEMS:
         if system.recognises(config):
             return system
@@ -95,6 +100,7 @@ def read_checkpoint(source: str, system: System, config: Config, dtype: torch.dt
         ValueError: tensors are missing, left over or of other shapes than its configuration says, or the configuration
             asks for what these layers do not have. OSError: it cannot be read.
     """
+    check_weights_dtype("dtype", dtype)
     own = system.built_in(config)
     try:
         read: Any = (system.layers or AutoModelForCausalLM).from_pretrained(
