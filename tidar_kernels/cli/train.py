@@ -258,7 +258,7 @@ def _settings(file: Path | None, given: dict[str, Any]) -> TrainConfig:
         except OSError as error:
             raise UserError(f"--config: expected a readable file, got {file} ({error.strerror})") from error
         except ValueError as error:
-            raise UserError(f"--config: expected TOML, got {file} ({one_line(error)})") from error
+            raise UserError(f"--config{one_line(error).removeprefix('path')}") from error
     origin = {name: f"{file}: {name}" for name in values} | {name: f"--{name.replace('_', '-')}" for name in given}
     with user_errors(TypeError, ValueError, rename=origin):
         return TrainConfig.from_dict({**values, **given})

@@ -1,15 +1,19 @@
-"""Files that are whole at every moment, written beside and then put in place; and JSON, read or refused by name."""
+"""Files that are whole at every moment, written beside and then put in place; JSON and saved states, read or refused."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["read_json", "replacing"]
+import torch
+
+__all__ = ["loading_state", "read_json", "read_state", "replacing"]
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:
@@ -32,6 +36,50 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def read_state(path: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A dict that `torch.save` wrote, on the CPU, with entries of these types.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is truncated, damaged or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: expected {path}, got no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"damaged data in {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+        missing = kinds.keys() - state.keys()
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))} in it")
+        for name, kind in kinds.items():
+            if not isinstance(state[name], kind) or isinstance(state[name], bool):
+                raise ValueError(f"a {type(state[name]).__name__} as {name}")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: expected the whole state of a training run, got {reason}") from None
+    return state
+
+
+@contextlib.contextmanager
+def loading_state(path: Path) -> Iterator[None]:
+    """Within it what a state holds is put into a model and its optimisers.
+
+    Raises:
+        ValueError: it does not fit them.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: expected weights and optimisers of the model that its config says, got {reason}"
+        ) from None
 
 
 @contextlib.contextmanager

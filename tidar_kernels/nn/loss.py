@@ -129,7 +129,7 @@ def _check_labels(tokens: Any, pattern: Any, ignore_index: Any) -> None:
     if whole.num_labels < 1:
         raise ValueError(f"pattern: expected a training pattern, whose rows predict tokens, got {whole.name}")
     if tokens.shape[1] < whole.num_labels:
-        raise ValueError(f"tokens: expected shape [batch, >= {whole.num_labels}], got {list(tokens.shape)}")
+        raise ValueError(f"tokens: expected shape [{len(tokens)}, >= {whole.num_labels}], got {list(tokens.shape)}")
     check_int("ignore_index", ignore_index, -(2**63))
 
 

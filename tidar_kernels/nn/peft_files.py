@@ -50,11 +50,33 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected bias 'none', got {config['bias']!r}")
     if config.get("init_lora_weights") not in _PLAIN_INIT:
         raise ValueError(f"{path}: expected the base weights untouched, got {config['init_lora_weights']!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{path}: expected an object as {name}, got {config[name]!r}")
+        for pattern in config.get(name) or ():
+            _check_pattern(path, name, _ending(pattern))
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        _check_pattern(path, "target_modules", targets)
+    elif targets is not None and not (isinstance(targets, list) and all(isinstance(one, str) for one in targets)):
+        raise ValueError(f"{path}: expected names of modules or a pattern as target_modules, got {targets!r}")
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
         raise ValueError(
             f"{path}: expected numbers r and lora_alpha, got {config.get('r')!r}, {config.get('lora_alpha')!r}"
         )
     return config
+
+
+def _ending(pattern: str) -> str:
+    """What PEFT matches module names with, for a pattern of their ends."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: expected a regular expression in {name}, got {pattern!r} ({error})") from None
 
 
 def read_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -85,7 +107,7 @@ def read_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
 def number_of(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
     """A module's own rank or alpha, by PEFT's rule: the first pattern that matches the end of its name."""
     for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_ending(pattern), name):
             if not isinstance(value, (int, float)):
                 raise ValueError(f"{CONFIG}: expected a number in {patterns} for {pattern!r}, got {value!r}")
             return value

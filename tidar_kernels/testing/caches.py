@@ -129,7 +129,7 @@ def make_cache(
     check_instance("kind", kind, CacheKind)
     check_instance("lengths", lengths, Tensor)
     pairs = check_sequence("needed", needed, "pairs of ints")
-    needed = [tuple(check_ints("needed", pair, -(2**63))) for pair in pairs]  # type: ignore[misc]
+    needed = [tuple(check_ints("needed", pair, -(2**64), 2**64)) for pair in pairs]  # type: ignore[misc]
     if any(len(pair) != 2 for pair in needed):
         raise ValueError(f"needed: expected pairs of ints, got {needed}")
     checks.shape("lengths", lengths, (len(needed),))

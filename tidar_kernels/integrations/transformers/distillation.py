@@ -14,9 +14,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,8 +26,10 @@ from torch import Tensor, nn
 from ...decoding.decoder import ModelDecoder
 from ...nn.adapters import PROJECTIONS, GatedLoRA, add_gated_lora, lora_gate, save_adapter
 from ...nn.distillation import adapter_pattern, clean_then_masks, distillation_loss
-from ...nn.files import replacing
-from ...patterns.arguments import check_int
+from ...nn.files import loading_state, replacing
+from ...nn.files import read_state as read_saved
+from ...ops import checks
+from ...patterns.arguments import check_int, check_path
 from .attention import LayerKeys
 from .loading import tidar_entry
 from .model import TransformersModel, decoder_model
@@ -37,6 +37,9 @@ from .model import TransformersModel, decoder_model
 __all__ = ["AdapterTrainer", "DistillationConfig", "draft_figures", "own_continuations", "some_mask_token"]
 
 STATE, FIGURES = "state.pt", "training.json"
+_KINDS: dict[str, Any] = {
+    "config": dict, "done": int, "losses": list, "figures": dict, "weights": list, "optimiser": dict
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -259,10 +262,13 @@ class AdapterTrainer:
         if state["config"] != asdict(self.config):
             other = [name for name, value in asdict(self.config).items() if state["config"].get(name) != value]
             raise ValueError(f"resume: expected the run of {folder}, got another {', '.join(other)}")
-        with torch.no_grad():
-            for weight, saved in zip(self._trained, state["weights"], strict=True):
+        with loading_state(folder / STATE), torch.no_grad():
+            pairs = list(zip(self._trained, state["weights"], strict=True))
+            for weight, saved in pairs:  # before anything is changed
+                checks.shape("weights", saved, tuple(weight.shape))
+            self._optimiser.load_state_dict(state["optimiser"])
+            for weight, saved in pairs:
                 weight.copy_(saved)
-        self._optimiser.load_state_dict(state["optimiser"])
         self.done, self.losses, self.figures = state["done"], state["losses"], state["figures"]
 
 
@@ -272,21 +278,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no state. ValueError: it is truncated, damaged or something else.
     """
-    path = folder / STATE
-    if not path.is_file():
-        raise FileNotFoundError(f"resume: expected {path}, got no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"damaged data in {damaged}")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "done", "losses", "figures", "weights", "optimiser"} - state.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))} in it")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the whole state of a training run, got {error}") from None
-    return state
+    return read_saved(check_path("folder", folder) / STATE, _KINDS)
 
 
 def some_mask_token(model: Any, tokenizer: Any = None) -> int:

@@ -186,6 +186,8 @@ def _check_config(config: GenerationConfig) -> None:
 
 
 def _check_inputs(input_ids: Tensor, streamer: Any, model_kwargs: dict[str, Any]) -> None:
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(f"streamer: expected one of transformers, with put and end, got {type(streamer).__name__}")
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"streamer: expected a single prompt beside it, got {len(input_ids)}")
     cache = model_kwargs.get("past_key_values")

@@ -72,7 +72,7 @@ def engine_options(
         entry["levels"] = check_ints("levels", levels, 1)
     settings = Settings.of(entry)
     vocab_size = config.get("vocab_size")
-    if isinstance(vocab_size, int) and settings.mask_token_id >= vocab_size:
+    if type(vocab_size) is int and settings.mask_token_id >= vocab_size:
         raise ValueError(f"mask_token_id: expected < {vocab_size}, the vocabulary, got {settings.mask_token_id}")
     overrides = dict(engine.pop("hf_overrides", None) or {})
     options: dict[str, Any] = {

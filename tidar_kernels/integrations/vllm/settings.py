@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...decoding.strategies import Drafting, StrategyName, class_of, isd, tidar
-from ...patterns.arguments import check_int
+from ...patterns.arguments import check_int, check_ints
 
 __all__ = ["Settings"]
 
@@ -53,7 +53,7 @@ class Settings:
         if self.strategy != "tidar" and (self.levels is not None or not self.bidirectional):
             raise ValueError(f"levels, bidirectional: expected for strategy tidar alone, got {self.strategy!r}")
         if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(self.levels))
+            object.__setattr__(self, "levels", tuple(check_ints("levels", self.levels, 1)))
         _ = self.drafting  # raises for levels that do not fit
 
     @classmethod

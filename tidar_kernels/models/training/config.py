@@ -152,8 +152,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:  # which may be a device that never ends
         raw = file.read(_MAX_FILE_BYTES + 1)
     if len(raw) > _MAX_FILE_BYTES:
-        raise ValueError(f"more than {_MAX_FILE_BYTES} bytes")
+        raise ValueError(f"path: expected TOML, got {path} (more than {_MAX_FILE_BYTES} bytes)")
     try:
         return tomllib.loads(raw.decode("utf-8"))
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(f"path: expected TOML, got {path} (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"path: expected TOML, got {path} ({error})") from None

@@ -14,11 +14,9 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, asdict, dataclass, field, replace
@@ -30,7 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...distributed import shared_out
-from ...nn.files import replacing
+from ...nn.files import loading_state, replacing
+from ...nn.files import read_state as read_saved
 from ...nn.loss import TiDARLoss, tidar_loss
 from ...patterns import tidar_training
 from ...patterns.arguments import (
@@ -62,8 +61,8 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 
-_NEEDED = frozenset({"config", "corpus", "done", "seconds", "curve"})
-_TENSORS = frozenset({"model", "optimisers"})
+_NEEDED: dict[str, Any] = {"config": dict, "corpus": str, "done": int, "seconds": (int, float), "curve": list}
+_TENSORS: dict[str, Any] = {"model": dict, "optimisers": list}
 
 
 def model_config(config: TrainConfig) -> TransformerConfig:
@@ -197,8 +196,8 @@ class Trainer:
         if self.parallel is not None:
             check_instance("parallel", self.parallel, Parallel)
         self.device = str(check_device("device", self.device))
-        for name in ("done", "seconds"):
-            check_number(name, getattr(self, name), 0.0)
+        check_int("done", self.done, 0, 2**31)
+        check_number("seconds", self.seconds, 0.0)
         check_sequence("curve", self.curve, "pairs of losses")
         check_sequence("evaluations", self.evaluations, "dicts")
         if len(self.corpus.tokens) < self.config.seq_len:
@@ -404,12 +403,13 @@ class Trainer:
         if "shards" in state:
             load_shards(folder / state["shards"], trainer.model, trainer.optimisers)
             return trainer
-        if parallel is None:
-            trainer.model.load_state_dict(state["model"])
-        else:
-            load_whole_weights(trainer.model, state["model"])
-        for optimiser, saved in zip(trainer.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(place_optimiser_state(saved, optimiser))
+        with loading_state(folder / STATE):
+            if parallel is None:
+                trainer.model.load_state_dict(state["model"])
+            else:
+                load_whole_weights(trainer.model, state["model"])
+            for optimiser, saved in zip(trainer.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(place_optimiser_state(saved, optimiser))
         return trainer
 
     def run(self, folder: Path, save_every: int = 200, steps: int | None = None) -> None:
@@ -485,19 +485,9 @@ def read_state(folder: Path) -> dict[str, Any]:
             `folder` is no path.
     """
     path = check_path("folder", folder) / STATE
-    if not path.is_file():
-        raise FileNotFoundError(f"resume: expected {path}, got no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"damaged data in {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = (_NEEDED if "shards" in state else _NEEDED | _TENSORS) - state.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))} in it")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the whole state of a training run, got {error}") from None
+    state = read_saved(path, _NEEDED)
+    if "shards" not in state:
+        state = read_saved(path, _NEEDED | _TENSORS)
     # States of older versions lack these.
     return {"init": None, "files": None, "evaluations": [], **state}
 
