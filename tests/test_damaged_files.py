@@ -274,7 +274,7 @@ def test_files_that_cannot_be_written_are_named(kind: str, tmp_path: Path, monke
     wrong = []
     for what, target in TARGETS.items():
         before = sorted(os.listdir(tmp_path))
-        error = tried(WRITERS[kind], target(tmp_path), ("path", "folder", str(target(tmp_path))[:200]))
+        error = tried(WRITERS[kind], target(tmp_path), ("path", "folder", "/proc/none", str(target(tmp_path))[:200]))
         if error is not None:
             wrong.append(f"{what}: {error}")
         if any(name.endswith(".tmp") for name in os.listdir(tmp_path)):

@@ -190,11 +190,15 @@ class Transformer(nn.Module):
         Training mode alone changes nothing here, for these layers draw no random numbers.
 
         Raises:
-            ValueError: the embedding has another number of rows than the config, or some module drops out at random.
+            ValueError: the embedding has another number of rows than the config, two layers have one place in the
+                cache, or some module drops out at random.
         """
         rows = self.embed_tokens.weight.shape[0]
         if rows != self.config.vocab_size:
             raise ValueError(f"vocab_size: expected {self.config.vocab_size} rows as in the config, got {rows}")
+        places = [module.layer_idx for module in self.layers.modules() if isinstance(module, TiDARAttention)]
+        if len(places) != len(self.layers) or len(set(places)) != len(places):
+            raise ValueError(f"layers: expected one layer_idx each, got {places} of {len(self.layers)} layers")
         for name, module in self.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
                 raise ValueError(f"model: expected evaluation mode, got dropout in {name}; call model.eval()")

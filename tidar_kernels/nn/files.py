@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, written beside and then put in place; JSON and saved states, read or refused."""
+"""Files that are whole at every moment, written beside, then put in place; JSON and saved states, read or refused."""
 
 from __future__ import annotations
 

@@ -130,6 +130,10 @@ def check_path(name: str, value: Any) -> Path:
     path = os.fspath(value)
     if not isinstance(path, str) or "\0" in path:
         raise ValueError(f"{name}: expected a path as text without NUL, got {path!r}")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected a path that this system can name, got {path!r}") from error
     return Path(path)
 
 
