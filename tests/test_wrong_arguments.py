@@ -167,6 +167,10 @@ CALLS: dict[str, Callable[[], Call]] = {
             block_table=None, k_scale=None, v_scale=None, out=None,
         ),
     ),
+    "step_attention (into)": lambda: (
+        tk.step_attention,
+        operands("q", "k", "v", "k_cache", "v_cache", "lengths", pattern=CAUSAL, out=torch.empty(2, 4, ROWS, 16)),
+    ),
     "append_kv": lambda: (
         tk.append_kv,
         operands("k_cache", "v_cache", "k", "v", "lengths", **PAGED),
@@ -373,14 +377,15 @@ ELSEWHERE = {
     *("Pattern.to", "patterns.PatternBatch.to"),
     # What a session calls of a strategy, and a strategy of what it is given.
     "strategies.Strategy",
-    *(f"strategies.{name}.step" for name in (
-        "Adaptive", "BlockDiffusion", "Drafting", "SelfSpeculation", "Strategy", "Tree"
-    )),
-    *(f"strategies.{name}" for name in (
-        "Adaptive.first", "Batch.draft", "Batch.forward", "Batch.logits", "Batch.narrowed", "Batch.sequence",
-        "BlockDiffusion.context", "BlockDiffusion.kept", "DecoderModel.logits", "Strategy.context", "Strategy.first",
-        "Strategy.kept",
-    )),
+    "strategies.DecoderModel.logits",
+    *(f"strategies.Batch.{name}" for name in ("draft", "forward", "logits", "narrowed", "sequence")),
+    *(
+        f"strategies.{name}.{method}"
+        for name in ("Adaptive", "BlockDiffusion", "Drafting", "SelfSpeculation", "Strategy", "Tree")
+        for method in ("context", "first", "kept", "step")
+    ),
+    # What `Decoder` has of it has lines above.
+    "decoding.ModelDecoder",
     # No arguments.
     *("cli.build_parser", "models.ByteTokenizer", "models.shipped_figures", "ops.interpreting"),
     "strategies.autoregressive",

@@ -66,9 +66,9 @@ def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
         if not (inspect.isroutine(value) or inspect.isclass(value)):
             continue
         yield name, value
-        for method, function in vars(value).items() if inspect.isclass(value) else ():
+        for method, function in inspect.getmembers(value, inspect.isfunction) if inspect.isclass(value) else ():
             if (
-                inspect.isfunction(function)
+                function.__module__.startswith("tidar_kernels")  # not what a module inherits of PyTorch
                 and not method.startswith("_")
                 and len(inspect.signature(function).parameters) > 1
             ):

@@ -76,7 +76,7 @@ def _attention(q: Any, k: Any, v: Any, pattern: Any, scale: Any, softcap: Any, s
 
 def _step_attention(
     q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, lengths: Any, pattern: Any, scale: Any, softcap: Any,
-    sinks: Any, return_lse: Any, block_table: Any, k_scale: Any, v_scale: Any,
+    sinks: Any, return_lse: Any, block_table: Any, k_scale: Any, v_scale: Any, out: Any,
 ) -> None:  # fmt: skip
     rows = q, k, v
     if isinstance(pattern, PatternBatch):
@@ -95,6 +95,9 @@ def _step_attention(
     checks.scale(scale, q.shape[3])
     checks.softcap(softcap)
     checks.sinks(sinks, q)
+    if out is not None:
+        shape = (*rows[0].shape[:-1], v.shape[3])
+        checks.into(out, shape, *rows, k_cache, v_cache, *([] if sinks is None else [sinks]))
 
 
 def _append_kv(

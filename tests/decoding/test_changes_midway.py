@@ -108,7 +108,6 @@ CHANGES: dict[str, tuple[Callable[[Transformer, tk.Decoder], Any], str | None]] 
         lambda model, made: model.load_state_dict(sharp_model().state_dict(), assign=True), None
     ),
     "gradients": (lambda model, made: model.requires_grad_(True), None),
-    "an adapter that is 0": (lambda model, made: tk.add_gated_lora(model, 2, 4.0, ("q_proj",)), None),
     "a parametrisation": (
         lambda model, made: torch.nn.utils.parametrizations.weight_norm(model.layers[0].mlp.gate_proj), None  # type: ignore[arg-type, union-attr]
     ),
@@ -117,6 +116,7 @@ CHANGES: dict[str, tuple[Callable[[Transformer, tk.Decoder], Any], str | None]] 
     "a pickle of the decoder": (lambda model, made: pickle.loads(pickle.dumps(made)).generate(PROMPTS, 2), None),
     "a copy of the decoder": (lambda model, made: copy.deepcopy(made).generate(PROMPTS, 2), None),
     "a copy of the cache": (lambda model, made: copy.deepcopy(made.session.cache).reset(), None),
+    "an adapter": (lambda model, made: tk.add_gated_lora(model, 2, 4.0, ("q_proj",)), "expected"),
     "float64": (lambda model, made: model.double(), "expected dtype"),
     "float16": (lambda model, made: model.half(), "expected dtype"),
     "meta": (lambda model, made: model.to("meta"), "expected device meta"),

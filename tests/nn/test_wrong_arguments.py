@@ -44,7 +44,8 @@ CALLS: dict[str, Callable[[], Call]] = {
 ALSO = {"nn.distillation.adapter_pattern": ("pattern",)}  # what `kind` chooses
 # What the modules of `nn` share; their public functions check.
 ELSEWHERE = {
-    *("nn.files.read_json", "nn.files.replacing", "nn.loss.check_logits"),
+    "nn.loss.check_logits",
+    *(f"nn.files.{name}" for name in ("loading_state", "read_json", "read_state", "replacing")),
     *(f"nn.gated_lora.{name}" for name in ("check_base", "kind_of")),
     *(f"nn.peft_files.{name}" for name in ("number_of", "read_config", "read_weights", "write")),
 }

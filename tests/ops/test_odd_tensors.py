@@ -15,7 +15,7 @@ from tests.test_wrong_arguments import CALLS
 from tests.wrong_arguments import whole
 
 OPERATORS = (
-    "attention", "step_attention", "append_kv", "compact_kv", "rotary_append", "sample", "verify",
+    "attention", "step_attention", "step_attention (into)", "append_kv", "compact_kv", "rotary_append", "sample", "verify",
     "row_invariant_linear", "gated_lora", "append_kv (ragged)", "rotary_append (ragged)",
 )  # fmt: skip
 
@@ -153,7 +153,7 @@ def test_all_operands_on_meta_give_shapes(name: str) -> None:
 UNWRITABLE = {
     (kind, cache)
     for kind in ("with the negative bit", "conjugate, imaginary part", "made in inference mode")
-    for cache in ("k_cache", "v_cache")
+    for cache in ("k_cache", "v_cache", "out")
 }
 # Kinds that are ordinary tensors to whoever computes with them.
 WORK = {

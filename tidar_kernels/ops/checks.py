@@ -27,12 +27,12 @@ def strided(name: str, value: Any) -> None:
 
 def written(**values: Tensor) -> None:
     """Every tensor can be written in place, each element of it into memory of its own."""
-    if torch.compiler.is_compiling():
-        return
     for name, value in values.items():
         steps = value.stride()
         if 0 in steps and any(step == 0 and size > 1 for step, size in zip(steps, value.shape, strict=True)):
-            raise ValueError(f"{name}: expected memory for every element, got an expanded tensor, strides {steps}")
+            raise ValueError(f"{name}: expected elements with a place each, got strides {list(steps)}")
+        if torch.compiler.is_compiling():
+            continue
         if value.is_neg():
             raise ValueError(f"{name}: expected a tensor that can be written, got a view with the negative bit")
         if value.is_inference() and not torch.is_inference_mode_enabled():
@@ -258,8 +258,7 @@ def into(value: Any, expected: tuple[int, ...], *operands: Tensor) -> None:
         raise TypeError(f"out: expected dtype {like.dtype} like q, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"out: expected device {like.device} like the other operands, got {value.device}")
-    if any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)):
-        raise ValueError(f"out: expected elements with a place each, got strides {list(value.stride())}")
+    written(out=value)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (value, *operands)):
         raise ValueError("out: expected no gradient through a write, got a tensor that requires one")
 

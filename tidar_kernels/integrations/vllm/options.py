@@ -57,7 +57,7 @@ def engine_options(
     check_int("max_num_seqs", max_num_seqs, 1)
     config = read_json("folder", check_path("folder", folder) / "config.json")
     names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else "none"
+    name: Any = names[0] if isinstance(names, list) and names else "none"
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"folder: expected an architecture among {', '.join(ARCHITECTURES)}, got {name}")
     chosen = {"strategy": strategy, "block_size": block_size, "mask_token_id": mask_token_id}
@@ -77,7 +77,7 @@ def engine_options(
     overrides = dict(engine.pop("hf_overrides", None) or {})
     options: dict[str, Any] = {
         "model": os.fspath(folder),
-        "hf_overrides": {"architectures": [ARCHITECTURES[names[0]]], "tidar": settings.entry()} | overrides,
+        "hf_overrides": {"architectures": [ARCHITECTURES[name]], "tidar": settings.entry()} | overrides,
         "diffusion_config": {"canvas_length": settings.rows - 1},
         "scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
         "logits_processors": [f"{__package__}.requests:Refusals", *(engine.pop("logits_processors", None) or [])],
