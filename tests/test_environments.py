@@ -103,6 +103,14 @@ SAME: dict[str, Setting] = {
 }  # fmt: skip
 
 
+# The others run with the long tests.
+FIRST = (
+    "float64 by default", "meta by default", "deterministic algorithms", "inference mode", "NumPy raises",
+    "warnings are errors",
+)  # fmt: skip
+SETTINGS = [name if name in FIRST else pytest.param(name, marks=pytest.mark.thorough) for name in SAME]
+
+
 def decoded(model: Transformer) -> list[Any]:
     found: list[Any] = []
     for strategy in ("tidar", "isd", "tree", "self_speculation"):
@@ -166,7 +174,7 @@ def expected() -> tuple[Transformer, list[Any], list[Tensor]]:
     return model, decoded(model), operated()
 
 
-@pytest.mark.parametrize("setting", SAME)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_results_do_not_depend_on_settings(setting: str, expected: tuple[Transformer, list[Any], list[Tensor]]) -> None:
     model, tokens, tensors = expected
     with warnings.catch_warnings():
@@ -178,7 +186,7 @@ def test_results_do_not_depend_on_settings(setting: str, expected: tuple[Transfo
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", SAME)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_models_and_files_are_made_under_settings(setting: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Anomaly Detection")

@@ -15,8 +15,8 @@ from tests.test_wrong_arguments import CALLS
 from tests.wrong_arguments import whole
 
 OPERATORS = (
-    "attention", "step_attention", "step_attention (into)", "append_kv", "compact_kv", "rotary_append", "sample", "verify",
-    "row_invariant_linear", "gated_lora", "append_kv (ragged)", "rotary_append (ragged)",
+    "attention", "step_attention", "step_attention (into)", "append_kv", "compact_kv", "rotary_append", "sample",
+    "verify", "row_invariant_linear", "gated_lora", "append_kv (ragged)", "rotary_append (ragged)",
 )  # fmt: skip
 
 
