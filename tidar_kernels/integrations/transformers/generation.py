@@ -61,6 +61,7 @@ def generate(
             raise ValueError("tokenizer: expected one beside stop_strings, got None")
         config.stop_strings = None
         criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stops))
+    _check_streamer(kwargs.get("streamer"))  # transformers writes the prompt to it first
     return model.generate(
         inputs, generation_config=config, stopping_criteria=criteria, custom_generate=tidar_generation, **kwargs
     )
@@ -185,9 +186,13 @@ def _check_config(config: GenerationConfig) -> None:
                 raise ValueError(f"{name}: expected False, got True")
 
 
-def _check_inputs(input_ids: Tensor, streamer: Any, model_kwargs: dict[str, Any]) -> None:
+def _check_streamer(streamer: Any) -> None:
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise TypeError(f"streamer: expected one of transformers, with put and end, got {type(streamer).__name__}")
+
+
+def _check_inputs(input_ids: Tensor, streamer: Any, model_kwargs: dict[str, Any]) -> None:
+    _check_streamer(streamer)
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"streamer: expected a single prompt beside it, got {len(input_ids)}")
     cache = model_kwargs.get("past_key_values")
