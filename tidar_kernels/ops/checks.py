@@ -41,7 +41,8 @@ def written(**values: Tensor) -> None:
 
 def tensor(name: str, value: Any, rank: int) -> None:
     """`value` is a strided tensor of this rank."""
-    strided(name, value)
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
+        strided(name, value)
     if value.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {list(value.shape)}")
 
@@ -76,7 +77,7 @@ def _same_kind(reference: Tensor, others: dict[str, Tensor]) -> None:
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     for name, value in others.items():
-        if value.dtype != dtype and not (name in _CACHES and value.dtype in FLOAT8_DTYPES):
+        if value.dtype is not dtype and not (name in _CACHES and value.dtype in FLOAT8_DTYPES):
             raise TypeError(f"{name}: expected dtype {dtype} like the other operands, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device} like the other operands, got {value.device}")
