@@ -77,7 +77,7 @@ def test_only_kernels_need_triton() -> None:
 
 
 def is_of_kernels(name: str) -> bool:
-    return "._triton" in name or name.split(".")[-1].startswith("triton")
+    return "._triton" in name or name.split(".")[-1].startswith(("triton", "gluon"))
 
 
 def needs_vllm(name: str) -> bool:

@@ -30,7 +30,7 @@ from .common import (
 from .strategy import STRATEGIES
 
 if TYPE_CHECKING:
-    from ..integrations.transformers.checkpoints import Drafts
+    from ..integrations.transformers.checkpoints.preparation import Drafts
     from ..integrations.transformers.lossless import LosslessReport
 
 SUMMARY = "check whether speculation changes a model's text, and find the cause bit by bit"
@@ -171,7 +171,8 @@ def _drafts(options: argparse.Namespace) -> Drafts:
     with user_errors(Exception, rename={"path": "--adapter"}, otherwise=unreadable):
         read_config(options.adapter)  # before anything is decoded
     with reading():
-        from ..integrations.transformers.checkpoints import config_of, drafts_of
+        from ..integrations.transformers.checkpoints.preparation import drafts_of
+        from ..integrations.transformers.checkpoints.reading import config_of
 
         found = drafts_of(
             options.model,

@@ -374,7 +374,12 @@ def kept(value: Any, batch: int, device: torch.device) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether the host reads the values of a tensor without waiting for anything, and outside of a graph."""
-    return value.device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling()
+    return (
+        value.device.type == "cpu"
+        and type(value) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
 
 
 def path(value: Any, lengths: Tensor, device: torch.device, max_len: int) -> None:

@@ -16,16 +16,13 @@ table of the systems.
 
 from __future__ import annotations
 
-from .preparation import Drafts, Prepared, Recognised, drafts_of, load_any, prepared
-from .reading import SYSTEMS, config_of, read_checkpoint, recognised_system
+from .preparation import Prepared, Recognised, load_any, prepared
+from .reading import SYSTEMS, read_checkpoint, recognised_system
 
 __all__ = [
     "SYSTEMS",
-    "Drafts",
     "Prepared",
     "Recognised",
-    "config_of",
-    "drafts_of",
     "load_any",
     "prepared",
     "read_checkpoint",
