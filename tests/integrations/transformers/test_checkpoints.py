@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.integrations.transformers.published import MASK, PUBLISHED, VOCAB_SIZE, reference, write, write_adapter
 from tidar_kernels import Decoder, strategies
-from tidar_kernels.integrations.transformers.checkpoints import config_of, read_checkpoint, recognised_system
+from tidar_kernels.integrations.transformers.checkpoints import read_checkpoint, recognised_system
+from tidar_kernels.integrations.transformers.checkpoints.reading import config_of
 from tidar_kernels.nn.adapters import has_gated_lora
 
 NEW_TOKENS = 24

@@ -107,7 +107,7 @@ ALSO = {  # what the argument becomes
     "checkpoints.load_any": ("model_path",),
     "checkpoints.prepared": ("path",),
     "convert": ("token",),
-    "lossless.lossless": ("input_ids",),
+    "lossless.lossless": ("input_ids", "path"),
 }
 # A method of the package's own, and a call of the hook, have the names that users give.
 NAMES = {"Decoder.from_transformers": "Decoder.from_transformers", "TiDARCollator.__call__": "TiDARCollator.__call__"}

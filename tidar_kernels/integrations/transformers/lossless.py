@@ -27,7 +27,7 @@ from ...decoding.decoder import Mode, ModelDecoder
 from ...decoding.prompts import as_prompts
 from ...decoding.strategies.base import check_ready
 from ...nn.adapters import load_peft_adapter, lora_gate
-from ...patterns.arguments import check_int
+from ...patterns.arguments import check_int, check_path
 from .loading import tidar_entry
 from .model import decoder_model
 from .trace import Difference, Trace
@@ -169,6 +169,8 @@ def lossless(
         raise TypeError(f"progress: expected a function, got {type(progress).__name__}")
     if (assistant is None) == (strategy == "assistant"):
         raise ValueError(f'assistant: expected a model with strategy "assistant" alone, got {type(assistant).__name__}')
+    if adapter is not None and not callable(adapter):
+        check_path("adapter", adapter)
     if adapter is not None and strategy in ASSISTED:
         raise ValueError(f"adapter: expected none with {strategy!r}, which is transformers' own, got {adapter}")
     before = model.config._attn_implementation
