@@ -147,6 +147,7 @@ _NO_KEYS = replace(_STEP, name="no_keys", pattern=irregular_pattern(6, 0))
 _HAND_MADE_STEPS = (
     replace(_STEP, name="head_dim_96", head_dim=96),
     replace(_STEP, name="head_dim_256", head_dim=256, dtype=torch.float16),
+    replace(_STEP, name="head_dim_512", head_dim=512, dtype=torch.float16),
     replace(_STEP, name="head_dim_20", head_dim=20),
     replace(_STEP, name="bfloat16", dtype=torch.bfloat16),
     replace(_STEP, name="bfloat16_split", dtype=torch.bfloat16, lengths=(0, 140), num_heads=6, head_dim=80),
@@ -258,6 +259,7 @@ STEP_CASES_LARGE: tuple[StepCase, ...] = (
     replace(_LARGE, name="window", lengths=(8192, 4095, 1100, 513, 0), window=1024),
     replace(_LARGE, name="window_far", lengths=(20_000, 9_000), max_len=20_300, window=128),
     replace(_LARGE, name="window_d64", head_dim=64, lengths=(8192, 100), window=128, sinks=True),
+    replace(_LARGE, name="head_dim_512", num_heads=8, num_kv_heads=1, head_dim=512, lengths=(1500, 449)),
     replace(_LARGE, name="gemma", num_heads=8, num_kv_heads=4, head_dim=256, lengths=(6000, 4095), softcap=50.0),
     replace(_LARGE, name="gemma_window", head_dim=256, lengths=(6000, 4095), softcap=50.0, window=4096),
     replace(_LARGE, name="tree_16", pattern=random_tree(16), lengths=(2000, 449)),

@@ -59,7 +59,7 @@ __all__ = [
     "step_config",
 ]
 
-HEAD_DIM_TILES = (16, 32, 64, 128, 256)
+HEAD_DIM_TILES = (16, 32, 64, 128, 256, 512)
 # The interpreter pays per operation, not per element; small tiles put tile and split edges within reach of tests.
 _INTERPRET: dict[str, TileConfig] = {
     "step": ForwardConfig(32, 16, 1, 1, SCORES_AHEAD=True),
@@ -143,22 +143,22 @@ def attention_config(
     """Tiles of "step", "forward", "dq" or "dkdv"; `kind` is one of `KINDS`.
 
     Raises:
-        TypeError: float64, which only the eager twin and the CPU path compute. ValueError: a head dim above the widest
-            of `HEAD_DIM_TILES`.
+        TypeError: float64, which only the eager twin and the CPU path compute. ValueError: a head dim that the kernel
+            has no tiles for on this chip.
     """
     if dtype == torch.float64:
         raise TypeError("q: expected float32, float16 or bfloat16 for the Triton kernels, got torch.float64")
-    if head_dim > HEAD_DIM_TILES[-1]:
-        raise ValueError(
-            f"q: expected a head_dim of at most {HEAD_DIM_TILES[-1]} for the Triton kernels, got {head_dim}"
-        )
     if chip is None:
-        return _INTERPRET[kernel]
-    if kind == PLAIN and dtype != torch.float32:
+        table = dict.fromkeys(HEAD_DIM_TILES, _INTERPRET[kernel])
+    else:
+        table = entries(kernel, chip, dtype == torch.float32, kind)
+    if head_dim > max(table):
+        of = "the Triton kernels" if chip is None else f"the kernel {kernel!r} in {dtype} on {chip}"
+        raise ValueError(f"q: expected a head_dim of at most {max(table)} for {of}, got {head_dim}")
+    if chip is not None and kind == PLAIN and dtype != torch.float32:
         specialised = TABLES[kernel].get(chip, {}).get("half specialised", {}).get(head_dim)
         if specialised is not None and has_gluon():
             return specialised
-    table = entries(kernel, chip, dtype == torch.float32, kind)
     return table.get(head_dim) or table[block_dim(head_dim)]
 
 

@@ -100,14 +100,22 @@ _STEP: Table = {
             64: ForwardConfig(128, 32, 4, 3),
             128: ForwardConfig(64, 32, 4, 3),  # 128 rows spill 8 bytes
             256: ForwardConfig(64, 32, 8, 3),
+            512: ForwardConfig(32, 32, 8, 3),
         },
         "half extras": {
             16: ForwardConfig(64, 32, 4, 3),  # 64 keys spill 8 bytes
             32: ForwardConfig(64, 32, 4, 3),  # 64 keys spill 16 bytes
             256: ForwardConfig(64, 16, 8, 3),  # 32 keys spill 12 bytes
         },
+        "half tree": {512: ForwardConfig(32, 16, 8, 3)},  # 32 keys use 32 bytes of stack
     },
-    86: {"half": {128: ForwardConfig(128, 32, 8, 3), 256: ForwardConfig(64, 16, 8, 3)}},
+    86: {
+        "half": {
+            128: ForwardConfig(128, 32, 8, 3),
+            256: ForwardConfig(64, 16, 8, 3),
+            512: ForwardConfig(32, 32, 8, 2),  # a third stage takes 162 kB of shared memory
+        },
+    },
     90: {
         "half": {
             16: ForwardConfig(128, 64, 4, 4),
@@ -115,9 +123,13 @@ _STEP: Table = {
             64: ForwardConfig(128, 64, 4, 4),
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(64, 32, 8, 3),
+            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of wgmma, which spill a kilobyte
         },
         "half extras": {256: ForwardConfig(64, 16, 8, 3)},  # 32 keys spill 48 bytes
-        "half tree": {128: ForwardConfig(128, 64, 8, 4)},  # with scores ahead Triton 3.6 spills 36 bytes
+        "half tree": {
+            128: ForwardConfig(128, 64, 8, 4),  # with scores ahead Triton 3.6 spills 36 bytes
+            512: ForwardConfig(16, 32, 8, 3),  # 32 rows use 8 to 40 bytes of stack
+        },
     },
     100: {
         "half": {
@@ -126,8 +138,10 @@ _STEP: Table = {
             64: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(64, 32, 8, 3, SCORES_AHEAD=True),
+            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05
         },
         "half extras": {64: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True)},  # 4 warps spill 32 bytes
+        "half tree": {512: ForwardConfig(16, 32, 8, 3)},  # 32 rows use 24 to 80 bytes of stack
         "float32 extras": {
             128: ForwardConfig(32, 16, 8, 1),  # the plain tile uses 8 bytes of stack
             256: ForwardConfig(16, 16, 16, 1),  # the plain tile uses 8 bytes of stack
@@ -135,7 +149,10 @@ _STEP: Table = {
     },
     120: {
         "half extras": {16: ForwardConfig(64, 64, 4, 3)},  # 32 keys use 8 bytes of stack
-        "half tree": {256: ForwardConfig(32, 16, 8, 3)},  # 64 rows use 32 bytes of stack
+        "half tree": {
+            256: ForwardConfig(32, 16, 8, 3),  # 64 rows use 32 bytes of stack
+            512: ForwardConfig(16, 16, 8, 3),  # 32 rows use 8 bytes of stack
+        },
         "float32 extras": {256: ForwardConfig(16, 16, 16, 1)},  # 8 warps use 8 bytes of stack
     },
     "gfx942": {
@@ -145,8 +162,10 @@ _STEP: Table = {
             64: ForwardConfig(128, 64, 4, 2),
             128: ForwardConfig(128, 64, 4, 2),
             256: ForwardConfig(64, 32, 4, 2),  # 64 keys take 72 kB of LDS, 128 rows spill
+            512: ForwardConfig(32, 16, 8, 2),
         },
         "half extras": {128: ForwardConfig(64, 64, 4, 2)},  # 128 rows spill
+        "float32": {512: ForwardConfig(16, 16, 4, 1)},  # 8 warps have 256 registers a lane, and use 536 bytes of stack
     },
     # float32 multiplies exactly (no TF32), on the plain FMA units of every chip: one table of small tiles. From head
     # dim 128 a second stage, or 32 rows, spills hundreds of bytes.
@@ -157,6 +176,7 @@ _STEP: Table = {
             64: ForwardConfig(32, 32, 8, 2),
             128: ForwardConfig(16, 32, 8, 1),
             256: ForwardConfig(16, 16, 8, 1),
+            512: ForwardConfig(16, 16, 8, 1),
         },
     },
 }
