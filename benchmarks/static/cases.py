@@ -116,8 +116,12 @@ def cases(chip: configs.Chip) -> list[Case]:
             found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "extras")]
     found += [Case("combine_splits", str(chip), "bfloat16", 128, "ragged")] * (chip in _STORED_CHIPS)
-    small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256))
-    found += [Case(kernel, str(chip), dtype, head_dim) for kernel, dtype, head_dim in small]
+    small = itertools.product(_ROWS_KERNELS, ("bfloat16", "float32"), (64, 128, 256, 512))
+    found += [
+        Case(kernel, str(chip), dtype, head_dim)
+        for kernel, dtype, head_dim in small
+        if kernel != "attention_rows" or head_dim in configs.entries("dq", chip, dtype == "float32")
+    ]
     found += [Case(kernel, str(chip), "bfloat16", 128) for kernel in _LISTS]
     for kernel, variants in _VERIFY.items():
         found += [Case(kernel, str(chip), "bfloat16", variant=variant) for variant in variants]
@@ -254,6 +258,8 @@ def _attention(case: Case, device: torch.device) -> list[Launch]:
     rows, keys = Rows(q, *pattern.rows_on(device)[:2]), Keys(k, v)
     forward, out, lse = attention_forward.plan_attention(rows, keys, scores, case.target)
     results = Results(out, lse, grad)
+    if case.kernel == "attention_forward":  # there are chips on which no backward kernel takes what this one takes
+        return forward
     backward, *_ = attention_backward.plan_attention_backward(rows, keys, scores, results, case.target)
     return [*forward, *backward]
 

@@ -205,6 +205,7 @@ def test_bench_refuses(run: Run, tmp_path: Path) -> None:
         ("dtypes", "float16"),
         ("head-dims", "0"),
         ("head-dims", "1e3"),
+        ("head-dims", "513"),
         ("kernels", ""),
     ):
         assert refused(run("bench", "--tune", "--dry-run", f"--{option}={value}")).startswith(f"--{option}: expected ")

@@ -206,6 +206,15 @@ def test_a_batch_of_more_than_65535_heads_fits() -> None:
     assert max(max(launch.grid[1:], default=0) for launch in (*forward, *backward)) <= 65_535
 
 
+def test_tiles_that_pass_the_reach_of_32_bit_offsets_are_copied() -> None:
+    """Columns of the widest head so far apart that its last one is just within reach, and just not."""
+    pytest.importorskip("triton")
+    short_strides = import_module("tidar_kernels.ops.attention.triton_backward")._short_strides
+    near, far = (torch.empty_strided((1, 1, 1, 512), (1, 1, 1, 2**22 - less), device="meta") for less in (1, 0))
+    assert short_strides(near) is near
+    assert short_strides(far).stride(3) == 1
+
+
 @pytest.mark.parametrize("device", KERNELS)
 @pytest.mark.parametrize("head_dim", [9, 72])
 def test_head_dims_whose_rows_start_anywhere(device: str, head_dim: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,17 @@ from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 from tidar_kernels.ops.step_attention import triton as step_attention
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# (kernel, chip, head dim) in float32, and why there are no tiles.
+WITHOUT_TILES = {
+    **dict.fromkeys(
+        itertools.product(("dq", "dkdv"), (86, 89, 120), (512,)),
+        "the least tiles take 128 kB of shared memory, of 99",
+    ),
+    **dict.fromkeys(itertools.product(("dq", "dkdv"), (80,), (512,)), "86, which cannot run them, would inherit them"),
+    **dict.fromkeys(
+        itertools.product(("dq", "dkdv"), ("gfx942", "gfx950"), (512,)), "the least tiles of dq use 900 bytes of stack"
+    ),
+}
 
 
 @pytest.fixture
@@ -34,11 +47,22 @@ def test_every_chip_has_every_configuration() -> None:
     for chip in CHIPS:
         for kernel in TABLES:
             for is_float32 in (False, True):
+                without = {dim for dim in HEAD_DIM_TILES if is_float32 and (kernel, chip, dim) in WITHOUT_TILES}
                 for kind in configs.KINDS:
-                    assert set(entries(kernel, chip, is_float32, kind)) >= set(HEAD_DIM_TILES)
+                    found = set(entries(kernel, chip, is_float32, kind))
+                    assert found >= set(HEAD_DIM_TILES) - without
+                    assert not found & without
         for dtype in DTYPES:
             for role in ("base", *linear_configs.ROLES[2:]):
                 assert linear_configs.linear_config(role, chip, dtype, 4096).num_warps
+
+
+@pytest.mark.parametrize(("kernel", "chip", "head_dim"), WITHOUT_TILES)
+def test_what_has_no_tiles_is_refused_by_name(kernel: str, chip: Chip, head_dim: int) -> None:
+    for asked in (head_dim // 2 + 1, head_dim):
+        expected = f"a head_dim of at most {head_dim // 2} for the kernel '{kernel}' in torch.float32 on {chip}"
+        with pytest.raises(ValueError, match=f"^q: expected {re.escape(expected)}, got {asked}$"):
+            attention_config(kernel, chip, torch.float32, asked)
 
 
 def test_no_table_has_a_place_that_nothing_reads() -> None:

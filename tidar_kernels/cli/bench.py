@@ -48,8 +48,8 @@ def _some_dtypes(text: str) -> str:
 
 def _head_dims(text: str) -> str:
     """An argparse type: head dims with commas between them."""
-    if not all(1 <= dim <= 256 for dim in whole_numbers(text)):
-        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 to 256 with commas between them, got {text!r}")
+    if not all(1 <= dim <= 512 for dim in whole_numbers(text)):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 to 512 with commas between them, got {text!r}")
     return text
 
 

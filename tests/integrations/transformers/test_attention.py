@@ -306,6 +306,26 @@ def test_keys_and_values_of_several_widths(widths: tuple[int, int]) -> None:
     assert torch.equal(cache.v[0, :, :2, :3, : widths[1]], v[:, :, :3])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "taken"),
+    [
+        (torch.bfloat16, 512, True),
+        (torch.bfloat16, 520, False),
+        (torch.float32, 256, True),
+        (torch.float32, 264, False),
+    ],
+)
+def test_widths_of_ordinary_calls_that_operators_take(
+    dtype: torch.dtype, head_dim: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *arguments, **more: asked.append(1) or real(*arguments, **more))
+    q, k, v = (torch.randn(1, heads, 3, head_dim, dtype=dtype) for heads in (2, 1, 1))
+    out, _ = tidar_attention_forward(torch.nn.Module(), q, k, v, None)
+    assert bool(asked) is taken
+    assert relative_error(out, attention.masked_attention(q, k, v, None)) < 0.02
+
+
 def test_masked_attention_in_all_its_parts() -> None:
     """Against the twin, which has boolean masks, softcap and sinks; rows that see nothing are 0."""
     from tidar_kernels import eager

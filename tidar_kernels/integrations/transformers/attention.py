@@ -392,12 +392,13 @@ def _warn_of_leaks(positions: Any, mask: Tensor | None, rows: int, keys: int) ->
 
 def _kernels_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the operators take these operands. Compiled graphs leave ordinary attention to PyTorch: a pattern is
-    made for one length, and a graph may be for all."""
+    made for one length, and a graph may be for all. So do float32 heads wider than 256, which some chips have no
+    backward kernels for."""
     return (
         not torch.compiler.is_compiling()
         and query.device.type in ("cpu", "cuda")
         and query.dtype == key.dtype == value.dtype
-        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= (256 if query.dtype == torch.float32 else 512)
     )
 
 

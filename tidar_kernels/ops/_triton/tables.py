@@ -113,7 +113,7 @@ _STEP: Table = {
         "half": {
             128: ForwardConfig(128, 32, 8, 3),
             256: ForwardConfig(64, 16, 8, 3),
-            512: ForwardConfig(32, 32, 8, 2),  # a third stage takes 162 kB of shared memory
+            512: ForwardConfig(32, 16, 8, 3),  # 32 keys take 162 kB of shared memory
         },
     },
     90: {
@@ -138,7 +138,7 @@ _STEP: Table = {
             64: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(64, 32, 8, 3, SCORES_AHEAD=True),
-            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05
+            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05, which spill 768 bytes
         },
         "half extras": {64: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True)},  # 4 warps spill 32 bytes
         "half tree": {512: ForwardConfig(16, 32, 8, 3)},  # 32 rows use 24 to 80 bytes of stack
@@ -148,7 +148,10 @@ _STEP: Table = {
         },
     },
     120: {
-        "half extras": {16: ForwardConfig(64, 64, 4, 3)},  # 32 keys use 8 bytes of stack
+        "half extras": {
+            16: ForwardConfig(64, 64, 4, 3),  # 32 keys use 8 bytes of stack
+            512: ForwardConfig(16, 16, 8, 3),  # 32 rows use 8 bytes of stack
+        },
         "half tree": {
             256: ForwardConfig(32, 16, 8, 3),  # 64 rows use 32 bytes of stack
             512: ForwardConfig(16, 16, 8, 3),  # 32 rows use 8 bytes of stack
@@ -189,6 +192,7 @@ _FORWARD: Table = {
             64: ForwardConfig(64, 64, 4, 3),
             128: ForwardConfig(128, 32, 8, 3),  # 64 keys spill 8 to 40 bytes
             256: ForwardConfig(64, 32, 8, 3),
+            512: ForwardConfig(32, 32, 8, 3),
         },
         "half extras": {
             16: ForwardConfig(128, 64, 8, 3),  # 4 warps spill 36 bytes
@@ -196,7 +200,12 @@ _FORWARD: Table = {
             64: ForwardConfig(128, 32, 8, 3),  # 64 keys of 64 rows spill 20 bytes
         },
     },
-    86: {"half": {256: ForwardConfig(64, 16, 8, 3)}},
+    86: {
+        "half": {
+            256: ForwardConfig(64, 16, 8, 3),
+            512: ForwardConfig(32, 16, 8, 3),  # 32 keys take 162 kB of shared memory
+        },
+    },
     90: {
         "half": {
             16: ForwardConfig(128, 64, 4, 4),
@@ -204,6 +213,7 @@ _FORWARD: Table = {
             64: ForwardConfig(128, 64, 4, 4),
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),  # 128 keys spill
             256: ForwardConfig(128, 32, 8, 3),
+            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of wgmma, which spill 370 bytes
         },
     },
     100: {
@@ -213,6 +223,7 @@ _FORWARD: Table = {
             64: ForwardConfig(128, 64, 4, 4, SCORES_AHEAD=True),
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(128, 32, 8, 3),
+            512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05, which spill 120 bytes
         },
         "half extras": {256: ForwardConfig(64, 32, 8, 3)},  # 128 rows use 16 bytes of stack
     },
@@ -224,7 +235,9 @@ _FORWARD: Table = {
             64: ForwardConfig(128, 64, 4, 2),
             128: ForwardConfig(128, 64, 4, 2),  # 8 warps have 256 registers a lane, and spill 32 bytes
             256: ForwardConfig(128, 32, 4, 2),  # 64 keys take 72 kB of LDS
+            512: ForwardConfig(32, 16, 8, 2),
         },
+        "float32": {512: ForwardConfig(16, 16, 4, 1)},  # 16 warps have 128 registers a lane, and spill
         "float32 extras": {256: ForwardConfig(16, 16, 8, 1)},  # 16 warps have 128 registers a lane, and spill 260 bytes
     },
     ANY: {
@@ -234,11 +247,14 @@ _FORWARD: Table = {
             64: ForwardConfig(16, 32, 8, 2, maxnreg=128),
             128: ForwardConfig(16, 32, 8, 1, maxnreg=128),
             256: ForwardConfig(16, 16, 8, 1),
+            512: ForwardConfig(16, 16, 16, 1),
         },
         "float32 extras": {256: ForwardConfig(16, 16, 16, 1, maxnreg=128)},  # 8 warps spill 8 bytes
     },
 }
 
+# In float32 the least tiles of "dq" and "dkdv", 16 by 16, take 128 kB of shared memory at head dim 512: only cc 90 and
+# 100 have entries. cc 80 has as much, but 86 takes its entries; on AMD's chips "dq" uses 900 bytes of stack.
 _DQ: Table = {
     80: {
         "half": {
@@ -247,13 +263,20 @@ _DQ: Table = {
             64: TileConfig(128, 64, 8, 3),
             128: TileConfig(64, 64, 8, 3),
             256: TileConfig(64, 32, 8, 3),
+            512: TileConfig(32, 16, 8, 3),  # 32 keys take 194 kB of shared memory
         },
         "half extras": {
             64: TileConfig(128, 32, 8, 3),  # 64 keys spill 8 bytes
             256: TileConfig(64, 16, 8, 3),  # 32 keys spill 24 bytes
         },
     },
-    86: {"half": {128: TileConfig(128, 16, 8, 3), 256: TileConfig(64, 16, 8, 3)}},
+    86: {
+        "half": {
+            128: TileConfig(128, 16, 8, 3),
+            256: TileConfig(64, 16, 8, 3),
+            512: TileConfig(16, 16, 8, 3),  # 32 rows take 129 kB of shared memory
+        },
+    },
     90: {
         "half": {
             16: TileConfig(128, 64, 8, 3),
@@ -261,7 +284,9 @@ _DQ: Table = {
             64: TileConfig(128, 32, 8, 4),
             128: TileConfig(128, 64, 8, 3),
             256: TileConfig(128, 16, 8, 3),
+            512: TileConfig(32, 32, 8, 3),  # below the 64 rows of wgmma, which spill kilobytes
         },
+        "float32": {512: TileConfig(16, 16, 16, 1)},
     },
     100: {
         "half": {
@@ -270,11 +295,13 @@ _DQ: Table = {
             64: TileConfig(128, 64, 4, 3),
             128: TileConfig(128, 64, 8, 3),
             256: TileConfig(128, 16, 8, 3),
+            512: TileConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05, which take 240 kB of shared memory
         },
         "half extras": {
             64: TileConfig(128, 64, 8, 3),  # 4 warps spill 1452 bytes
             128: TileConfig(128, 32, 8, 3),  # 64 keys use 8 bytes of stack
         },
+        "float32": {512: TileConfig(16, 16, 8, 1)},  # 16 warps use 48 bytes of stack
     },
     "gfx942": {
         "half": {
@@ -283,6 +310,7 @@ _DQ: Table = {
             64: TileConfig(128, 64, 4, 2),
             128: TileConfig(64, 64, 4, 2),  # 128 rows spill, as do 8 warps
             256: TileConfig(64, 16, 4, 2),  # 32 keys spill 200 bytes
+            512: TileConfig(32, 16, 4, 2),  # 8 warps have 256 registers a lane, and use 188 bytes of stack
         },
         "float32": {256: TileConfig(16, 16, 4, 1)},  # 16 warps have 128 registers a lane, and spill 1476 bytes
         "float32 extras": {128: TileConfig(16, 32, 4, 1)},  # 8 warps have 256, and spill 176 bytes
@@ -307,6 +335,7 @@ _DKDV: Table = {
             64: TileConfig(64, 128, 8, 3),
             128: TileConfig(64, 64, 8, 3),
             256: TileConfig(16, 64, 8, 3),
+            512: TileConfig(16, 16, 8, 3),  # 32 keys use 48 bytes of stack
         },
         "half extras": {
             64: TileConfig(32, 128, 8, 3),  # 64 rows spill 44 bytes
@@ -322,7 +351,10 @@ _DKDV: Table = {
             64: DkdvConfig(64, 128, 8, 3, ROWS_AHEAD=True),
             128: DkdvConfig(32, 128, 8, 4, ROWS_AHEAD=True),  # 64 rows spill 40 bytes
             256: DkdvConfig(16, 64, 8, 3, ROWS_AHEAD=True),
+            512: DkdvConfig(16, 16, 8, 3, ROWS_AHEAD=True),  # 32 keys use 72 bytes of stack
         },
+        "float32": {512: TileConfig(16, 16, 16, 1)},
+        "float32 extras": {512: TileConfig(16, 16, 8, 1)},  # 16 warps use 16 bytes of stack
     },
     100: {
         "half": {
@@ -331,8 +363,10 @@ _DKDV: Table = {
             64: TileConfig(64, 128, 8, 3),
             128: TileConfig(32, 64, 8, 3),  # 64 rows spill 72 bytes, 128 keys 150
             256: TileConfig(32, 32, 8, 3),  # below the 64 rows of tcgen05: HMMA; what tcgen05 takes spills 170 bytes
+            512: TileConfig(16, 16, 8, 3),  # 32 keys use 104 bytes of stack
         },
         "half extras": {64: TileConfig(32, 128, 8, 3)},  # 64 rows spill 116 bytes
+        "float32": {512: TileConfig(16, 16, 8, 1)},  # 16 warps use 40 bytes of stack
     },
     120: {"half": {256: TileConfig(16, 32, 8, 3)}},  # 64 keys use 16 bytes of stack
     "gfx942": {
@@ -342,6 +376,7 @@ _DKDV: Table = {
             64: TileConfig(64, 128, 4, 2),
             128: TileConfig(32, 64, 4, 2),  # 64 rows or 128 keys spill, as do 8 warps
             256: TileConfig(16, 32, 4, 2),
+            512: TileConfig(16, 16, 4, 2),  # 8 warps have 256 registers a lane, and use 544 bytes of stack
         },
         "half extras": {
             16: TileConfig(32, 128, 4, 2),  # 64 rows spill

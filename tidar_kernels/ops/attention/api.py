@@ -60,7 +60,8 @@ def attention(
 
     Raises:
         TypeError: a non-tensor, mixed dtypes, or DTensors beside others. ValueError: shapes, devices, meshes or backend
-            do not fit.
+            do not fit; the kernels have no tiles for `head_dim`: above 512, and in the backward pass above 256 in
+            float32 on all chips but cc 90 and 100, which alone have the shared memory or registers for it.
 
     Twin: `tidar_kernels.eager.attention`. Kernels: `triton_forward.py` and `triton_backward.py` beside this file.
     """

@@ -345,8 +345,8 @@ def attention_dkdv_kernel(
 
 
 def _short_strides(x: Tensor) -> Tensor:
-    """`x`, copied if a tile of 128 rows and 256 columns spans 2^31 elements."""
-    return x if 128 * x.stride(2) + 256 * x.stride(3) < 2**31 else x.contiguous()
+    """`x`, copied if a tile of 128 rows and 512 columns spans 2^31 elements."""
+    return x if 128 * x.stride(2) + 512 * x.stride(3) < 2**31 else x.contiguous()
 
 
 def plan_attention_backward(

@@ -45,7 +45,7 @@ def _options(head_dim: int, head_dim_v: int, cache_dtype: torch.dtype, page_size
         "PAGE_SIZE": page_size,
         "MANTISSA": MANTISSA_BITS.get(cache_dtype, 0),
         "SCALE_BY_SLOT": by_slot,
-        "num_warps": 4,
+        "num_warps": 4 if max(head_dim, head_dim_v) <= 256 else 8,  # 4 warps spill rotated float32 rows of 512
     }
 
 

@@ -85,7 +85,8 @@ def step_attention(
 
     Raises:
         TypeError: a non-tensor, or mixed dtypes. ValueError: shapes, devices, lengths, backend, or on the CPU the
-            entries of a table or the rows of a ragged batch do not fit.
+            entries of a table or the rows of a ragged batch do not fit; a head_dim above 512, which the kernels have no
+            tiles for.
 
     Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
     """
