@@ -124,6 +124,7 @@ def reasons(**changes: Any) -> list[str]:
         {"dtype": torch.float32, "head_size": 80, "block_size": 64},
         {"kv_cache_dtype": "fp8", "device_capability": DeviceCapability(8, 0)},
         {"kv_cache_dtype": "fp8_e4m3", "use_batch_invariant": True, "head_size": 256},
+        {"head_size": 512},
         {"kv_cache_dtype": "fp8_e5m2", "block_size": None, "use_kv_connector": True},
     ],
 )
@@ -134,7 +135,7 @@ def test_vllm_takes_the_backend(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_size": 512}, "head_size"),
+        ({"head_size": 513}, "head_size"),
         ({"kv_cache_dtype": "float16"}, "kv_cache_dtype: expected auto, bfloat16 or fp8 with a model of bfloat16"),
         ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype"),
         ({"kv_cache_dtype": "nvfp4"}, "kv_cache_dtype"),
