@@ -281,3 +281,4 @@ def test_files_that_cannot_be_written_are_named(kind: str, tmp_path: Path, monke
             wrong.append(f"{what}: leaves {set(os.listdir(tmp_path)) - set(before)}")
     assert wrong == [], "\n".join(wrong)
     assert (tmp_path / "file").read_text() == "kept"
+    assert not Path("/dev/full").is_file()

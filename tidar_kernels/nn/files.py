@@ -87,11 +87,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end of the block.
 
     A killed process, a full disk or an exception in the block leaves the old file as it was; and the unfinished one
-    is removed, where there is still a process to do it.
+    is removed, where there is still a process to do it. Only a file can be replaced: a device would be gone for all.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written, or `path` is there and no file.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(
+            f"{path}: expected a file, or a name that is free, got {'a folder' if path.is_dir() else 'a device'}"
+        )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
