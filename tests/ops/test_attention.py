@@ -136,6 +136,7 @@ def test_runs_of_row_tiles(device: str, rows: int, most: int | None, monkeypatch
         assert seen > 0.9 * whole.sum()  # but for those that two intervals together cover
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", KERNELS)
 def test_gradients_of_more_runs_than_are_listed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sums, in another order but for the row tiles that are listed either way; the same bits in every run."""

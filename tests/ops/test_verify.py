@@ -352,9 +352,8 @@ def test_cpu_path_of_many_decisions(rule: Any, shaping: dict[str, Any], monkeypa
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(
-    "rule", ["rejection", *(pytest.param(rule, marks=pytest.mark.thorough) for rule in ("coupled", "point_mass"))]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("rule", ["rejection", "coupled", "point_mass"])
 def test_chunks_are_one_vocabulary(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four chunks of 16 tokens and of two tiles each: the same decisions, with ties and lists across chunks."""
     from tidar_kernels.ops.verify import triton

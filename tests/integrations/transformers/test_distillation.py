@@ -222,7 +222,7 @@ def test_configurations_that_do_not_fit(change: dict[str, Any]) -> None:
         replace(CONFIG, **change)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     model, out = saved(tmp_path / "model"), tmp_path / "out"
     (tmp_path / "text").mkdir()
