@@ -19,11 +19,11 @@ from .ops.attention import reference as attention_reference
 from .ops.kv import reference as kv_reference
 from .ops.linear import api as linear_api
 from .ops.linear import reference as linear_reference
+from .ops.step_attention import api as step_api
 from .ops.step_attention import reference as step_reference
 from .ops.verify import api as verify_api
 from .ops.verify import reference as verify_reference
 from .ops.verify.params import Knob, SamplingTensors
-from .patterns import PatternBatch
 from .patterns.arguments import FLOAT_DTYPES, check_int
 
 __all__ = [
@@ -72,32 +72,6 @@ def _others(device: torch.device, sizes: tuple[int | None, ...] = (), **values: 
 
 def _attention(q: Any, k: Any, v: Any, pattern: Any, scale: Any, softcap: Any, sinks: Any, return_lse: Any) -> None:
     attention_api.checked(q, k, v, pattern, scale, softcap, sinks, "eager")
-
-
-def _step_attention(
-    q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, lengths: Any, pattern: Any, scale: Any, softcap: Any,
-    sinks: Any, return_lse: Any, block_table: Any, k_scale: Any, v_scale: Any, out: Any,
-) -> None:  # fmt: skip
-    rows = q, k, v
-    if isinstance(pattern, PatternBatch):
-        q, k, v = checks.ragged(q=q, k=k, v=v)
-    checks.operands(4, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    if isinstance(pattern, PatternBatch):
-        checks.requests(*rows, pattern)
-        batch = len(pattern)
-    else:
-        checks.attention_operands(q, k, v, pattern, head_dim_v=v.shape[3])
-        batch = len(q)
-    sizes = batch, k.shape[1], k.shape[3]
-    capacity = checks.caches(k_cache, v_cache, *sizes, block_table, k_scale, v_scale, head_dim_v=v.shape[3])
-    lengths = checks.lengths(lengths, batch, q.device, capacity, "max_len")
-    checks.entries(block_table, k_cache, torch.zeros_like(lengths), lengths)
-    checks.scale(scale, q.shape[3])
-    checks.softcap(softcap)
-    checks.sinks(sinks, q)
-    if out is not None:
-        shape = (*rows[0].shape[:-1], v.shape[3])
-        checks.into(out, shape, *rows, k_cache, v_cache, *([] if sinks is None else [sinks]))
 
 
 def _append_kv(
@@ -183,8 +157,20 @@ def _twin(function: Callable[..., Any], check: Callable[..., None]) -> Any:
     return twin
 
 
+def _of_public(function: Callable[..., Any], public: Callable[..., Any]) -> Any:
+    """A twin whose checks are those of the public function, which has it as a backend."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def twin(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        return public(*given.args, **given.kwargs, backend="eager")
+
+    return twin
+
+
 attention = _twin(attention_reference.attention, _attention)
-step_attention = _twin(step_reference.step_attention, _step_attention)
+step_attention = _of_public(step_reference.step_attention, step_api.step_attention)
 append_kv = _twin(kv_reference.append_kv, _append_kv)
 compact_kv = _twin(kv_reference.compact_kv, _compact_kv)
 rotary_append = _twin(kv_reference.rotary_append, _rotary_append)
