@@ -121,7 +121,9 @@ def test_versions_agree() -> None:
     assert f"## [{tidar_kernels.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("options", [["-m", "not slow"], ["-m", "models or slow"]])
+@pytest.mark.parametrize(
+    "options", [["-m", "not slow"], pytest.param(["-m", "models or slow"], marks=pytest.mark.thorough)]
+)
 def test_tests_on_request_are_not_collected_unasked(options: list[str]) -> None:
     """Whatever `-m` says: it replaces another `-m`, so nothing is left out by one."""
     collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider"]

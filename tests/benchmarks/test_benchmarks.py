@@ -149,7 +149,7 @@ def test_time_in_turn() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_peak_memory_is_linear() -> None:
     short, long = memory.rows({"tidar_kernels": (1024, 4096)})
     assert long["peak_bytes"] > 2**25

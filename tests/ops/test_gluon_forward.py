@@ -101,6 +101,7 @@ def test_shapes_and_layouts(changes: dict[str, Any]) -> None:
     run(case_of("shapes", patterns.tidar_training(75, 8), **changes), SpecialisedConfig(128, 64, 4, 2), seed=7)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("text", "instead"), [
     ("mbarrier.wait(v_free.index(stage), before)", "pass"),
     ("mbarrier.wait(k_full.index(stage), phase)", "pass"),

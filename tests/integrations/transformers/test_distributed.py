@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-IN_EVERY_RUN = ("ddp", "fsdp_bf16", "cp", "trainer_evaluated")
-LONGER = [pytest.param(how, marks=pytest.mark.thorough) for how in ("fsdp", "tp", "trainer", "trainer_cp")]
+IN_EVERY_RUN = ("ddp", "fsdp_bf16", "trainer_evaluated")
+LONGER = [pytest.param(how, marks=pytest.mark.thorough) for how in ("fsdp", "tp", "cp", "trainer", "trainer_cp")]
 
 
 @pytest.mark.parametrize("how", [*IN_EVERY_RUN, *LONGER])

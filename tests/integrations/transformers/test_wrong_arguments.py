@@ -136,6 +136,7 @@ NOT_TRIED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # names that go in the next release
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_arguments_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

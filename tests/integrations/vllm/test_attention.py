@@ -71,6 +71,7 @@ def test_rows_that_say_nothing_are_causal() -> None:
     one.check(one.run(ON_CPU, one.fill(buffers, None)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cc", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8])
 def test_launches_compile_and_the_host_reads_nothing(cc: int, dtype: torch.dtype) -> None:

@@ -368,6 +368,7 @@ def test_publish_writes_weights_figures_and_page(folder, tmp_path, monkeypatch):
     assert (tmp_path / "docs" / "images" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_publish_says_what_a_run_started_from(folder, tmp_path, monkeypatch):
     (folder / "heapq.py").write_text("def heappush(heap, item):\n    heap.append(item)\n" * 30)
     monkeypatch.setattr("tidar_kernels.models.training.data.stdlib_folder", lambda: folder)
