@@ -25,7 +25,7 @@ from tidar_kernels import KVCache, Pattern, patterns
 from tidar_kernels.models import Transformer, TransformerConfig
 from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 
-from .decoding.models import SHAPES, floor_of
+from .decoding.models import LARGE, SHAPES, floor_of
 from .operators.step_attention import Step, step
 from .static.clocks import H200, Chip, clocks_of_tile, resident_blocks
 
@@ -233,9 +233,8 @@ def attention_rows(chip: Chip = H200) -> list[dict[str, Any]]:
 def step_rows(chip: Chip = H200) -> list[dict[str, Any]]:
     """Predicted steps of the models that TiDAR publishes figures for, in autoregressive steps, and the speed-up."""
     rows = []
-    for model, shape in SHAPES.items():
-        if model == "tiny":
-            continue
+    for model in LARGE:
+        shape = SHAPES[model]
         for context in (512, 4096, 32768):
             plain = step_us(model, 0, context, chip)
             for block in (4, 8, 16):

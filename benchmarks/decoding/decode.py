@@ -1,6 +1,6 @@
 """Decoding with the shipped model on held-out prompts: TiDAR at several block lengths against autoregression.
 
-    python -m benchmarks.decoding.decode --out DIR [--new-tokens N] [--block-sizes 1 2 4 8 16] [--batch-sizes 1 4 16]
+    python -m benchmarks.decoding.decode --out DIR [--new-tokens N] [--block-sizes 1 2 .. auto] [--batch-sizes 1 4 16]
 
 Every TiDAR output is compared with the autoregressive one, token for token, before its speed is reported.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,13 +23,20 @@ from .models import floor_of
 from .turns import PROMPT_BYTES, described, prompts, take_turns
 
 PROGRAM = "python -m benchmarks.decoding.decode"
+BlockSize = int | Literal["auto"]
 
 
-def run(new_tokens: int, block_sizes: list[int], batch_size: int, limits: rates.Rates) -> list[dict[str, Any]]:
+def _block_size(text: str) -> BlockSize:
+    """An argparse type."""
+    return "auto" if text == "auto" else int(text)
+
+
+def run(new_tokens: int, block_sizes: list[BlockSize], batch_size: int, limits: rates.Rates) -> list[dict[str, Any]]:
     """One row a block length, the autoregressive baseline (block_size 0) first; prompts are decoded `batch_size` at a
     time."""
     model, _ = shipped.load_shipped()
-    decoders = {0: Decoder(model, mode="autoregressive")} | {b: Decoder(model, b) for b in block_sizes}
+    decoders: dict[BlockSize, Decoder] = {0: Decoder(model, mode="autoregressive")}
+    decoders |= {block: Decoder(model, block) for block in block_sizes}
     known = prompts()
     count = -(-len(known) // batch_size) * batch_size
     everything = [known[i % len(known)] for i in range(count)]
@@ -38,31 +45,32 @@ def run(new_tokens: int, block_sizes: list[int], batch_size: int, limits: rates.
     rows = []
     for block, turn in turns.items():
         tokens = new_tokens * count
-        pattern = patterns.tidar_step(block) if block else patterns.causal(1)
-        # At the middle of the generations; the lm_head on the drafts, and on the chosen block without its first row.
-        least = floor_of(
-            model.config, pattern, PROMPT_BYTES + new_tokens // 2, torch.float32, batch=batch_size,
-            logits_rows=batch_size * (2 * max(block, 1) - 1),
-        )  # fmt: skip
         step_us = sum(turn.seconds) / turn.forwards * 1e6
         row = {
             "operator": "decode",
             "mode": "tidar" if block else "autoregressive",
             "block_size": block,
-            "rows": pattern.q_len,
+            "rows": None,
             "batch": batch_size,
             "prompts": count,
             "prompt_tokens": PROMPT_BYTES,
             **turn.figures(tokens, turns[0]),
             "tokens_per_forward": round(tokens / sum(map(len, turn.accepted)), 4),
             "step_ms": round(step_us / 1e3, 4),
-            "bytes": least["bytes"],
-            "flops": least["flops"],
             "workloads": VERSION,
             "command": f"{PROGRAM} --out DIR --new-tokens {new_tokens} --batch-sizes {batch_size} --block-sizes"
             + (f" {block}" if block else ""),
         }
-        rows.append(row | limits.against({**least, "p50_us": step_us, "dtype": "float32"}))
+        if block != "auto":  # whose steps have now so many rows, now so many
+            pattern = patterns.tidar_step(block) if block else patterns.causal(1)
+            # At the middle of the generations; the lm_head on the drafts, and on the chosen block but its first row.
+            least = floor_of(
+                model.config, pattern, PROMPT_BYTES + new_tokens // 2, torch.float32, batch=batch_size,
+                logits_rows=batch_size * (2 * max(block, 1) - 1),
+            )  # fmt: skip
+            row |= {"rows": pattern.q_len, "bytes": least["bytes"], "flops": least["flops"]}
+            row |= limits.against({**least, "p50_us": step_us, "dtype": "float32"})
+        rows.append(row)
     return rows
 
 
@@ -70,14 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--block-sizes", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--block-sizes", type=_block_size, nargs="*", default=[1, 2, 4, 8, 16, "auto"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     options = parser.parse_args(arguments)
     limits, rows = rates.measure("cpu", (torch.float32,)), []
     for batch_size in options.batch_sizes:
         rows += run(options.new_tokens, options.block_sizes, batch_size, rates.of(limits))
     for line in rows:
-        print(f"batch {line['batch']:<3} B={line['block_size']:<3} {described(line)}", flush=True)
+        print(f"batch {line['batch']:<3} B={line['block_size']:<4} {described(line)}", flush=True)
     record.add(options.out, "decode", "cpu", [*limits, *rows])
     return 0 if all(line["identical"] for line in rows) else 1
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tidar_kernels import KVCache
+from tidar_kernels.decoding.packed import PackedWeights, can_pack
 from tidar_kernels.models import Transformer, TransformerConfig, load_shipped
 from tidar_kernels.patterns import Pattern
 
@@ -26,9 +27,11 @@ class Shape:
 SHAPES = {
     "Qwen2.5-1.5B": Shape(TransformerConfig(151936, 1536, 8960, 28, 12, 2, 128), {8: 5.69, 16: 7.35}),
     "Qwen3-8B": Shape(TransformerConfig(151936, 4096, 12288, 36, 32, 8, 128), {16: 8.36}),
+    "SmolLM2-135M": Shape(TransformerConfig(49152, 576, 1536, 30, 9, 3, 64), {}),
     "tiny": Shape(TransformerConfig(300, 64, 96, 2, 4, 2, 16), {4: 3.0}),
 }
 LARGE = ("Qwen2.5-1.5B", "Qwen3-8B")
+SMALL = "SmolLM2-135M"  # whose weights are larger than the caches of a CPU
 _held: dict[tuple[str, str, torch.dtype], Transformer] = {}
 
 
@@ -57,6 +60,11 @@ def _random(name: str, device: str, dtype: torch.dtype) -> Transformer:
             return Transformer(SHAPES[name].config).requires_grad_(False)
     finally:
         torch.set_default_dtype(previous)
+
+
+def packing(device: str, dtype: torch.dtype) -> PackedWeights | None:
+    """What keeps bfloat16 weights as a CPU multiplies them, as `Decoder(packed=True)` does; None elsewhere."""
+    return PackedWeights() if device == "cpu" and dtype == torch.bfloat16 and can_pack() else None
 
 
 def fill(cache: KVCache, context_len: int) -> None:

@@ -7,17 +7,21 @@ prefix, and the lm_head on the last row alone.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tidar_kernels import KVCache, patterns
+from tidar_kernels.decoding.packed import packed_linear
 
 from ..core.operands import OURS, Implementation, Operands, Prepared, workload
-from .models import LARGE, SHIPPED, fill, floor_of, model_of
+from .models import LARGE, SHIPPED, SMALL, fill, floor_of, model_of, packing
 
 Pass = workload("Pass", model=str, tokens=int, context_len=int)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+FEW_TOKENS = (1, 2, 4, 8, 20, 72, 272)  # of a step of 4, 8 and 16 drafts the last three
 
 
 def _ladder(model: str, contexts: tuple[int, ...], tokens: tuple[int, ...] = TOKENS) -> list[Any]:
@@ -25,7 +29,13 @@ def _ladder(model: str, contexts: tuple[int, ...], tokens: tuple[int, ...] = TOK
 
 
 def _pass(o: TokenSlots) -> Prepared:
-    return Prepared(lambda: o.model.logits(o.model(o.tokens, o.pattern, o.cache)[:, -1:]))
+    packed = packing(o.device, o.dtype)
+
+    def run() -> Tensor:
+        with nullcontext() if packed is None else packed_linear(packed):
+            return o.model.logits(o.model(o.tokens, o.pattern, o.cache)[:, -1:])
+
+    return Prepared(run)
 
 
 class TokenSlots(Operands):
@@ -35,6 +45,7 @@ class TokenSlots(Operands):
     workload = Pass
     implementations: ClassVar = {OURS: Implementation("tidar_kernels", _pass)}
     cpu = tuple(_ladder(SHIPPED, (128, 1024, 4096)))
+    small = tuple(_ladder(SMALL, (512,), FEW_TOKENS))
     cuda = tuple(case for model in LARGE for case in _ladder(model, (512, 4096, 32768)))
     tiny = tuple(_ladder("tiny", (24,), (1, 8)))
     sets = 1  # weights are larger than any cache

@@ -3,8 +3,9 @@
     python -m benchmarks.decoding.strategies --out DIR [--new-tokens N] [--prompts N] [--only LABEL]
 
 Tokens a forward pass, rows a forward pass, tokens a second; whether the output must be that of autoregressive decoding,
-and whether it was. The levels of "auto" are chosen by what this machine's rows cost and by the acceptance on the
-package's training text, not on the prompts that are timed.
+and whether it was. The levels of `strategies.auto` are chosen once, by what this machine's rows cost and by the
+acceptance on the package's training text, not on the prompts that are timed; `block_size="auto"` goes by the running
+acceptance.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ PROGRAM = "python -m benchmarks.decoding.strategies"
 class Candidate:
     """A way to decode: what it is called, the strategy (None: autoregression), and the mean rows of its passes.
 
-    `adapted`: mask rows run the shipped adapter.
+    `adapted`: mask rows run the shipped adapter. `adaptive`: by `block_size="auto"` of the decoder, without a strategy;
+    how many rows its passes have shows as it runs.
     """
 
     name: str
     label: str
     strategy: Strategy | None
-    rows: float
+    rows: float | None
     expected: float | None = None
     adapted: bool = False
+    adaptive: bool = False
 
 
 def candidates(measured: Profile) -> list[Candidate]:
@@ -60,6 +63,7 @@ def candidates(measured: Profile) -> list[Candidate]:
         made = tidar(block, levels=levels)
         expected = expected_tokens(measured.acceptance, block, levels or range(1, block + 1))
         found.append(Candidate(name, label, made, made.pattern.q_len, round(expected, 3)))
+    found.append(Candidate("adaptive", 'TiDAR, block_size="auto"', None, None, adaptive=True))
     for stride in (4, 8):
         causal, both = isd(stride, shifted=False), isd(stride, bidirectional=True, shifted=False)
         found.append(Candidate("isd", f"ISD, N = {stride}", causal, causal.pattern.q_len))
@@ -87,12 +91,7 @@ def run(
 
     `adapted` is the same model with adapters on it.
     """
-    decoders = {
-        c.label: Decoder(model, mode="autoregressive")
-        if c.strategy is None
-        else Decoder(adapted if c.adapted else model, strategy=c.strategy)
-        for c in chosen
-    }
+    decoders = {c.label: _decoder(c, adapted if c.adapted else model) for c in chosen}
     turns = take_turns(decoders, [[prompt] for prompt in batch], new_tokens, repeats)
     tokens, rows = new_tokens * len(batch), []
     for c in chosen:
@@ -112,6 +111,14 @@ def run(
             }
         )
     return rows
+
+
+def _decoder(candidate: Candidate, model: Any) -> Decoder:
+    if candidate.adaptive:
+        return Decoder(model, block_size="auto")
+    if candidate.strategy is None:
+        return Decoder(model, mode="autoregressive")
+    return Decoder(model, strategy=candidate.strategy)
 
 
 def _expected(candidate: Candidate, accepted: list[list[int]]) -> float | None:
@@ -149,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [chosen[0], *(c for c in chosen[1:] if c.label == options.only)]
     rows = run(model, adapted, chosen, prompts()[: options.prompts], options.new_tokens)
     for line in rows:
-        print(f"{line['label']:38} {line['rows']:4} rows {described(line)}, must be: {line['exact']}", flush=True)
+        print(
+            f"{line['label']:38} {line['rows'] or '..':>4} rows {described(line)}, must be: {line['exact']}", flush=True
+        )
         line["command"] = f"{PROGRAM} --out DIR --new-tokens {options.new_tokens} --prompts {options.prompts} --only "
         line["command"] += shlex.quote(line["label"])
     acceptance = [round(share, 4) for share in measured.acceptance]

@@ -45,8 +45,11 @@ def _target(what: str, aim: float, unit: str, found: list[tuple[float, str]], *,
 
 
 def _rows(folder: Path, device: str, kind: str) -> list[list[dict[str, Any]]]:
-    """Rows of a part, of one machine each."""
-    return [part["rows"] for part in record.newest(folder, kind, device)]
+    """Rows of a part: of a CPU those of the machine that was measured last; of GPUs those of each."""
+    found = record.newest(folder, kind, device)
+    if device == "cpu":
+        found = sorted(found, key=lambda part: str(part["date"]))[-1:]
+    return [part["rows"] for part in found]
 
 
 def step_cases(rows: list[dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
@@ -79,6 +82,17 @@ def _faster(rows: list[dict[str, Any]], blocks: tuple[int, ...], peer: str | Non
     return found
 
 
+def _of_argmax(rows: list[dict[str, Any]]) -> list[tuple[float, str]]:
+    """Times as long as an argmax of the same logits: verification with top-p over a vocabulary of 151,936."""
+    times: dict[str, float] = {}
+    for row in rows:
+        shaped = row["operator"] == "verify" and row["vocab_size"] == 151936 and row["temperature"] > 0.0
+        alone = not row.get("top_k") and not row.get("min_p") and row.get("repetition_penalty", 1.0) == 1.0
+        if shaped and alone and row.get("top_p", 1.0) < 1.0 and "p50_us" in row:
+            times[row["implementation"]] = row["p50_us"]
+    return [(times[OURS] / times["argmax"], "151936 tokens, top-p")] if {OURS, "argmax"} <= set(times) else []
+
+
 def cpu(folder: Path) -> list[Target]:
     """The targets of a CPU."""
     found = []
@@ -90,6 +104,8 @@ def cpu(folder: Path) -> list[Target]:
         beside = [case for case in step_cases(rows) if "sdpa_no_mask" in case]
         times = [(case[OURS]["p50_us"] / case["sdpa_no_mask"]["p50_us"], _step_name(case[OURS])) for case in beside]
         found += _target("step attention, SDPA without mask", 1.3, "x", times, at_least=False)
+    for rows in _rows(folder, "cpu", "operators"):
+        found += _target("verify with top-p, argmax of the same logits", 12.0, "x", _of_argmax(rows), at_least=False)
     exact = [row for rows in _rows(folder, "cpu", "strategies") for row in rows if row.get("exact")]
     if exact:
         best = max(exact, key=lambda row: row["speedup"])

@@ -25,6 +25,11 @@ def where(part: dict[str, Any]) -> str:
     return f"{name}; {software}; {part['date']}"
 
 
+def newest(kind: str, device: str) -> list[dict[str, Any]]:
+    """A part of the machine that was measured last, alone; nothing where there is none."""
+    return sorted(parts(kind, device), key=lambda part: str(part["date"]))[-1:]
+
+
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     """A Markdown table; the first `left` columns are aligned to the left."""
     rule = [":---" if index < left else "---:" for index in range(len(head))]

@@ -147,7 +147,7 @@ def slots_section() -> str:
     """Free token slots, of every device that was measured."""
     found = []
     for device in ("cpu", "cuda"):
-        for part in measured.parts("token_slots", device)[:1]:
+        for part in measured.newest("token_slots", device):
             for model, each in pictures.slot_series(part).items():
                 head = ["tokens in flight", *(f"{context} of context, ms" for context in each)]
                 counts = sorted({n for points in each.values() for n, _, _ in points})
@@ -157,6 +157,43 @@ def slots_section() -> str:
                 found += [measured.table(head, lines), f"{name}. {measured.where(part)}.{measured.left_out(part)}"]
         found[:0] = _picture("token_slots", device, "time of a forward pass over the tokens in flight")
     return "\n\n".join(found) or measured.NO_CPU
+
+
+def small_steps() -> str:
+    """Steps and token slots of a model whose weights do not fit a CPU's caches, in both dtypes."""
+    found = []
+    for part in measured.newest("steps", "cpu"):
+        rows = [row for row in part["rows"] if "p50_us" in row]
+        for operator, head in (
+            ("decoder_step", ["", "rows", "step, ms", "times AR", "of its floor, %"]),
+            ("token_slots", ["", "tokens in flight", "pass, ms", "times one token", "of its floor, %"]),
+        ):
+            mine = [row for row in rows if row["operator"] == operator]
+            ones = {row["dtype"]: row["p50_us"] for row in mine if row["rows"] == 1}
+            lines = [
+                [
+                    row["dtype"] if operator == "token_slots" else f"{row['dtype']}, {_step(row)}",
+                    str(round(row["rows"])),
+                    _time(row, 1e3),
+                    f"{row['p50_us'] / ones[row['dtype']]:.2f}" if row["dtype"] in ones else "–",
+                    _share(row),
+                ]
+                for row in mine
+            ]
+            found += [measured.table(head, lines)] * bool(lines)
+        if rows:
+            found.append(
+                f"{rows[-1]['model']}'s shape, random weights, {rows[-1]['context_len']} tokens of context, batch 1; "
+                f"bfloat16 with packed weights. {measured.where(part)}.{measured.left_out(part)}"
+            )
+    return "\n\n".join(found) or measured.NO_CPU
+
+
+def _step(row: dict[str, Any]) -> str:
+    """The setting of a decoder step."""
+    if not row["block_size"]:
+        return "autoregressive"
+    return f"B = {row['block_size']}" + {0: "", 1: ", one level", 2: ", two levels"}[row["levels"]]
 
 
 def peers_table() -> str:
@@ -205,6 +242,7 @@ SECTIONS: dict[str, Section] = {
     "operators-table": partial(others_table, "cpu"),
     "peers-table": peers_table,
     "slots": slots_section,
+    "small-steps": small_steps,
     "step-table": partial(step_table, "cpu"),
     "targets-table": targets_table,
 }

@@ -21,7 +21,7 @@ def decode_table() -> str:
         ]
         rows = _decoded(result)
         lines += [
-            f"| {_mode(row)} | {row['rows']} | {row['tokens_per_forward']:.2f} | {row['tokens_per_second']:.0f} "
+            f"| {_mode(row)} | {row['rows'] or ''} | {row['tokens_per_forward']:.2f} | {row['tokens_per_second']:.0f} "
             f"| {row['speedup']:.2f} x | {'yes' if row['identical'] else 'NO'} |"
             for row in rows
             if row["batch"] == 1
@@ -41,6 +41,8 @@ def _decoded(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mode(row: dict[str, Any]) -> str:
+    if row["block_size"] == "auto":
+        return 'TiDAR, block_size="auto"'
     return f"TiDAR, B = {row['block_size']}" if row["block_size"] else "autoregressive"
 
 
@@ -51,7 +53,7 @@ def decode_batch_table() -> str:
         batches = sorted({row["batch"] for row in _decoded(result)})
         head = "".join(f" batch {batch}: tokens/s | against AR | of its floor, % |" for batch in batches)
         lines = [f"| |{head}", f"| :--- |{' ---: | ---: | ---: |' * len(batches)}"]
-        for block in sorted({row["block_size"] for row in _decoded(result)}):
+        for block in dict.fromkeys(row["block_size"] for row in _decoded(result)):
             rows = {row["batch"]: row for row in _decoded(result) if row["block_size"] == block}
             cells = "".join(
                 f" {rows[b]['tokens_per_second']:.0f} | {rows[b]['speedup']:.2f} x | {_share(rows[b])} |"
@@ -99,7 +101,7 @@ def strategies_table() -> str:
             expected = row["expected_tokens_per_forward"]
             answers = ["yes" if row[field] else "no" for field in ("exact", "identical")]
             lines.append(
-                f"| {row['label']} | {row['rows']} | {row['tokens_per_forward']:.2f} "
+                f"| {row['label']} | {row['rows'] or ''} | {row['tokens_per_forward']:.2f} "
                 f"| {'' if expected is None else f'{expected:.2f}'} | {row['tokens_per_second']:.0f} "
                 f"| {row['speedup']:.2f} x | {' | '.join(answers)} |"
             )
@@ -114,8 +116,8 @@ def strategies_table() -> str:
             f"{first['new_tokens'] // first['prompts']} new bytes each, one at a time; prefill not counted. Expected: "
             f"for TiDAR from the profile below, measured on training text; for ISD and FLARE rows "
             f"`(2 + p + .. + p^(N-2)) / (2 - p^(N-1))` at the acceptance p of the run. {where(result)}.",
-            f"The profile that *auto* chose by: of the drafts 1, 2, .. positions after the first whose predecessors "
-            f"stayed, {shares} stay; a step takes, in ms, {steps} rows.",
+            f"The profile that *TiDAR, auto* chose by: of the drafts 1, 2, .. positions after the first whose "
+            f"predecessors stayed, {shares} stay; a step takes, in ms, {steps} rows.",
         ]
     return "\n\n".join(found) or NO_CPU
 

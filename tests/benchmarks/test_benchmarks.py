@@ -334,3 +334,4 @@ def test_strategies_take_turns_and_are_compared(monkeypatch: pytest.MonkeyPatch)
         assert line["tokens_per_forward"] == pytest.approx(20 / line["forwards"], abs=1e-4)
         assert line["rows"] == candidate.rows
     assert not all(row["exact"] for row in rows)
+    assert [(row["name"], row["exact"]) for row in rows if row["rows"] is None] == [("adaptive", True)]

@@ -14,17 +14,17 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from benchmarks import bits, gpu, row
+from benchmarks import bits, cpu, gpu, row
 from benchmarks.core import measure, rates, record, timing
-from benchmarks.core.operands import Implementation, Prepared, WrongResultError, listing
+from benchmarks.core.operands import OURS, Implementation, Operands, Prepared, WrongResultError, listing
 from benchmarks.decoding import models
 from benchmarks.decoding.decoder_step import DecoderStep, WholeStep
-from benchmarks.decoding.slots import Pass
+from benchmarks.decoding.slots import Pass, TokenSlots
 from benchmarks.operators import attention, flex
 from benchmarks.operators.attention import Attention
 from benchmarks.operators.step_attention import Step, StepAttention
 from benchmarks.registry import OPERATORS, PARTS
-from benchmarks.reports import pictures
+from benchmarks.reports import pictures, targets
 from tests.benchmarks.benching import RATES, TINY, YARDSTICKS, by_name, leaking, once, part_of, sections_of
 from tidar_kernels import testing
 from tidar_kernels.models import Transformer, TransformerConfig
@@ -513,6 +513,41 @@ def test_tables_of_operators(dry: gpu.Suite, tmp_path: Path, monkeypatch: pytest
     assert "does not run there | not measured yet | `pip install flashinfer-python` |" in module.peers_table()
     assert "| CPU | step attention, SDPA without mask | ≤ 1.3 x | 2 of 2 | 1 x (tiny" in module.targets_table()
     assert module.step_table("cuda").startswith("No GPU figures")
+
+
+def test_steps_of_a_small_model_in_both_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[type[Operands], Any]] = [(TokenSlots, Pass("tiny", 1, 24))]
+    cases += [(DecoderStep, WholeStep("tiny", block, 24, levels)) for block, levels in ((0, 0), (4, 0), (4, 1))]
+    monkeypatch.setitem(cpu.KINDS, "steps", (cases, cpu.BOTH, 0.0))
+    monkeypatch.setattr(rates, "measure", lambda device, dtypes: [*YARDSTICKS])
+    assert cpu.main(["steps", "--out", str(tmp_path)]) == 0
+    rows = [row for row in part_of(tmp_path, "steps") if "p50_us" in row]
+    assert [(row["dtype"], row["rows"]) for row in rows if row["operator"] == "decoder_step"] == [
+        (dtype, count) for dtype in ("float32", "bfloat16") for count in (1, 20, 8)
+    ]
+    one = {row["dtype"]: row["p50_us"] for row in rows if row["operator"] == "decoder_step" and row["rows"] == 1}
+    for line in rows:
+        if line["operator"] == "decoder_step":  # by the step of one token in its own dtype
+            assert line["of_autoregressive"] == pytest.approx(line["p50_us"] / one[line["dtype"]], abs=1e-3)
+    module = sections_of(tmp_path, monkeypatch, "operators")
+    text = module.small_steps()
+    assert "| bfloat16, B = 4, one level | 8 | " in text
+    assert "| float32 | 1 | " in text
+
+
+def test_targets_of_a_cpu_are_those_of_the_machine_that_was_measured_last(tmp_path: Path) -> None:
+    for machine, day, speedup in (("a", "02", 2.0), ("b", "01", 9.0)):
+        rows = [{"operator": "strategy", "label": machine, "exact": True, "speedup": speedup}]
+        part = record.content("strategies", "cpu", rows) | {"date": f"2026-01-{day}"}
+        case = {"operator": "verify", "vocab_size": 151936, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+        times = [case | {"implementation": name, "p50_us": us} for name, us in ((OURS, 11 * speedup), ("argmax", 2.0))]
+        times.append({**times[0], "top_k": 50, "p50_us": 1e9})
+        operators = record.content("operators", "cpu", times) | {"date": f"2026-01-{day}"}
+        record.save(tmp_path / f"cpu-{machine}-2026-01-{day}.json", {"strategies": part, "operators": operators})
+    assert targets.lines(tmp_path, "cpu") == [
+        "verify with top-p, argmax of the same logits <= 12 x: 1 of 1 cases, the worst 11 x (151936 tokens, top-p)",
+        "the shipped model, autoregression >= 2.5 x: 0 of 1 cases, the worst 2 x (a)",
+    ]
 
 
 def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ PARTS = {
     "training": ("training attention beside its peers, on the CPU", "benchmarks.cpu training"),
     "decode": ("the shipped model, TiDAR against autoregression", "benchmarks.decoding.decode"),
     "slots": ("a forward pass over the tokens in flight", "benchmarks.cpu token_slots"),
+    "steps": ("steps of a model of SmolLM2-135M's size, float32 and bfloat16", "benchmarks.cpu steps"),
     "breakdown": ("where the time of a decode step goes", "benchmarks.decoding.breakdown"),
     "strategies": ("every way to decode, side by side", "benchmarks.decoding.strategies"),
     "compatibility": (
