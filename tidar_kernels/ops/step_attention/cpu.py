@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...patterns.rows import unpack_tree_mask
-from .._cpu import TensorMemo, add_sinks, broken_keys, capped_attention, share, unit_stride, without
+from .._cpu import TensorMemo, add_sinks, all_below, broken_keys, capped_attention, share, unit_stride, without
 from ..operands import Cached, Keys, Rows, Scores, results_of
 from ..paging import of_one_width, of_sequence, plain
 
@@ -99,6 +99,32 @@ def _each_alone(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple
     return out, lse
 
 
+def _one_token(rows: Rows, keys: Keys, cached: Cached, scores: Scores, length: int) -> tuple[Tensor, Tensor] | None:
+    """A step of one row a sequence that sees `length` tokens of context and its own key; None where it is another step.
+
+    The softmax over one key is that key's value, so that no part in flight is computed and no other row's key needs a
+    mask: about half of the calls of the general way, which counts where the context is short.
+    """
+    (q, lead, _, reach, *_), (k, v), (scale, softcap, sinks) = rows, keys, scores
+    if length == 0 or softcap is not None or reach is not None or lead.tolist() != [[0, 1]]:
+        return None
+    batch, num_heads, _, head_dim = q.shape
+    packed = unit_stride(q.reshape(batch, k.shape[1], -1, head_dim))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own_lse = (packed.to(wide) * k).sum(-1).mul_(scale)
+    if not all_below(own_lse):  # of a broken key, or an overflow
+        return None
+    k_ctx, v_ctx = cached.k_cache.narrow(2, 0, length), cached.v_cache.narrow(2, 0, length)
+    ctx, ctx_lse = _flash(packed, unit_stride(k_ctx), unit_stride(v_ctx), scale=scale)
+    out, weight = torch.empty(packed.shape, dtype=wide, device="cpu"), torch.sigmoid(ctx_lse - own_lse)
+    torch.lerp(v.to(wide), ctx.to(wide), weight.unsqueeze(-1), out=out)
+    out = out.view(batch, num_heads, 1, head_dim).to(q.dtype)
+    lse = torch.logaddexp(own_lse, ctx_lse).reshape(batch, num_heads, 1)
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
+    return out, lse
+
+
 def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tuple[Tensor, Tensor]:
     """CPU path of `tidar_kernels.step_attention`: `(out, lse)`."""
     if rows.cu_rows is not None:
@@ -109,6 +135,11 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         rows, keys, cached = of_one_width(rows, keys, cached)
         out, lse = step_attention(rows, keys, cached, scores)
         return out[..., :head_dim_v].contiguous(), lse
+    counts = cached.lengths.tolist() if rows.q.numel() else []
+    if rows.q.shape[2] == keys.k.shape[2] == 1 and len(set(counts)) == 1:
+        found = _one_token(rows, keys, cached, scores, counts[0])
+        if found is not None:
+            return found
     broken = broken_keys(keys)
     if broken is not None:
         out, lse = step_attention(rows, without(keys, broken), cached, scores)
@@ -117,7 +148,7 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         seeing = (visible & broken.unsqueeze(2)).any(-1).repeat_interleave(out.shape[1] // broken.shape[1], dim=1)
         return out.masked_fill(seeing.unsqueeze(-1), math.nan), lse.masked_fill(seeing, math.nan)
     (q, lead, own, reach, tree_mask, *_), (k, v), (scale, softcap, sinks) = rows, keys, scores
-    k_cache, v_cache, lengths = cached.k_cache, cached.v_cache, cached.lengths
+    k_cache, v_cache = cached.k_cache, cached.v_cache
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
@@ -127,7 +158,6 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         out, lse = torch.zeros_like(packed), packed.new_full(packed.shape[:-1], -math.inf, dtype=lse_dtype)
     else:
         out, lse = _attend(packed, k, v, scale, softcap, *_packed_mask(lead, own, tree_mask, kv_len, q.dtype, group))
-    counts = lengths.tolist() if packed.numel() else []
     # Sequences of one length share a call; a ragged batch takes one call a sequence.
     groups = (
         [(slice(0, batch), counts[0])]
