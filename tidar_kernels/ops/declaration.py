@@ -39,6 +39,7 @@ NAMESPACE = "tidar_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 
 
+@functools.cache
 def interpreting() -> bool:
     """True if Triton kernels run interpreted on the CPU (`TRITON_INTERPRET=1`, read before they are imported)."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"

@@ -11,7 +11,7 @@ from ...patterns.arguments import check_int
 from .. import checks
 from ..declaration import Backend, Operator, check_backend
 from ..operands import Cached, Keys
-from . import reference
+from . import cpu, reference
 from .operands import Turned, Written
 
 __all__ = ["append_kv", "compact_kv", "rotary_append"]
@@ -331,7 +331,7 @@ append_operator, scaling_append_operator = _pair(
     Cached,
     Keys,
     Written,
-    reference=reference.append_kv,
+    cpu=cpu.append_kv,
     kernel=lambda: _kernels().append_kv,
     fake=_nothing,
 )
@@ -351,7 +351,7 @@ rotary_operator, scaling_rotary_operator = _pair(
     Keys,
     Cached,
     Written,
-    reference=reference.rotary_append,
+    cpu=cpu.rotary_append,
     kernel=lambda: _kernels().rotary_append,
     fake=_rotary_fake,
 )

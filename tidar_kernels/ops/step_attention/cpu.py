@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...patterns.rows import unpack_tree_mask
-from .._cpu import TensorMemo, add_sinks, all_below, broken_keys, capped_attention, share, unit_stride, without
+from .._cpu import TensorMemo, add_sinks, broken_keys, capped_attention, share, unit_stride, without
 from ..operands import Cached, Keys, Rows, Scores, results_of
 from ..paging import of_one_width, of_sequence, plain
 
@@ -110,16 +110,17 @@ def _one_token(rows: Rows, keys: Keys, cached: Cached, scores: Scores, length: i
         return None
     batch, num_heads, _, head_dim = q.shape
     packed = unit_stride(q.reshape(batch, k.shape[1], -1, head_dim))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    own_lse = (packed.to(wide) * k).sum(-1).mul_(scale)
-    if not all_below(own_lse):  # of a broken key, or an overflow
-        return None
     k_ctx, v_ctx = cached.k_cache.narrow(2, 0, length), cached.v_cache.narrow(2, 0, length)
     ctx, ctx_lse = _flash(packed, unit_stride(k_ctx), unit_stride(v_ctx), scale=scale)
-    out, weight = torch.empty(packed.shape, dtype=wide, device="cpu"), torch.sigmoid(ctx_lse - own_lse)
-    torch.lerp(v.to(wide), ctx.to(wide), weight.unsqueeze(-1), out=out)
-    out = out.view(batch, num_heads, 1, head_dim).to(q.dtype)
-    lse = torch.logaddexp(own_lse, ctx_lse).reshape(batch, num_heads, 1)
+    is_wide = ctx.dtype == ctx_lse.dtype
+    if not is_wide:
+        packed, ctx, v = (x.to(ctx_lse.dtype) for x in (packed, ctx, v))
+    own_lse = (packed * k).sum(-1).mul_(scale)
+    lse = torch.logaddexp(own_lse, ctx_lse)
+    # Its share of the softmax: NaN where the key is broken or its score overflows, and with it the row.
+    out = torch.lerp(ctx, v, own_lse.sub_(lse).exp_().unsqueeze(-1))
+    out, lse = out.reshape(batch, num_heads, 1, head_dim), lse.reshape(batch, num_heads, 1)
+    out = out if is_wide else out.to(q.dtype)
     if sinks is not None:
         add_sinks(out, lse, sinks)
     return out, lse
