@@ -209,6 +209,8 @@ def _verify_cpu(target: Target, drafted: Drafted, requests: Requests) -> tuple[T
     (logits, mix, beta), (drafts, draft_logits, rule) = target, drafted
     if logits.shape[-1] > cpu.SMALL:
         return cpu.verify(target, drafted, requests)
+    if mix is None and cpu.is_greedy(requests):
+        return cpu.verify_greedy(logits, drafts)
     *sampling, seen = requests
     options: dict[str, Any] = {"draft_logits": draft_logits, "mix": mix, "beta": beta, "seen": seen}
     return reference.verify(logits, drafts, *sampling, rule=RULES[rule], **options)
@@ -217,6 +219,8 @@ def _verify_cpu(target: Target, drafted: Drafted, requests: Requests) -> tuple[T
 def _sample_cpu(target: Target, requests: Requests, stream: int) -> Tensor:
     if target.logits.shape[-1] > cpu.SMALL:
         return cpu.sample(target, requests, stream)
+    if cpu.is_greedy(requests):
+        return cpu.sample_greedy(target.logits)
     *sampling, seen = requests
     return reference.sample(target.logits, *sampling, seen=seen, stream=stream)
 

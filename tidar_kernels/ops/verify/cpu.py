@@ -7,7 +7,8 @@ The results are those of the twins (`reference.py`). What makes them cheap:
 - Gumbel noise lies in a known range, so a token too far below the row's largest score cannot win. Noise is computed for
   the others alone; where these are most of the vocabulary, its bits are, and its logarithms for those near the lead.
 
-A small vocabulary is left to the twins: all rows of it at once cost less than the calls for one row.
+A small vocabulary is left to the twins: all rows of it at once cost less than the calls for one row. Where every
+sequence is greedy, a maximum of each row is all that it takes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch import Tensor
 from . import noise
 from .noise import Stream
 from .operands import RULES, Drafted, Requests, Target
+from .params import Knob
 
-__all__ = ["SMALL", "sample", "verify"]
+__all__ = ["SMALL", "is_greedy", "sample", "sample_greedy", "verify", "verify_greedy"]
 
 SMALL = 2**14  # tokens: up to here the twins are faster
 _COUNTERS = 2**12  # of noise at a time, so that their words stay in the cache
@@ -199,7 +201,12 @@ def sample(target: Target, requests: Requests, stream: int) -> Tensor:
 def verify(target: Target, drafted: Drafted, requests: Requests) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.verify`."""
     found = [_verify_sequence(target, drafted, requests, b) for b in range(len(target.logits))]
-    accepted, next_tokens, bad_rows = torch.tensor(found, dtype=torch.int64, device="cpu").unbind(1)
+    return _decided(found)
+
+
+def _decided(found: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `verify` from those of each sequence."""
+    accepted, next_tokens, bad_rows = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 3).unbind(1)
     return accepted.clone(), next_tokens.clone(), bad_rows.clone()
 
 
@@ -241,3 +248,27 @@ def _verify_sequence(target: Target, drafted: Drafted, requests: Requests, b: in
                 continue
             rest = (p - q).clamp(min=0)
         return i + 1, _drawn(rest if bool((rest > 0).any()) else p, seed, positions[i], Stream.RESIDUAL), -1
+
+
+def is_greedy(requests: Requests) -> bool:
+    """Whether all sequences take the largest logits as they are: other knobs than a penalty leave these the largest."""
+    return requests.seen is None and max(requests.knobs[:, Knob.TEMPERATURE].tolist(), default=0.0) <= 0.0
+
+
+def sample_greedy(logits: Tensor) -> Tensor:
+    """As `reference.sample` of greedy sequences."""
+    largest, tokens = logits.detach().max(-1)
+    return tokens.masked_fill_(~(largest.abs() < math.inf), -1)  # NaN is the largest of all
+
+
+def verify_greedy(logits: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.verify` of greedy sequences, by any rule."""
+    largest, tokens = (x.tolist() for x in logits.detach().max(-1))
+    found = []
+    for of_rows, taken, (_, *following) in zip(largest, tokens, drafts.tolist(), strict=True):
+        row = 0
+        while row < len(following) and taken[row] == following[row] and -math.inf < of_rows[row] < math.inf:
+            row += 1
+        is_good = -math.inf < of_rows[row] < math.inf
+        found.append((row + 1, taken[row] if is_good else -1, -1 if is_good else row))
+    return _decided(found)
