@@ -75,7 +75,7 @@ def test_doctor_names_the_path_that_runs(healthy: None, monkeypatch: pytest.Monk
         return call
 
     monkeypatch.setattr(step_operator, "cpu", recording("step_attention", step_operator.cpu))
-    monkeypatch.setattr(append_operator, "reference", recording("append_kv", append_operator.reference))
+    monkeypatch.setattr(append_operator, "cpu", recording("append_kv", append_operator.cpu))
     testing.run_parity("cpu")
     assert called == {"step_attention", "append_kv"}
     assert all(path.startswith("PyTorch") for path in doctor.operator_paths(torch.device("cpu")).values())

@@ -119,6 +119,23 @@ def test_rows_that_see_a_broken_key_are_not_finite(device: str, name: str) -> No
         assert bool(out[:, :, ~sees].isfinite().all())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("device", PATHS)
+def test_one_token_whose_own_key_is_broken_is_not_finite(device: str, which: str, value: float) -> None:
+    attend: Any
+    attend, device = (eager.step_attention, "cpu") if device == "eager" else (tk.step_attention, device)
+    q, k, v = torch.randn(3, 2, 2, 1, 16, device=device)
+    caches = torch.randn(2, 2, 2, 40, 16, device=device)
+    lengths = torch.tensor([33, 33], dtype=torch.int32, device=device)
+    expected = attend(q, k, v, *caches, lengths, patterns.causal(1))
+    (k if which == "k" else v)[1, :, :, 3:] = value
+    q[1] = q[1].abs()  # a score of +inf; the softmax of one of -inf is that of the other keys
+    out = attend(q, k, v, *caches, lengths, patterns.causal(1))
+    assert not bool(out[1].isfinite().all(-1).any())
+    assert torch.equal(out[0], expected[0])
+
+
 @pytest.mark.parametrize(("dtype", "heads", "more"), KINDS)
 @pytest.mark.parametrize("name", TRAINING)
 @pytest.mark.parametrize("device", ["cpu", "eager"])

@@ -19,6 +19,18 @@ def test_parity(device: str, case: testing.RotaryCase) -> None:
     testing.check_rotary_append(case, device)
 
 
+@pytest.mark.parametrize("lengths", [(4, 4), (0, 5)], ids=["one_length", "lengths_differ"])
+@pytest.mark.parametrize("keep", [0, 2, 3])
+def test_the_bits_of_the_twin_on_the_cpu(keep: int, lengths: tuple[int, int]) -> None:
+    q, k, v = (torch.randn(2, 3, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
+    rotary = RotaryEmbedding(16)(torch.tensor(lengths)[:, None] + torch.arange(3), torch.float32)
+    found, expected = torch.zeros(2, 2, 2, 2, 9, 16)
+    turned = rotary_append(q, k, v, rotary, *found, torch.tensor(lengths), keep)
+    twin = rotary_append(q, k, v, rotary, *expected, torch.tensor(lengths), keep, backend="eager")
+    assert torch.equal(found, expected)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(turned, twin, strict=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_values_enter_the_cache_as_they_are(device: str) -> None:
     k_cache, v_cache = torch.zeros(2, 1, 2, 8, 16, dtype=torch.bfloat16, device=device)

@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.paths import DEVICES, KERNELS, on_every_path
 from tidar_kernels import eager, ops, patterns, testing
 from tidar_kernels.ops import paging
+from tidar_kernels.ops.kv import cpu as kv_cpu
+from tidar_kernels.ops.kv.operands import Turned, Written
+from tidar_kernels.ops.operands import Cached, Keys, Scores
+from tidar_kernels.ops.step_attention import cpu as step_cpu
+from tidar_kernels.ops.step_attention.api import rows_of
 from tidar_kernels.testing.caches import CacheKind
 
 
@@ -32,6 +38,33 @@ def test_draft_row_is_single_token_decoding(device: str, case: testing.StepCase)
 @pytest.mark.parametrize(("device", "case"), on_every_path("launch_bits"))
 def test_bits_do_not_depend_on_the_launch(device: str, case: testing.StepCase) -> None:
     testing.check_launch_bits(case, device)
+
+
+class Calls(TorchDispatchMode):
+    """The calls of PyTorch inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_token_on_the_cpu_takes_few_calls() -> None:
+    """What a call of PyTorch costs is what a step of one token takes over a short context."""
+    q, k, v = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 2, 1, 16)
+    cached = Cached(*torch.randn(2, 1, 2, 40, 16), torch.tensor([30], dtype=torch.int32))
+    rows = rows_of(q, patterns.causal(1))
+    with Calls() as calls:
+        step_cpu.step_attention(rows, Keys(k, v), cached, Scores(0.25))
+    assert sum("flash_attention" in name for name in calls.names) == 1
+    assert len(calls.names) <= 16
+    turned = Turned(q, *torch.randn(2, 1, 1, 16))
+    with Calls() as calls:
+        kv_cpu.rotary_append(turned, Keys(k, v), cached, Written(), 1)
+    assert len(calls.names) <= 14
 
 
 @pytest.mark.parametrize("device", DEVICES)

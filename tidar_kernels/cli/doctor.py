@@ -54,7 +54,7 @@ OPERATORS = {
     "attention": "PyTorch, fused CPU attention",
     "append_kv": "PyTorch, slice copies",
     "compact_kv": "PyTorch",
-    "rotary_append": "PyTorch",
+    "rotary_append": "PyTorch, slice copies",
     "verify, sample": "PyTorch",
     "gated_lora": "PyTorch",
     "row_invariant_linear": "PyTorch",

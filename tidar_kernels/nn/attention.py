@@ -30,8 +30,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(check_int("dim", dim, 1, 2**31)))
 
     def forward(self, x: Tensor) -> Tensor:
-        checks.last_dim("x", x, self.weight.shape[0])
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight
+        checks.last_dim("x", x, weight.shape[0])
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class TiDARAttention(nn.Module):
@@ -136,11 +137,12 @@ class TiDARAttention(nn.Module):
         else:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             keep = pattern.kept_len
-            if rotary is None:
-                cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
-            else:
-                q, k = cache.rotary_append(self.layer_idx, q, k, v, rotary, keep)
             k_cache, v_cache = cache.layer(self.layer_idx)
             options = cache.options(self.layer_idx)
+            if rotary is None:
+                cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
+            else:  # `cache.rotary_append`, without asking for the layer twice
+                cache.check_room(keep)
+                q, k = ops.rotary_append(q, k, v, rotary, k_cache, v_cache, cache.lengths, keep, **options)
             out = ops.step_attention(q, k, v, k_cache, v_cache, cache.context_lengths, pattern, **options)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))

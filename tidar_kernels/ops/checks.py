@@ -49,7 +49,8 @@ def tensor(name: str, value: Any, rank: int) -> None:
 
 def last_dim(name: str, value: Any, size: int) -> None:
     """`value` is a float tensor `[.., size]`."""
-    strided(name, value)
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
+        strided(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a float dtype, got {value.dtype}")
     if value.ndim < 1 or value.shape[-1] != size:

@@ -220,10 +220,14 @@ def rotary_append(
     else:
         _check_no_gradients(k_cache=k_cache, v_cache=v_cache)
         operator = scaling_rotary_operator if _by_slot(k_scale) else rotary_operator
-        with torch.no_grad():  # or the CPU path would make the cache part of the graph
-            turned = operator(Turned(q, cos, sin), Keys(k, v), cached, written, keep=most)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            turned = _WithoutGradient.apply(*turned, q, k)
+        bundles = Turned(q, cos, sin), Keys(k, v), cached, written
+        if not torch.is_grad_enabled():
+            turned = operator(*bundles, keep=most)
+        else:
+            with torch.no_grad():  # or the CPU path would make the cache part of the graph
+                turned = operator(*bundles, keep=most)
+            if q.requires_grad or k.requires_grad:
+                turned = _WithoutGradient.apply(*turned, q, k)
     return turned if cu_rows is None else (turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1))
 
 

@@ -1,6 +1,6 @@
-"""CPU paths of the operators that write into a cache, for caches as they are mostly: without pages, float8, ragged rows.
+"""CPU paths of `append_kv` and `rotary_append`; pages, float8 caches and ragged rows are left to the twins.
 
-The same bits as the twins, by fewer calls: the time of a call of PyTorch is that of a step's few tokens.
+The same bits as the twins by fewer calls of PyTorch: with the few tokens of a step, calls are what takes the time.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def _is_plain(cached: Cached, written: Written) -> bool:
     )
 
 
-def rotary_append(
-    turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int
-) -> tuple[Tensor, Tensor]:
+def rotary_append(turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int) -> tuple[Tensor, Tensor]:
     """As `reference.rotary_append`."""
     if not _is_plain(cached, written):
         return reference.rotary_append(

@@ -160,23 +160,26 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
     else:
         out, lse = _attend(packed, k, v, scale, softcap, *_packed_mask(lead, own, tree_mask, kv_len, q.dtype, group))
     # Sequences of one length share a call; a ragged batch takes one call a sequence.
-    groups = (
-        [(slice(0, batch), counts[0])]
-        if len(set(counts)) == 1
-        else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
+    one_call = len(set(counts)) == 1
+    calls = (
+        [(counts[0], packed, out, lse, k_cache, v_cache)]
+        if one_call
+        else [
+            (length, *(x[b : b + 1] for x in (packed, out, lse, k_cache, v_cache))) for b, length in enumerate(counts)
+        ]
     )
     merged = []
-    for at, length in groups:
-        so_far, so_far_lse = out[at], lse[at]
+    for length, of_rows, so_far, so_far_lse, k_all, v_all in calls:
         for slots, mask, empty in _context_parts(length, reach, q.dtype, group):
-            k_ctx, v_ctx = k_cache[at, :, slots], v_cache[at, :, slots]
-            ctx, ctx_lse = _attend(packed[at], k_ctx, v_ctx, scale, softcap, mask, empty)
+            ctx, ctx_lse = _attend(of_rows, k_all[:, :, slots], v_all[:, :, slots], scale, softcap, mask, empty)
             # A part that every row sees has a finite lse, and needs no care for rows without a key.
-            weight = torch.sigmoid(ctx_lse - so_far_lse) if empty is None else share(ctx_lse, so_far_lse)
-            # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
-            so_far = torch.lerp(so_far.to(lse_dtype), ctx.to(lse_dtype), weight.unsqueeze(-1))
+            weight = (ctx_lse - so_far_lse).sigmoid_() if empty is None else share(ctx_lse, so_far_lse)
+            if so_far.dtype != lse_dtype:
+                # in float32 at least: rounding the product to half would cost as much as the two halves' own rounding
+                so_far = so_far.to(lse_dtype)
+            so_far = torch.lerp(so_far, ctx if ctx.dtype == lse_dtype else ctx.to(lse_dtype), weight.unsqueeze(-1))
             so_far_lse = torch.logaddexp(ctx_lse, so_far_lse)
-        merged.append((so_far.to(q.dtype), so_far_lse))
+        merged.append((so_far if so_far.dtype == q.dtype else so_far.to(q.dtype), so_far_lse))
     if merged:
         out, lse = map(torch.cat, zip(*merged, strict=True)) if len(merged) > 1 else merged[0]
     # contiguous, as the schema's fake tensors are: ATen's results are transposed
