@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from tidar_kernels import Decoder, ops
+from tidar_kernels.cache import KVCache
 from tidar_kernels.decoding import runner
 from tidar_kernels.decoding.strategies import base
 from tidar_kernels.models import shipped
@@ -33,7 +34,7 @@ PROGRAM = "python -m benchmarks.decoding.breakdown"
 # What is wrapped: part -> (owner, attribute).
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "attention": ((ops, "step_attention"),),
-    "append": ((ops, "rotary_append"),),
+    "append": ((KVCache, "rotary_append"),),
     "projections": ((torch.nn.Linear, "forward"),),
     "lm_head": ((Transformer, "logits"),),
     "verify": ((base, "verify"), (base, "sample"), (runner, "sample")),

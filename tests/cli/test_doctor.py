@@ -146,10 +146,10 @@ def test_doctor_finds_a_wrong_operator(run: Run, healthy: None, monkeypatch: pyt
 
 
 def test_doctor_names_what_crashes(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**operands: Any) -> None:
+    def broken(*bundles: Any) -> None:
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr(append_operator, "reference", broken)
+    monkeypatch.setattr(append_operator, "cpu", broken)
     report = json.loads(run("doctor", "--device", "cpu", "--json")[1])
     assert not report["ok"]
     assert [check for check in report["checks"] if not check["ok"]] == [

@@ -137,12 +137,11 @@ class TiDARAttention(nn.Module):
         else:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             keep = pattern.kept_len
-            k_cache, v_cache = cache.layer(self.layer_idx)
-            options = cache.options(self.layer_idx)
             if rotary is None:
                 cache.append(self.layer_idx, k[:, :, :keep], v[:, :, :keep])
-            else:  # `cache.rotary_append`, without asking for the layer twice
-                cache.check_room(keep)
-                q, k = ops.rotary_append(q, k, v, rotary, k_cache, v_cache, cache.lengths, keep, **options)
+            else:
+                q, k = cache.rotary_append(self.layer_idx, q, k, v, rotary, keep)
+            k_cache, v_cache = cache.layer(self.layer_idx)
+            options = cache.options(self.layer_idx)
             out = ops.step_attention(q, k, v, k_cache, v_cache, cache.context_lengths, pattern, **options)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
