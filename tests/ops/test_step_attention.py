@@ -17,7 +17,7 @@ from tests.paths import DEVICES, KERNELS, on_every_path
 from tidar_kernels import eager, ops, patterns, testing
 from tidar_kernels.ops import paging
 from tidar_kernels.ops.kv import cpu as kv_cpu
-from tidar_kernels.ops.kv.operands import Turned, Written
+from tidar_kernels.ops.kv.operands import Turned
 from tidar_kernels.ops.operands import Cached, Keys, Scores
 from tidar_kernels.ops.step_attention import cpu as step_cpu
 from tidar_kernels.ops.step_attention.api import rows_of
@@ -63,7 +63,7 @@ def test_one_token_on_the_cpu_takes_few_calls() -> None:
     assert len(calls.names) <= 16
     turned = Turned(q, *torch.randn(2, 1, 1, 16))
     with Calls() as calls:
-        kv_cpu.rotary_append(turned, Keys(k, v), cached, Written(), 1)
+        kv_cpu.rotary_append(turned, Keys(k, v), cached, 1)
     assert len(calls.names) <= 14
 
 

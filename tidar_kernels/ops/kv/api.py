@@ -312,6 +312,21 @@ def _kernels() -> Any:
     return triton
 
 
+def _append_cpu(cached: Cached, keys: Keys, written: Written) -> None:
+    if cpu.fits(cached, written, keys.k.shape[2]):
+        cpu.append_kv(cached, keys)
+        return
+    (k_cache, v_cache, lengths, _, *stored, _), (k, v) = cached, keys
+    reference.append_kv(k_cache, v_cache, k, v, lengths, *stored, *written)
+
+
+def _rotary_cpu(turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int) -> tuple[Tensor, Tensor]:
+    if cpu.fits(cached, written, keep):
+        return cpu.rotary_append(turned, keys, cached, keep)
+    (q, cos, sin), (k, v), (k_cache, v_cache, lengths, _, *stored, _) = turned, keys, cached
+    return reference.rotary_append(q, k, v, cos, sin, k_cache, v_cache, lengths, keep, *stored, *written)
+
+
 def _nothing(*bundles: Any, **others: Any) -> None:
     return None
 
@@ -335,7 +350,7 @@ append_operator, scaling_append_operator = _pair(
     Cached,
     Keys,
     Written,
-    cpu=cpu.append_kv,
+    cpu=_append_cpu,
     kernel=lambda: _kernels().append_kv,
     fake=_nothing,
 )
@@ -355,7 +370,7 @@ rotary_operator, scaling_rotary_operator = _pair(
     Keys,
     Cached,
     Written,
-    cpu=cpu.rotary_append,
+    cpu=_rotary_cpu,
     kernel=lambda: _kernels().rotary_append,
     fake=_rotary_fake,
 )

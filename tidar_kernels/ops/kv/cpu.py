@@ -9,49 +9,34 @@ import torch
 from torch import Tensor
 
 from ..operands import Cached, Keys
-from . import reference
 from .operands import Turned, Written
 
-__all__ = ["append_kv", "rotary_append"]
+__all__ = ["append_kv", "fits", "rotary_append"]
 
 
-def append_kv(cached: Cached, keys: Keys, written: Written) -> None:
-    """As `reference.append_kv`."""
-    lengths, count = cached.lengths.tolist(), keys.k.shape[2]
-    if not _is_plain(cached, written) or not all(0 <= length <= cached.capacity - count for length in lengths):
-        reference.append_kv(
-            *(cached.k_cache, cached.v_cache, *keys, cached.lengths),
-            *(cached.block_table, cached.k_scale, cached.v_scale, *written),
-        )
-    elif lengths.count(lengths[0]) == len(lengths):
-        for cache, new in zip(cached[:2], keys, strict=True):
-            cache.narrow(2, lengths[0], count).copy_(new)
-    else:
-        for cache, new in zip(cached[:2], keys, strict=True):
+def fits(cached: Cached, written: Written, tokens: int) -> bool:
+    """Whether these paths take the operands: `tokens` more of every sequence, all of which have a slot of their own."""
+    if cached.block_table is not None or cached.k_scale is not None or written != (None, None):
+        return False
+    lengths = cached.lengths.tolist()
+    return bool(lengths) and min(lengths) >= 0 and max(lengths) + tokens <= cached.k_cache.shape[2]
+
+
+def append_kv(cached: Cached, keys: Keys) -> None:
+    """As `reference.append_kv`, of operands that fit."""
+    lengths, tokens = cached.lengths.tolist(), keys.k.shape[2]
+    for cache, new in zip(cached[:2], keys, strict=True):
+        if lengths.count(lengths[0]) == len(lengths):
+            cache.narrow(2, lengths[0], tokens).copy_(new)
+        else:
             for one, of, length in zip(cache.unbind(), new.unbind(), lengths, strict=True):
-                one.narrow(1, length, count).copy_(of)
+                one.narrow(1, length, tokens).copy_(of)
 
 
-def _is_plain(cached: Cached, written: Written) -> bool:
-    return (
-        cached.block_table is None
-        and cached.k_scale is None
-        and written.cu_rows is None
-        and written.kept is None
-        and len(cached.lengths) > 0
-    )
-
-
-def rotary_append(turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int) -> tuple[Tensor, Tensor]:
-    """As `reference.rotary_append`."""
-    if not _is_plain(cached, written):
-        return reference.rotary_append(
-            *(turned.q, *keys, turned.cos, turned.sin, cached.k_cache, cached.v_cache, cached.lengths, keep),
-            *(cached.block_table, cached.k_scale, cached.v_scale, *written),
-        )
+def rotary_append(turned: Turned, keys: Keys, cached: Cached, keep: int) -> tuple[Tensor, Tensor]:
+    """As `reference.rotary_append`, of operands that fit."""
     cos, sin, half = turned.cos.unsqueeze(1), turned.sin.unsqueeze(1), turned.cos.shape[-1] // 2
     q, k = ((x * cos).add_(torch.roll(x, half, -1).mul_(sin)) for x in (turned.q, keys.k))
-    rows = k.shape[2]
-    kept = Keys(k, keys.v) if keep == rows else Keys(k.narrow(2, 0, keep), keys.v.narrow(2, 0, keep))
-    append_kv(cached, kept, written)
+    kept = Keys(k, keys.v)
+    append_kv(cached, kept if keep == k.shape[2] else Keys(*(x.narrow(2, 0, keep) for x in kept)))
     return q, k
