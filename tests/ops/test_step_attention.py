@@ -40,6 +40,22 @@ def test_bits_do_not_depend_on_the_launch(device: str, case: testing.StepCase) -
     testing.check_launch_bits(case, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        testing.StepCase("group_4", patterns.causal(1), (70,)),
+        testing.StepCase("two_of_one_length", patterns.causal(1), (33, 33), 4, 2, 16, layout="bhnd"),
+        testing.StepCase("scale_and_sinks", patterns.causal(1), (5, 5), 2, 2, 32, scale=0.7, sinks=True),
+        testing.StepCase("no_context", patterns.causal(1), (0, 0), 4, 2, 16),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_token_of_sequences_of_one_length(device: str, case: testing.StepCase, dtype: torch.dtype) -> None:
+    testing.check_step_attention(replace(case, dtype=dtype), device)
+
+
 class Calls(TorchDispatchMode):
     """The calls of PyTorch inside, by name."""
 

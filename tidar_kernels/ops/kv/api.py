@@ -316,15 +316,17 @@ def _append_cpu(cached: Cached, keys: Keys, written: Written) -> None:
     if cpu.fits(cached, written, keys.k.shape[2]):
         cpu.append_kv(cached, keys)
         return
-    (k_cache, v_cache, lengths, _, *stored, _), (k, v) = cached, keys
-    reference.append_kv(k_cache, v_cache, k, v, lengths, *stored, *written)
+    k_cache, v_cache, lengths, _, block_table, k_scale, v_scale, _ = cached
+    reference.append_kv(k_cache, v_cache, *keys, lengths, block_table, k_scale, v_scale, *written)
 
 
 def _rotary_cpu(turned: Turned, keys: Keys, cached: Cached, written: Written, keep: int) -> tuple[Tensor, Tensor]:
     if cpu.fits(cached, written, keep):
         return cpu.rotary_append(turned, keys, cached, keep)
-    (q, cos, sin), (k, v), (k_cache, v_cache, lengths, _, *stored, _) = turned, keys, cached
-    return reference.rotary_append(q, k, v, cos, sin, k_cache, v_cache, lengths, keep, *stored, *written)
+    (q, cos, sin), (k_cache, v_cache, lengths, _, block_table, k_scale, v_scale, _) = turned, cached
+    return reference.rotary_append(
+        q, *keys, cos, sin, k_cache, v_cache, lengths, keep, block_table, k_scale, v_scale, *written
+    )
 
 
 def _nothing(*bundles: Any, **others: Any) -> None:
