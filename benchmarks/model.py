@@ -3,17 +3,19 @@
     python -m benchmarks.model [--json]
 
 Nothing here was measured on a GPU but what `H200` says. A kernel takes the longest of three: its bytes at the copy
-bandwidth; its tiles, wave by wave, at the rate of the multiplications or of the instruction slots that the static
-report counts in the hot loop; and each launch costs a gap. docs/performance.md shows the predictions, and beside them
-what `make gpu` measured, once it has.
+bandwidth; the tiles of its busiest multiprocessor, at the rate of the multiplications or of the instruction slots that
+the static report counts in the hot loop; and each launch costs a gap. docs/performance.md shows the predictions, and
+beside them what `make gpu` measured, once it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import heapq
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ class Traffic:
         partial_bytes: float32 results of splits, written once and read once.
         programs, dead: of the attention kernel; a dead one finds no key of its rows and returns.
         tiles: of BLOCK_M rows by BLOCK_N keys, in all programs.
-        longest: tiles of the program that has the most.
+        busiest: tiles of the multiprocessor that has the most.
         launches: kernels.
     """
 
@@ -54,7 +56,7 @@ class Traffic:
     programs: int
     dead: int
     tiles: int
-    longest: int
+    busiest: int
     launches: int
 
     @property
@@ -81,6 +83,20 @@ def plan_of(case: Step, chip: Chip, capacity: int | None = None) -> Any:
     return plan_step_attention(rows, Keys(keys[0], keys[1]), cached, Scores(case.head_dim**-0.5), chip.capability)[0]
 
 
+def attention_launch(case: Step, chip: Chip, capacity: int | None = None) -> Any:
+    """That of the attention kernel."""
+    return next(one for one in plan_of(case, chip, capacity) if one.kernel.__name__ == "step_attention_kernel")
+
+
+def busiest_of(programs: Iterable[int], multiprocessors: int) -> int:
+    """Tiles of the multiprocessor that has the most, where programs of so many tiles go, in the order of the launch, to
+    the multiprocessor that has the fewest: the one that is free first, or whose blocks share its rates with fewer."""
+    loads = [0] * multiprocessors
+    for tiles in programs:
+        heapq.heapreplace(loads, loads[0] + tiles)
+    return max(loads)
+
+
 def traffic(case: Step, chip: Chip = H200, capacity: int | None = None) -> Traffic:
     """Counted from the launch plan of `case`.
 
@@ -88,23 +104,26 @@ def traffic(case: Step, chip: Chip = H200, capacity: int | None = None) -> Traff
         capacity: slots of a cache whose lengths the host does not know, as in a captured graph; default context and
             step, with the length known.
     """
-    launches = plan_of(case, chip, capacity)
-    attend = next(one for one in launches if one.kernel.__name__ == "step_attention_kernel")
+    launches, attend = plan_of(case, chip, capacity), attention_launch(case, chip, capacity)
     block_m, block_n, split = (attend.options[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT"))
     sharing = attend.grid[1]  # programs that share the splits of a row tile
     pattern, group, pairs = case.pattern, case.num_heads // case.num_kv_heads, case.batch * case.num_kv_heads
-    live = tiles = longest = held = 0
+    live = held = 0
+    tiles_of: list[list[int]] = []  # by row tile of a kv head, of each program that is not dead
     for begin in range(0, pattern.q_len * group, block_m):
         rows = slice(begin // group, -(-min(begin + block_m, pattern.q_len * group) // group))
         end, own = case.context_len + int(pattern.lead[rows, 1].max()), pattern.own[rows]
         own = own[own[:, 1] > own[:, 0]]
-        of_own = -(-int(own[:, 1].max() - own[:, 0].min()) // block_n) if len(own) else 0
-        splits, of_line = max(1, -(-end // split)), -(-end // block_n)
-        live, tiles = live + min(splits, sharing), tiles + of_line + of_own
+        splits = max(1, -(-end // split))
+        of_splits = [-(-min(split, end - start) // block_n) for start in range(0, splits * split, split)]
+        of_splits[0] += -(-int(own[:, 1].max() - own[:, 0].min()) // block_n) if len(own) else 0
+        tiles_of.append([sum(of_splits[first::sharing]) for first in range(min(splits, sharing))])
+        live += len(tiles_of[-1])
         held += splits * (min(begin + block_m, pattern.q_len * group) - begin)  # rows with a result of their split
-        longest = max(longest, min(of_line, -(-splits // sharing) * (split // block_n)) + of_own)
     in_flight = 2 * pairs * pattern.q_len * case.head_dim * DTYPE.itemsize
     programs = attend.grid[0] * attend.grid[1]
+    # Row tiles are the fastest index of the grid, then kv heads and sequences, then the programs of a tile.
+    launched = [own[share] for share in range(sharing) for own in tiles_of * pairs if share < len(own)]
     names = [one.kernel.__name__ for one in launches]
     return Traffic(
         kv_bytes=2 * pairs * case.context_len * case.head_dim * DTYPE.itemsize + in_flight,
@@ -112,10 +131,22 @@ def traffic(case: Step, chip: Chip = H200, capacity: int | None = None) -> Traff
         partial_bytes=2 * 4 * pairs * held * (case.head_dim + 1) * ("combine_splits_kernel" in names),
         programs=programs,
         dead=programs - live * pairs,
-        tiles=tiles * pairs,
-        longest=longest,
+        tiles=sum(launched),
+        busiest=busiest_of(launched, chip.multiprocessors),
         launches=len(launches),
     )
+
+
+def least_partial_bytes(case: Step, chip: Chip = H200) -> tuple[int, int]:
+    """`(programs, bytes)`: how many programs must share a row tile for one wave of them to fill the chip, and what they
+    write and read again if each leaves one float32 result of its rows, whatever keys it had.
+
+    No scheme with partial results moves less, unless it leaves multiprocessors idle. Ours, whose results are of splits
+    and do not depend on who had them, moves `Traffic.partial_bytes`.
+    """
+    programs = max(1, chip.multiprocessors // attention_launch(case, chip).grid[0])
+    rows = case.batch * case.num_heads * case.pattern.q_len
+    return programs, 2 * 4 * rows * (case.head_dim + 1) * programs * (programs > 1)
 
 
 @functools.cache
@@ -140,15 +171,8 @@ def attention_us(case: Step, chip: Chip = H200) -> dict[str, Any]:
     entry = _entry(chip, case.head_dim)
     clocks, blocks = clocks_of_tile(entry, 2, chip), resident_blocks(entry)
     of_bytes = moved.bytes / chip.bytes_per_s
-    # Blocks of one multiprocessor share its rates, so what counts is how many of the tiles the busiest one has.
-    live = moved.programs - moved.dead
-    waves = -(-live // (chip.multiprocessors * blocks))
-    # Few programs with many tiles each end in waves; many with few tiles even out.
-    resident = -(-live // chip.multiprocessors)
-    tiles = max(moved.tiles / chip.multiprocessors, moved.longest * min(resident, blocks))
-    if resident <= 2:
-        tiles = max(tiles, moved.longest * resident)
-    of_tiles = tiles * clocks / chip.clock_hz
+    waves = -(-(moved.programs - moved.dead) // (chip.multiprocessors * blocks))
+    of_tiles = moved.busiest * clocks / chip.clock_hz
     seconds = max(of_bytes, of_tiles) + moved.launches * chip.gap_s
     seconds += moved.dead * chip.dead_s / chip.multiprocessors
     bound = "bytes" if of_bytes > of_tiles else "tiles"
@@ -230,6 +254,20 @@ def attention_rows(chip: Chip = H200) -> list[dict[str, Any]]:
     return rows
 
 
+def partial_rows(chip: Chip = H200) -> list[dict[str, Any]]:
+    """Partial results at B = 4 and Qwen3-8B's heads, beside the least that they can be (`least_partial_bytes`)."""
+    rows = []
+    for batch in (1, 8):
+        for context in (8192, 32768):
+            case = step("Qwen3-8B", 4, context, batch)
+            moved, (programs, least) = traffic(case, chip), least_partial_bytes(case, chip)
+            rows.append({
+                "batch": batch, "context_len": context, "row_tiles": attention_launch(case, chip).grid[0],
+                "programs": programs, "least": least / moved.kv_bytes, "partials": moved.partial_bytes / moved.kv_bytes,
+            })  # fmt: skip
+    return rows
+
+
 def step_rows(chip: Chip = H200) -> list[dict[str, Any]]:
     """Predicted steps of the models that TiDAR publishes figures for, in autoregressive steps, and the speed-up."""
     rows = []
@@ -252,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one object in place of lines")
     options = parser.parse_args(arguments)
-    found = {"step_attention": attention_rows(), "decoder_step": step_rows()}
+    found = {"step_attention": attention_rows(), "partials": partial_rows(), "decoder_step": step_rows()}
     if options.json:
         print(json.dumps(found))
         return 0

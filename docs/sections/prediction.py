@@ -37,6 +37,19 @@ def attention_table() -> str:
     return table(head, rows, left=0)
 
 
+def partials_table() -> str:
+    """How much of the partial results at B = 4 any scheme would have."""
+    rows = [
+        [
+            f"{row['batch']}", f"{row['context_len']}", f"{row['row_tiles']}", f"{row['programs']}",
+            f"{row['least']:.0%}", f"{row['partials']:.0%}",
+        ]
+        for row in model.partial_rows()
+    ]  # fmt: skip
+    head = ["batch", "context", "row tiles", "programs a tile that fill the chip", "least partials of K/V", "ours"]
+    return table(head, rows, left=0)
+
+
 def steps_table() -> str:
     """Decoder steps at the shapes of known models."""
     rows = [
@@ -102,6 +115,7 @@ def _entry(row: dict[str, Any]) -> list[str]:
 
 SECTIONS: dict[str, Section] = {
     "predicted-attention": attention_table,
+    "predicted-partials": partials_table,
     "predicted-steps": steps_table,
     "training-kernels": training_kernels_table,
 }

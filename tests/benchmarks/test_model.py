@@ -59,6 +59,28 @@ def test_partial_results_are_those_that_are_allocated() -> None:
     assert found.kv_bytes == 2 * 2 * 8 * (8192 + 20) * 128
 
 
+def test_programs_go_to_the_multiprocessor_that_is_free_first() -> None:
+    assert model.busiest_of([], 2) == 0
+    assert model.busiest_of([4, 4, 4, 1], 2) == 8
+    assert model.busiest_of([4, 1, 1, 1, 1], 2) == 4
+    case = Step(
+        "a", 32, 8, 128, 4, 8192
+    )  # 128 programs of 8 tiles of 64 keys, then the 8 of the split that the step begins
+    found = model.traffic(case)
+    assert (found.programs, found.busiest) == (136, 9)
+    assert found.tiles == 8 * (16 * 8 + 1 + 1)  # of the line, and of own blocks
+
+
+def test_the_least_partial_results_are_one_a_program() -> None:
+    """16 programs for each of 8 row tiles, 2 for each of 64; 80 rows of 128 numbers and their lse, written and read."""
+    one = 2 * 4 * 8 * 80 * (128 + 1)
+    assert model.least_partial_bytes(Step("a", 32, 8, 128, 4, 8192)) == (16, 16 * one)
+    assert model.least_partial_bytes(Step("a", 32, 8, 128, 4, 8192, 8)) == (2, 8 * 2 * one)
+    assert model.least_partial_bytes(Step("a", 32, 8, 128, 4, 8192, 64)) == (1, 0)
+    for row in model.partial_rows():
+        assert row["least"] <= row["partials"]
+
+
 def test_one_split_has_no_partial_results() -> None:
     found = model.traffic(Step("a", 4, 2, 64, 4, 40))
     assert (found.partial_bytes, found.dead) == (0, 0)

@@ -18,7 +18,7 @@ from tidar_kernels import patterns, testing
 from tidar_kernels.ops._triton import configs
 from tidar_kernels.ops._triton import linear_tables as linear_configs
 from tidar_kernels.ops._triton.configs import HEAD_DIM_TILES, Chip, attention_config, entries, nearest_chip, step_config
-from tidar_kernels.ops._triton.tables import ANY, CHIPS, PARENTS, TABLES
+from tidar_kernels.ops._triton.tables import ANY, CHIPS, FOLDING, PARENTS, TABLES
 from tidar_kernels.ops.operands import Cached, Keys, Rows, Scores
 from tidar_kernels.ops.step_attention import triton as step_attention
 
@@ -123,8 +123,10 @@ def test_a_step_is_configured_by_chip_dtype_head_dim_and_kind_alone() -> None:
         (106, 17, 1),  # four fifths of it
         (8, 17, 17),  # B = 4, batch 1
         (140, 5, 5),  # one program a tile would leave the second wave nearly empty
-        (192, 17, 3),  # B = 8, batch 8, 8k: two waves of 192 programs would leave a quarter of the chip unused
-        (72, 65, 8),  # B = 16, batch 1, a graph of 32k: 576 programs in the place of 4680
+        (192, 17, 2),  # B = 8, batch 8, 8k: 192 programs would use 73 % of two waves, 384 use 97 % of three
+        (72, 65, 7),  # B = 16, batch 1, a graph of 32k: 504 programs in the place of 4680
+        (32, 65, 12),  # B = 4, batch 4, a graph of 32k: 384 programs use 97 % of three waves
+        (288, 17, 3),  # B = 16, batch 4, 8k: 864 programs use 94 % of seven waves, 576 use 87 % of five
         (576, 65, 1),  # B = 16, batch 8
         (0, 1, 1),
     ],
@@ -139,6 +141,27 @@ def test_who_shares_the_splits_of_a_row_tile(tiles: int, splits: int, programs: 
         ("gfx942", torch.float16, 128, configs.PLAIN),
     ):
         assert configs.programs_of_a_tile(chip, dtype, head_dim, kind, tiles, splits) == splits
+
+
+@pytest.mark.parametrize("chip", FOLDING)
+def test_programs_that_have_several_splits_fill_the_chip(chip: int) -> None:
+    """Whatever the number of row tiles: two waves at least, eight at most, 85 % of them used.
+
+    80 % are enough where one program has all splits.
+    """
+    multiprocessors = configs.MULTIPROCESSORS[chip]
+    for tiles in range(1, 10 * multiprocessors):
+        programs = configs.programs_of_a_tile(chip, torch.bfloat16, 128, configs.PLAIN, tiles, 65)
+        launched = tiles * programs
+        waves = -(-launched // multiprocessors)
+        if programs == 1:
+            assert launched >= 0.8 * waves * multiprocessors
+        elif programs < 65:
+            assert 2 <= waves <= 8
+            assert launched >= 0.85 * waves * multiprocessors
+        else:
+            assert programs == 65
+            assert waves <= 8
 
 
 def test_a_long_prefill_has_no_partial_results() -> None:

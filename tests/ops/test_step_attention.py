@@ -305,7 +305,7 @@ def test_who_has_which_splits_does_not_change_bits(device: str, name: str, monke
     }
     case = replace(testing.StepCase(name, patterns.tidar_step(4), lengths[name], 2, 1, 16), **more[name])
     memory, found, launched = testing.step_operands(case, device), [], set()
-    for wanted in (99, 1, 2):
+    for wanted in (99, 1, 2, 3, 4):
 
         def programs(*arguments: Any, wanted: int = wanted) -> int:
             launched.add(arguments[-1])

@@ -183,20 +183,40 @@ def split_size(chip: Chip | None, max_len: int) -> int:
     return size
 
 
+def _used(programs: int, multiprocessors: int) -> float:
+    """Of the waves that `programs` of equal length take, one a multiprocessor, how much of the chip's time is used."""
+    waves = -(-programs // multiprocessors)
+    return programs / (waves * multiprocessors) if waves else 1.0
+
+
+@functools.lru_cache(maxsize=1024)
+def _sharing(multiprocessors: int, tiles: int) -> int:
+    """How many programs share the splits of a row tile, where one would leave much of the chip unused and one a split
+    would be too many.
+
+    At least two waves, since some programs have a split more than others; the fewest then that use 95 % of their waves,
+    up to `_MOST_PROGRAMS` a multiprocessor, or else those that use the most.
+    """
+    least, most = max(2, -(-2 * multiprocessors // tiles)), _MOST_PROGRAMS * multiprocessors // tiles
+    used = {programs: _used(programs * tiles, multiprocessors) for programs in range(least, most + 1)}
+    return next((programs for programs, share in used.items() if share >= 0.95), max(used, key=used.__getitem__))
+
+
 def programs_of_a_tile(chip: Chip | None, dtype: torch.dtype, head_dim: int, kind: str, tiles: int, splits: int) -> int:
     """How many programs of the step kernel share the splits of a row tile, of which a launch has `tiles` (x kv heads).
 
     One, which leaves no partial results, where the last wave of programs leaves less than a fifth of the chip's time
-    unused. Else one a split, up to `_MOST_PROGRAMS` a multiprocessor. Past these, where most would return at once in a
-    long cache that is nearly empty, half as many, each with several splits. A kernel that would spill in its loop if
-    programs had several splits (`FOLDING`) has one a split. This moves work between programs and changes no bit.
+    unused. Else one a split, up to `_MOST_PROGRAMS` a multiprocessor: the finest shares are the most even ones. Past
+    these, where most would return at once in a long cache that is nearly empty, as many as make whole waves
+    (`_sharing`), each with several splits. A kernel that would spill in its loop if programs had several splits
+    (`FOLDING`) has one a split. This moves work between programs and changes no bit.
     """
     multiprocessors = _INTERPRET_MULTIPROCESSORS if chip is None else MULTIPROCESSORS[chip]
     plain = kind == PLAIN and dtype != torch.float32
     if chip is not None and not (plain and head_dim in FOLDING.get(chip, ())):
         return splits
-    if 5 * tiles >= 4 * multiprocessors * -(-tiles // multiprocessors):
+    if _used(tiles, multiprocessors) >= 0.8:
         return 1
     if tiles * splits <= _MOST_PROGRAMS * multiprocessors:
         return splits
-    return -(-_MOST_PROGRAMS * multiprocessors // (2 * tiles))
+    return _sharing(multiprocessors, tiles)
