@@ -25,7 +25,7 @@ LISTED = {
     "ops/step_attention/api.py:step_attention": "what users call",
     "ops/step_attention/api.py:schema": "what PyTorch registers",
     "ops/step_attention/reference.py:step_attention": "the twin is read alone",
-    "ops/step_attention/triton.py:step_attention_kernel": "the arguments of a Triton kernel",
+    "ops/step_attention/triton_kernels.py:step_attention_kernel": "the arguments of a Triton kernel",
 }
 OPERANDS = {"q", "k", "v", "k_cache", "v_cache", "lengths"}
 

@@ -1,4 +1,4 @@
-"""`tk.step_attention`: api (checks, schema), reference, cpu, cpu_exact (rows alone), triton."""
+"""`tk.step_attention`: api (checks, schema), reference, cpu, cpu_exact (rows alone), triton, triton_kernels."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def step_attention(
             entries of a table or the rows of a ragged batch do not fit; a head_dim above 512, which the kernels have no
             tiles for.
 
-    Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton.py` beside this file.
+    Twin: `tidar_kernels.eager.step_attention`. Kernel: `triton_kernels.py` beside this file.
     """
     given = q, k, v
     if isinstance(pattern, PatternBatch):
