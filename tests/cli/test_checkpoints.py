@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from tests.cli.shell import Run, refused
 from tests.integrations.transformers.published import reference, write
 from tests.integrations.transformers.test_convert import letters, saved, tiny
-from tidar_kernels.cli import generate
+from tidar_kernels.cli import loading
 from tidar_kernels.integrations.transformers.distillation import AdapterTrainer, DistillationConfig
 
 
@@ -77,7 +77,7 @@ def test_generate_takes_the_adapter_of_an_ordinary_model(
 
 
 def test_text_comes_when_a_character_is_whole() -> None:
-    stream = generate.TextStream(letters())
+    stream = loading.TextStream(letters())
     tokens = letters()("hello world")["input_ids"]
     assert [stream.push(tokens[:3]), stream.push(tokens[3:]), stream.finish()] == ["hel", "lo world", ""]
 
@@ -87,7 +87,7 @@ def test_text_comes_when_a_character_is_whole() -> None:
         def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
             return "é" * (len(tokens) // 2) + "\ufffd" * (len(tokens) % 2)
 
-    stream = generate.TextStream(Pairs())
+    stream = loading.TextStream(Pairs())
     assert [stream.push([1]), stream.push([2]), stream.push([3]), stream.finish()] == ["", "é", "", "\ufffd"]
 
 

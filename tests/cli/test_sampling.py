@@ -168,7 +168,7 @@ def test_values_out_of_range(run: Run, option: str, value: str, expected: str, m
     def load(options: Any) -> None:
         raise AssertionError("expected no model to be loaded")
 
-    monkeypatch.setattr(generate, "_load_model", load)
+    monkeypatch.setattr(generate, "load_model", load)
     code, out, err = run(f"{option}={value}")
     assert (code, out) == (2, "")
     assert err == (

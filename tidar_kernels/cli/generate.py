@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import DTYPES, quiet
+from .checkpoints import DTYPES
 from .common import (
     FAILED,
     MAX_BLOCK_SIZE,
@@ -26,24 +26,19 @@ from .common import (
     import_torch,
     one_line,
     print_json,
-    resolve_device,
     table,
     user_errors,
     versions,
     whole_number,
 )
+from .loading import Loaded, load_model
 from .memory import check_memory, step_bytes
 from .sampling import Sampling, add_sampling_arguments
 from .strategy import Drafts, add_strategy_arguments
 
 if TYPE_CHECKING:
-    import torch
-
     from ..decoding.decoder import GenerationResult, Mode
-    from ..decoding.session import DecoderModel
     from ..decoding.strategies import Strategy
-    from ..models import Transformer
-    from ..models.tokenizer import StreamDecoder
     from ..patterns import Pattern
 
 SUMMARY = "decode a prompt, several tokens per forward pass"
@@ -169,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = _load_model(options)
+    loaded = load_model(options)
     model, device = loaded.model, loaded.device
     prompt = _Prompt(text, source, loaded.encode(text))
     if not prompt.tokens:
@@ -232,20 +227,6 @@ class _Prompt:
     tokens: list[int]
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model with what its text needs; `strategy` is what a folder's model or adapter was trained for, if it says."""
-
-    model: DecoderModel
-    device: torch.device
-    encode: Callable[[str], list[int]]
-    stream: Callable[[], StreamDecoder | TextStream]
-    mask_token_id: int
-    stop_tokens: tuple[int, ...]
-    strategy: Strategy | None = None
-    adapted: bool | None = None
-
-
 def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
     """The prompt and where it comes from; anything wrong with it shows before PyTorch is loaded."""
     if options.prompt is not None:
@@ -286,120 +267,8 @@ def _demo_prompt() -> tuple[str, str]:
     return text.decode("utf-8", errors="ignore"), f"the first {len(text)} bytes of {name}, held out of training"
 
 
-def _load_model(options: argparse.Namespace) -> _Loaded:
-    """The model to decode with, on its device."""
-    if options.checkpoint is not None and options.checkpoint.is_dir():
-        return _load_folder(options)
-    for option in ("dtype", "mask_token_id"):
-        if getattr(options, option) is not None:
-            name = f"--{option.replace('_', '-')}"
-            raise UserError(f"{name}: expected beside --checkpoint FOLDER, got {getattr(options, option)}")
-    from ..models import ByteTokenizer, load_checkpoint, load_shipped
-    from ..models.tokenizer import EOS_ID, MASK_ID, VOCAB_SIZE
-
-    device = resolve_device(options.device)
-    with user_errors(
-        Exception, rename={"path": "--checkpoint"}, otherwise="--checkpoint: expected a checkpoint that can be read"
-    ):
-        if options.checkpoint is None:
-            model, _ = load_shipped(device=device)
-        else:
-            model = load_checkpoint(options.checkpoint, device=device)
-    if options.adapter is not None:
-        _add_adapter(model, options)
-    if model.config.vocab_size != VOCAB_SIZE:
-        raise UserError(
-            f"--checkpoint: expected a byte-level model of {VOCAB_SIZE} tokens, got {model.config.vocab_size} tokens"
-        )
-    mask, tokenizer = model.config.mask_token_id, ByteTokenizer()
-    return _Loaded(model, device, tokenizer.encode, tokenizer.stream, MASK_ID if mask is None else mask, (EOS_ID,))
-
-
-def _load_folder(options: argparse.Namespace) -> _Loaded:
-    """A transformers model and its tokenizer, as `Decoder.from_transformers` reads and recognises them."""
-    import torch
-
-    from ..decoding.strategies import Strategy
-
-    device = resolve_device(options.device)
-    rename = {
-        "model": "--checkpoint", "model_path": "--checkpoint", "path": "--adapter", "block_size": "--block-size",
-        "strategy": "--strategy", "mask_token_id": "--mask-token-id",
-    }  # fmt: skip
-    with (
-        quiet(),
-        user_errors(Exception, rename=rename, otherwise="--checkpoint: expected a checkpoint that can be read"),
-    ):
-        from ..integrations.transformers.checkpoints import prepared
-        from ..integrations.transformers.loading import read_tokenizer
-        from ..nn.adapters import has_gated_lora
-
-        tokenizer = read_tokenizer(str(options.checkpoint))
-        if tokenizer is None:
-            raise ValueError(f"--checkpoint: expected a tokenizer in the folder, got none in {options.checkpoint}")
-        found = prepared(
-            str(options.checkpoint),
-            tokenizer,
-            block_size=options.block_size,
-            strategy=None if options.strategy is None else options.strategy.replace("-", "_"),
-            mask_token_id=options.mask_token_id,
-            autoregressive=options.mode == "autoregressive" and not options.compare,
-            adapter=True if options.adapter is None else options.adapter,
-            dtype="auto" if options.dtype is None else getattr(torch, options.dtype),
-            device=device,
-        )
-        model = found.model.model
-        mask = found.model.config.mask_token_id
-        ends = model.generation_config.eos_token_id
-        return _Loaded(
-            found.model,
-            device,
-            lambda text: list(tokenizer(text)["input_ids"]),
-            lambda: TextStream(tokenizer),
-            0 if mask is None else mask,  # of none, nothing drafts
-            tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
-            found.strategy if isinstance(found.strategy, Strategy) else None,
-            has_gated_lora(model),
-        )
-
-
-class TextStream:
-    """Tokens of a transformers tokenizer in, text out: as much as no later token can change."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._tokens, self._given = tokenizer, list[int](), ""
-
-    def push(self, tokens: Iterable[int]) -> str:
-        """The text that `tokens` complete."""
-        self._tokens += tokens
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        # A character of several tokens is U+FFFD until it is whole.
-        return "" if text.endswith("\ufffd") else self._new(text)
-
-    def finish(self) -> str:
-        """What is left."""
-        return self._new(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-
-    def _new(self, text: str) -> str:
-        new, self._given = text[len(self._given) :], text
-        return new
-
-
-def _add_adapter(model: Transformer, options: argparse.Namespace) -> None:
-    from ..models import load_shipped_adapter
-    from ..nn.adapters import load_peft_adapter
-
-    with user_errors(
-        Exception, rename={"path": "--adapter"}, otherwise="--adapter: expected an adapter that can be read"
-    ):
-        if str(options.adapter) == "shipped":
-            load_shipped_adapter(model)
-        else:
-            load_peft_adapter(model, options.adapter)
-
-
 def _check_memory(
-    loaded: _Loaded, prompt: _Prompt, max_new_tokens: int, modes: int, strategy: Strategy | None = None
+    loaded: Loaded, prompt: _Prompt, max_new_tokens: int, modes: int, strategy: Strategy | None = None
 ) -> None:
     """Raise UserError unless the caches of all modes and a step fit into memory; before anything is allocated."""
     from ..models import TransformerConfig
@@ -463,7 +332,7 @@ class _Task:
 
     def __init__(
         self,
-        loaded: _Loaded,
+        loaded: Loaded,
         prompt: _Prompt,
         mode: Mode,
         strategy: Strategy | None,
