@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -60,6 +60,10 @@ STORED = {
     "ragged pages": testing.CacheKind(16, "packed_nhd"),
 }
 _STORED_CHIPS = (80, 90, 100)
+# Head dims of keys and of values at which some of these are compiled for every chip.
+_STORED_DIMS = ((72, 72), (80, 80), (192, 128), (256, 256))
+_STORED_EVERYWHERE = ("pages of 16", "float8 pages", "ragged")
+_VALUES = ", values of "  # in a variant, before the head dim of values that is not that of keys
 # How many programs share the splits of a row tile where it is not one a split, and head dims that this is compiled for.
 SHARES = {"two programs": 2, "one program": 1, "one program, ragged pages": 1}
 _SHARE_DIMS = (64, 128)
@@ -76,8 +80,8 @@ class Case:
         dtype: "bfloat16" or "float32".
         head_dim: 0 where there is none.
         variant: one of `configs.KINDS`, where a tree has a cap, sinks and a window too; "one split", "tree alone", how
-            rows and cache lie in memory (`STORED`), who has which splits (`SHARES`), the role of a projection, or the
-            rule of verification.
+            rows and cache lie in memory (`STORED`) and how wide values are if not as keys, who has which splits
+            (`SHARES`), the role of a projection, or the rule of verification.
     """
 
     kernel: str
@@ -96,6 +100,16 @@ class Case:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    @property
+    def stored(self) -> str:
+        """The variant without the width of values."""
+        return self.variant.partition(_VALUES)[0]
+
+    @property
+    def head_dim_v(self) -> int:
+        """The head dim of values."""
+        return int(self.variant.partition(_VALUES)[2] or self.head_dim)
+
     def __str__(self) -> str:
         parts = (self.kernel, self.chip, self.dtype, f"d{self.head_dim}" if self.head_dim else "", self.variant)
         return " ".join(part for part in parts if part)
@@ -110,6 +124,9 @@ def cases(chip: configs.Chip) -> list[Case]:
             found += [Case(kernel, str(chip), dtype, head_dim, kind) for head_dim in table]
     found += [Case("step_attention", str(chip), "bfloat16", 128, variant) for variant in ("one split", "tree alone")]
     for head_dim, variant in itertools.product((64, 128), STORED if chip in _STORED_CHIPS else ()):
+        found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
+    for (head_dim, head_dim_v), stored in itertools.product(_STORED_DIMS, _STORED_EVERYWHERE):
+        variant = stored if head_dim_v == head_dim else f"{stored}{_VALUES}{head_dim_v}"
         found.append(Case("step_attention", str(chip), "bfloat16", head_dim, variant))
     for head_dim, variant in itertools.product(_SHARE_DIMS, SHARES if chip in FOLDING else ()):
         if chip in _STORED_CHIPS or not variant.endswith("pages"):
@@ -214,33 +231,36 @@ def _step(case: Case, device: torch.device) -> list[Launch]:
         pattern = pattern.windowed(1024)
     operand = partial(_operand, device, dtype=case.torch_dtype)
     batch: patterns.Pattern | patterns.PatternBatch = pattern
-    shape, lies = (3, pattern.q_len), case.variant.removeprefix("one program, ")
+    shape, lies = (3, pattern.q_len), case.stored.removeprefix("one program, ")
     if lies.startswith("ragged"):
         batch, shape = patterns.batch([pattern] * 3).to(device), (1, 3 * pattern.q_len)
-    q, k, v = (operand(shape[0], heads, shape[1], case.head_dim, layout="bnhd") for heads in (32, 8, 8))
+    widths = ((32, case.head_dim), (8, case.head_dim), (8, case.head_dim_v))
+    q, k, v = (operand(shape[0], heads, shape[1], width, layout="bnhd") for heads, width in widths)
     lengths = torch.full((3,), slots - pattern.q_len, dtype=torch.int32, device=device)
     scores = Scores(case.head_dim**-0.5, *((SOFTCAP, operand(32)) if extras else ()))
-    rows, cached = rows_of(q, batch), _cached(replace(case, variant=lies), slots, lengths)
+    rows, cached = rows_of(q, batch), _cached(case, STORED.get(lies), slots, lengths)
     programs = lambda *arguments: SHARES.get(case.variant, arguments[-1])  # noqa: E731
     with mock.patch.object(step_attention, "programs_of_a_tile", programs):
         return step_attention.plan_step_attention(rows, Keys(k, v), cached, scores, case.target)[0]
 
 
-def _cached(case: Case, slots: int, lengths: Tensor) -> Cached:
-    """Caches of three sequences and 8 heads, stored as the variant says: in pages with their table, with scales."""
-    device, kind = lengths.device, STORED.get(case.variant)
+def _cached(case: Case, kind: testing.CacheKind | None, slots: int, lengths: Tensor) -> Cached:
+    """Caches of three sequences and 8 heads, stored as `kind` says: in pages with their table, with scales."""
+    device, widths = lengths.device, (case.head_dim, case.head_dim_v)
     if kind is None or not kind.page_size:
-        k_cache, v_cache = (_operand(device, 3, 8, slots, case.head_dim, dtype=case.torch_dtype) for _ in "kv")
+        k_cache, v_cache = (_operand(device, 3, 8, slots, width, dtype=case.torch_dtype) for width in widths)
         return Cached(k_cache, v_cache, lengths, slots)
     columns, dtype = slots // kind.page_size, kind.dtype or case.torch_dtype
-    shape = (3 * columns, 8, kind.page_size, case.head_dim)
-    strides, _ = testing.PAGED_LAYOUTS[kind.layout](*shape)
-    k_cache, v_cache = (torch.empty_strided(shape, strides, dtype=dtype, device=device) for _ in "kv")
+    caches = []
+    for width in widths:
+        shape = (3 * columns, 8, kind.page_size, width)
+        strides, _ = testing.PAGED_LAYOUTS[kind.layout](*shape)
+        caches.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
     k_scale = v_scale = None
     if kind.dtype is not None:
         k_scale, v_scale = (_operand(device, 3, 8, dtype=torch.float32) for _ in "kv")
     table = _operand(device, 3, columns, dtype=torch.int32)
-    return Cached(k_cache, v_cache, lengths, slots, table, k_scale, v_scale)
+    return Cached(caches[0], caches[1], lengths, slots, table, k_scale, v_scale)
 
 
 @functools.cache

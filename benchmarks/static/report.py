@@ -86,7 +86,7 @@ def fresh(rows: Iterable[dict[str, Any]]) -> dict[Case, dict[str, Any]]:
 def _line_of(case: Case) -> str:
     """Where the budget has the least resident warps of a case, by chip."""
     line = f"{case.kernel} {case.dtype}" + (f" d{case.head_dim}" if case.head_dim else f" {case.variant}")
-    return f"{line} {case.variant}" if case.variant in {*STORED, *SHARES} else line
+    return f"{line} {case.variant}" if case.stored in {*STORED, *SHARES} else line
 
 
 def broken(rows: Iterable[dict[str, Any]], budget: dict[str, Any]) -> list[str]:

@@ -98,8 +98,9 @@ _STEP: Table = {
             16: ForwardConfig(64, 64, 4, 3),
             32: ForwardConfig(64, 64, 4, 3),
             64: ForwardConfig(128, 32, 4, 3),
+            72: ForwardConfig(64, 32, 8, 3),  # rows that start anywhere: in ragged batches 4 warps spill in the loop
             128: ForwardConfig(64, 32, 4, 3),  # 128 rows spill 8 bytes
-            256: ForwardConfig(64, 32, 8, 3),
+            256: ForwardConfig(32, 32, 8, 3),  # of pages and float8 64 rows spill in the loop
             512: ForwardConfig(32, 32, 8, 3),
         },
         "half extras": {
@@ -112,7 +113,7 @@ _STEP: Table = {
     86: {
         "half": {
             128: ForwardConfig(128, 32, 8, 3),
-            256: ForwardConfig(64, 16, 8, 3),
+            256: ForwardConfig(32, 16, 8, 3),  # of pages and float8 64 rows spill in the loop
             512: ForwardConfig(32, 16, 8, 3),  # 32 keys take 162 kB of shared memory
         },
     },
@@ -121,6 +122,7 @@ _STEP: Table = {
             16: ForwardConfig(128, 64, 4, 4),
             32: ForwardConfig(128, 64, 4, 4),
             64: ForwardConfig(128, 64, 4, 4),
+            72: ForwardConfig(128, 32, 8, 4),  # rows that start anywhere: in ragged batches 64 keys spill in the loop
             128: ForwardConfig(128, 64, 8, 4, SCORES_AHEAD=True),
             256: ForwardConfig(64, 32, 8, 3),
             512: ForwardConfig(32, 32, 8, 3),  # below the 64 rows of wgmma, which spill a kilobyte
