@@ -71,6 +71,17 @@ def test_rows_that_say_nothing_are_causal() -> None:
     one.check(one.run(ON_CPU, one.fill(buffers, None)))
 
 
+def test_results_are_written_where_vllm_wants_them() -> None:
+    """Not copied there: what attends has the buffer itself, in the order of its rows."""
+    one, buffers = Pass(MIX, "LBHNC"), Buffers(MOST_REQUESTS, MOST_ROWS, torch.device("cpu"))
+
+    def attend(rows: Any, *others: Any) -> None:
+        rows.into.copy_(torch.arange(rows.into.shape[2])[:, None])
+
+    out = one.run(Path(ON_CPU.append, attend), one.fill(buffers, one.rows()))
+    assert torch.equal(out, torch.arange(len(out)).to(out.dtype)[:, None].expand_as(out))
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("cc", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *FLOAT8])

@@ -25,7 +25,7 @@ from ...ops.operands import Cached, Keys, Scores
 from ...ops.operands import Rows as QueryRows
 from ...ops.paging import as_kept_rows
 from ...ops.step_attention import cpu
-from ...ops.step_attention.api import operator
+from ...ops.step_attention.api import into_operator
 
 __all__ = ["KERNELS", "ON_CPU", "Batch", "Buffers", "Path", "Rows", "step"]
 
@@ -140,10 +140,10 @@ class Buffers:
 
 
 class Path(NamedTuple):
-    """What runs a pass: `append(cached, keys, written)`, and `attend(rows, keys, cached, scores)`."""
+    """What runs a pass: `append(cached, keys, written)`, and `attend(rows, keys, cached, scores)` into `rows.into`."""
 
     append: Callable[[Cached, Keys, Written], Any]
-    attend: Callable[[QueryRows, Keys, Cached, Scores], tuple[Tensor, Tensor]]
+    attend: Callable[[QueryRows, Keys, Cached, Scores], Any]
 
 
 def _append_on_cpu(cached: Cached, keys: Keys, written: Written) -> None:
@@ -151,7 +151,7 @@ def _append_on_cpu(cached: Cached, keys: Keys, written: Written) -> None:
     reference.append_kv(k_cache, v_cache, *keys, lengths, block_table, k_scale, v_scale, *written)
 
 
-KERNELS = Path(append_operator, operator)
+KERNELS = Path(append_operator, into_operator)
 # For CPUs alone. There the operators run the kernels if Triton interprets, which vLLM's tests need for its own kernels.
 ON_CPU = Path(_append_on_cpu, cpu.step_attention)
 
@@ -178,8 +178,8 @@ def step(
         cache: keys and values, each `[pages, kv_heads, page_size, head_dim]`, any strides.
         batch: of the pass.
         scores: scale, cap and sinks.
-        out: `[rows or more, heads * head_dim]` or `[rows or more, heads, head_dim]`, written in place. Rows that are
-            nobody's are 0.
+        out: `[rows or more, heads * head_dim]` or `[rows or more, heads, head_dim]`, written in place; it shares no
+            memory with the other operands. Rows that are nobody's are 0.
         scales: of a float8 cache, float32, broadcastable to `[requests, kv_heads]`: value = stored * scale.
     """
     rows = len(batch.lead)
@@ -196,6 +196,6 @@ def step(
         kinds=batch.kinds,
         offsets=batch.starts,
         max_rows=batch.max_rows,
+        into=out[:rows].view(rows, *query.shape[1:]).transpose(0, 1).unsqueeze(0),
     )
-    result, _ = path.attend(ragged, keys, cached, scores)
-    out[:rows].view(rows, *query.shape[1:]).copy_(result[0].transpose(0, 1))
+    path.attend(ragged, keys, cached, scores)
