@@ -158,7 +158,11 @@ def _twin(function: Callable[..., Any], check: Callable[..., None]) -> Any:
 
 
 def _of_public(function: Callable[..., Any], public: Callable[..., Any]) -> Any:
-    """A twin whose checks are those of the public function, which has it as a backend."""
+    """A twin whose checks are those of the public function, which has it as a backend.
+
+    Not for functions that cast under autocast, where an oracle in float64 has to stay one, nor for those that refuse
+    slots outside of a cache, which the kernels drop.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)

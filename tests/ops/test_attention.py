@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib import import_module
 from itertools import pairwise
@@ -370,6 +371,21 @@ def test_no_label_leaks(block_size: int, j: int) -> None:
         hidden = model(torch.randint(64, (1, 2 * s)), pattern)
         (hidden[:, rows] * torch.randn(int(rows.sum()), hidden.shape[-1])).sum().backward()
         assert bool(embedded[-1].grad[0, j].any()) == reached
+
+
+def test_the_twin_is_not_cast_under_autocast() -> None:
+    """An oracle that is asked in float64 answers in float64."""
+    q, weight, pattern = torch.randn(1, 2, 5, 16, dtype=torch.float64), torch.randn(8, 16).double(), patterns.causal(5)
+    lora_a, lora_b, gate = torch.randn(2, 16).double(), torch.randn(8, 2).double(), torch.ones(5)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: eager.attention(q, q, q, pattern),
+        lambda: eager.row_invariant_linear(q, weight),
+        lambda: eager.gated_lora(q, weight, lora_a, lora_b, gate),
+    ]
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
