@@ -13,7 +13,15 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import tokenizers
-from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from tests.integrations.transformers.compatibility import (
     BLOCK_SIZE,
@@ -114,6 +122,16 @@ class TestSampling:
             found.append(run(model, do_sample=True, **options, **more, **OURS))
         assert torch.equal(*found)
 
+    @pytest.mark.parametrize(
+        "options", [{"temperature": 1e-6}, {"top_p": 0.0}, {"temperature": 1e-5, "top_k": 5}], ids=str
+    )
+    def test_beyond_what_the_device_takes(self, model: Any, options: dict[str, Any]) -> None:
+        assert torch.equal(run(model, do_sample=True, **options, **OURS), run(model))
+
+    def test_a_temperature_of_the_callers_own_does_not_sample(self, model: Any) -> None:
+        options = {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0), TopKLogitsWarper(7)])}
+        assert torch.equal(run(model, **options, **OURS), run(model))
+
     def test_returns_several_sequences(self, model: Any) -> None:
         tokens = run(model, one(padded_inputs("none")), do_sample=True, num_return_sequences=3, **OURS)
         assert tokens.shape == (3, 53)
@@ -151,6 +169,44 @@ class TestStopping:
         expected = run(model, **options)
         assert int((expected == 0).sum()) > 18  # some, beside the padding of the prompts
         assert torch.equal(run(model, **options, **OURS), expected)
+
+
+class EndsWithEach(StoppingCriteria):
+    """As lm-eval's `MultiTokenEOSCriteria`: remembers which rows of its batch are done, and ends all at once."""
+
+    def __init__(self, ends: list[list[int]]) -> None:
+        self.ends, self.done = ends, [False] * len(ends)
+        self.asked: list[list[list[int]]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.asked.append(input_ids.tolist())
+        for row, (end, done) in enumerate(zip(self.ends, self.done, strict=True)):
+            self.done[row] = done or input_ids[row, -len(end) :].tolist() == end
+        return all(self.done)
+
+
+@pytest.mark.parametrize("end_token", [None, 90, "of a row"])
+def test_criteria_see_the_batch_that_generate_shows_them(model: Any, end_token: Any) -> None:
+    plain = run(model)
+    ends = [row[-n - 2 : -n].tolist() for row, n in zip(plain, (10, 17, 13), strict=True)]
+    token = int(plain[1, 26]) if end_token == "of a row" else end_token
+    mine, theirs = EndsWithEach(ends), EndsWithEach(ends)
+    tokens = run(model, stopping_criteria=[mine], eos_token_id=token, **OURS)
+    assert torch.equal(tokens, run(model, stopping_criteria=[theirs], eos_token_id=token))
+    assert mine.asked == theirs.asked
+    assert 1 < len(mine.asked) <= 32
+
+
+def test_a_row_that_ends_without_an_end_token_goes_on(model: Any) -> None:
+    """As in `generate`: only where there are end tokens is it filled up."""
+    plain = run(model)
+    options = {"stopping_criteria": [EndsWith(int(plain[0, 30]))]}
+    assert torch.equal(run(model, **options, **OURS), run(model, **options))
+
+
+@pytest.mark.parametrize("token", [-1, [-1, 1000], 1000])
+def test_end_tokens_that_no_row_can_choose(model: Any, token: Any) -> None:
+    assert torch.equal(run(model, eos_token_id=token, **OURS), run(model, eos_token_id=token))
 
 
 class Collected:
@@ -264,6 +320,41 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"^attention_mask: expected one run of tokens in each row, got 20 in"):
             run(model, {**inputs, "attention_mask": mask}, **OURS)
 
+    @pytest.mark.parametrize("change", [lambda p: p + 7, lambda p: p * 2, lambda p: p.flip(-1)])
+    @pytest.mark.parametrize("padding", ["none", "left"])
+    def test_of_positions_of_the_callers_own(self, model: Any, padding: str, change: Any) -> None:
+        inputs = padded_inputs(padding)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        assert torch.equal(run(model, {**inputs, "position_ids": positions}, **OURS), run(model, inputs))
+        with pytest.raises(
+            ValueError, match=r"^position_ids: expected 0, 1, \.\. for the tokens of each row, got others"
+        ):
+            run(model, {**inputs, "position_ids": change(positions)}, **OURS)
+
+    def test_of_a_mask_for_other_tokens(self, model: Any) -> None:
+        ids = padded_inputs("none")["input_ids"]
+        with pytest.raises(
+            ValueError, match=r"^attention_mask: expected shape \[3, 21\] as the tokens have, got \[3, 20\]"
+        ):
+            run(model, {"input_ids": ids, "attention_mask": torch.arange(20).expand(3, -1) > 0}, **OURS)
+
+    def test_of_no_prompts(self, model: Any) -> None:
+        with pytest.raises(ValueError, match=r"^input_ids: expected at least one prompt, got none"):
+            run(model, {"input_ids": torch.ones(0, 4, dtype=torch.int64)}, **OURS)
+
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
+    @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+    def test_of_prompts_that_a_wrapper_adds(self, kind: str) -> None:
+        peft = pytest.importorskip("peft")
+        model = BY_NAME["Llama"].build()
+        wrapped = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        with pytest.raises(
+            ValueError, match=r"^model: expected inputs that LlamaForCausalLM prepares itself, got those"
+        ):
+            run(wrapped, **OURS)
+        assert run(model, **OURS).shape == (3, 53)
+
     def test_of_inputs_that_are_no_tokens(self, model: Any) -> None:
         ids = padded_inputs("none")["input_ids"]
         with pytest.raises(ValueError, match=r"^inputs_embeds: expected tokens as the only input"):
@@ -275,8 +366,6 @@ def test_which_processors_the_device_knows() -> None:
         LogitNormalization,
         MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
         TopPLogitsWarper,
     )
 
@@ -290,6 +379,7 @@ def test_which_processors_the_device_knows() -> None:
         ([best, heat], False),  # in another order
         ([heat, heat], False),
         ([TopPLogitsWarper(0.9, filter_value=-5.0)], False),
+        ([TemperatureLogitsWarper(1e-6)], False),
         ([RowWise()], False),
     ):
         assert sampling_options(processors, padded) is None

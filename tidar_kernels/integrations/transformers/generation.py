@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,8 +86,8 @@ def tidar_generation(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """The strategy itself; `generate` calls it, and takes its keyword options along.
 
-    Padding on either side is stripped by the attention mask. Stopping criteria are asked after every token, a row at a
-    time, and a streamer gets every token by itself. Sampling takes its seed from PyTorch's generator.
+    Padding on either side is stripped by the attention mask. Stopping criteria are asked after every token, about the
+    whole batch, and a streamer gets every token by itself. Sampling takes its seed from PyTorch's generator.
 
     Args:
         block_size, mask_token_id: default those in the config's entry `tidar`.
@@ -98,7 +100,8 @@ def tidar_generation(
     Raises:
         TypeError, ValueError: the model or the options do not suit; beams, assistants and other modes of generation;
             processors that are not row-wise; scores, attentions or hidden states as output; a cache that is already
-            filled; a mask with holes; a streamer for several prompts; inputs but tokens.
+            filled; a mask with holes; positions that do not count from 0; a streamer for several prompts; inputs but
+            tokens, also those that a wrapper of the model adds (PEFT's prompt learning).
     """
     if synced_gpus:
         raise ValueError("synced_gpus: expected False, got True")
@@ -107,14 +110,15 @@ def tidar_generation(
         check_int("block_size", block_size, 1)
     _check_config(generation_config)
     _check_inputs(input_ids, streamer, model_kwargs)
+    _check_preparation(model)
     adapter = decoder_model(model, None, block_size, mask_token_id, needs_mask=mode == "tidar")
-    prompts, prefixes = _prompts(input_ids.to(model.device), model_kwargs.get("attention_mask"))
-    stop_tokens = [t for c in stopping_criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()]
-    criteria = StoppingCriteriaList(
-        c for c in stopping_criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
+    prompts, prefixes = _prompts(
+        input_ids.to(model.device), model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     )
-    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
-    new_tokens = min(limits or [generation_config.max_length]) - input_ids.shape[1]
+    rows = _Rows(input_ids, stopping_criteria, generation_config)
+    # A token that no row can choose ends none; -1 is a usual way to say so.
+    stop_tokens = [token for token in rows.end_tokens if 0 <= token < adapter.config.vocab_size]
+    new_tokens = rows.limit - input_ids.shape[1]
 
     options = sampling_options(logits_processor, any(map(len, prefixes)))
     max_len = max(map(len, prompts)) + new_tokens + (block_size or adapter.config.block_size or 1)
@@ -132,39 +136,99 @@ def tidar_generation(
         max_len=max_len,
         cuda_graph=False if options is None else None,
     )
-    sampled, seed = bool(generation_config.do_sample), 0
-    if sampled:
+    shared, seed = SamplingParams(**{"temperature": 1.0, **(options or {})}), 0
+    if generation_config.do_sample:
         seed = int(torch.randint(2**63 - len(prompts), (), device="cpu"))
+    else:  # whatever temperature a processor of the caller's own has
+        shared = replace(shared, temperature=0.0)
     requests = {}
     for row, prompt in enumerate(prompts):
-        params = replace(SamplingParams(temperature=float(sampled), seed=seed + row), **(options or {}))
-        request = decoder.add(prompt, new_tokens, params, stop_tokens=stop_tokens)
+        request = decoder.add(prompt, new_tokens, replace(shared, seed=seed + row), stop_tokens=stop_tokens)
         requests[request] = (row, decoder.session.requests[request])
 
-    given = input_ids.tolist()
-    tokens: list[list[int]] = [[] for _ in prompts]
-    while decoder.session.requests:
+    while not rows.are_done and decoder.session.requests:
         for event in decoder.step():
             row, record = requests[event.id]
-            if event.finish_reason == "error":
-                raise ValueError(f"logits: {record.error} in row {row}")
-            for token in event.tokens:
-                tokens[row].append(token)
-                if streamer is not None:
-                    streamer.put(torch.tensor([token], device="cpu"))
-                if criteria and _is_done(criteria, given[row] + tokens[row], input_ids.device):
-                    if event.finish_reason is None:
-                        decoder.remove(event.id)
-                    break
+            rows.take(row, event.tokens, record.error if event.finish_reason == "error" else None)
+        for column in rows.columns():
+            if streamer is not None:
+                streamer.put(torch.tensor(column, device="cpu"))
+        for request, (row, _) in requests.items():
+            if row not in rows.open and request in decoder.session.requests:
+                decoder.remove(request)
     if streamer is not None:
         streamer.end()
-
-    pad = generation_config.pad_token_id
-    pad = (stop_tokens or [0])[0] if pad is None else pad
-    longest = max(map(len, tokens))
-    filled = torch.tensor([row + [pad] * (longest - len(row)) for row in tokens], device=input_ids.device)
-    sequences: Any = torch.cat([input_ids, filled], dim=1)
+    sequences: Any = rows.sequences
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+class _Rows:
+    """The rows of a batch, a token of each at a time, as `generate` extends them, however far each is decoded.
+
+    Stopping criteria see the whole batch after every token, rows that have ended filled up: they may count calls, keep
+    something for each row, or end all rows at once. As in `generate`, a row that they end is filled up only where end
+    tokens are among the criteria; else it goes on until all rows have ended.
+
+    Args:
+        input_ids: int64 `[batch, prompt]`.
+        criteria: all of them, end tokens and the greatest length included.
+        config: for the padding token (else the first end token, else 0), and the length if no criterion has it.
+
+    Attributes:
+        end_tokens: those that end a row.
+        limit: tokens of a row, prompt included.
+        open: the rows that take tokens.
+        are_done: all rows have ended.
+    """
+
+    def __init__(self, input_ids: Tensor, criteria: Sequence[Any], config: GenerationConfig) -> None:
+        self._input_ids = input_ids
+        self.end_tokens = [t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()]
+        self.limit = min([c.max_length for c in criteria if type(c) is MaxLengthCriteria] or [config.max_length])
+        self._fills_up = any(hasattr(each, "eos_token_id") for each in criteria)
+        self._others = StoppingCriteriaList(c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria))
+        self._pad = config.pad_token_id if config.pad_token_id is not None else (self.end_tokens or [0])[0]
+        self._ahead: list[deque[int]] = [deque() for _ in input_ids]  # decoded, and in no column yet
+        self._errors: dict[int, str] = {}
+        self._columns: list[list[int]] = []
+        self._ended = [False] * len(input_ids)
+        self.open, self.are_done = set(range(len(input_ids))), False
+
+    @property
+    def sequences(self) -> Tensor:
+        """int64 `[batch, prompt + columns]`."""
+        columns = torch.tensor(self._columns, dtype=torch.int64, device=self._input_ids.device)
+        return torch.cat([self._input_ids, columns.reshape(-1, len(self._input_ids)).T], dim=1)
+
+    def take(self, row: int, tokens: Sequence[int], error: str | None) -> None:
+        """Tokens that were decoded for a row; `error` if its next one could not be, which matters if it is needed."""
+        self._ahead[row].extend(tokens)
+        if error is not None:
+            self._errors[row] = error
+
+    def columns(self) -> Iterator[list[int]]:
+        """Every further token that all open rows have, `[batch]` at a time; criteria are asked about each.
+
+        Raises:
+            ValueError: the next one of an open row could not be decoded.
+        """
+        while not self.are_done:
+            waiting = [row for row in sorted(self.open) if not self._ahead[row]]
+            for row in waiting:
+                if row in self._errors:
+                    raise ValueError(f"logits: {self._errors[row]} in row {row}")
+            if waiting:
+                return
+            column = [queue.popleft() if row in self.open else self._pad for row, queue in enumerate(self._ahead)]
+            self._columns.append(column)
+            self._ended = [ended or token in self.end_tokens for ended, token in zip(self._ended, column, strict=True)]
+            if self._others:
+                asked = self._others(self.sequences, None).tolist()
+                self._ended = [ended or other for ended, other in zip(self._ended, asked, strict=True)]
+            self.are_done = all(self._ended) or self._input_ids.shape[1] + len(self._columns) >= self.limit
+            if self._fills_up:
+                self.open = {row for row in self.open if not self._ended[row]}
+            yield column
 
 
 def _streamer_of_caller() -> Any:
@@ -203,21 +267,43 @@ def _check_inputs(input_ids: Tensor, streamer: Any, model_kwargs: dict[str, Any]
             raise ValueError(f"{name}: expected tokens as the only input, got {type(value).__name__}")
 
 
-def _prompts(input_ids: Tensor, mask: Tensor | None) -> tuple[list[list[int]], list[Tensor]]:
-    """Every row's tokens without its padding, and the padding that stood before them."""
+def _check_preparation(model: Any) -> None:
+    """Raise if `generate` would run the model on more than the tokens it is given, such as PEFT's virtual tokens."""
+    own = vars(model).get("prepare_inputs_for_generation")
+    if own is not None and getattr(own, "__func__", own) is not type(model).prepare_inputs_for_generation:
+        whose = type(getattr(own, "__self__", own)).__name__
+        raise ValueError(
+            f"model: expected inputs that {type(model).__name__} prepares itself, got those that {whose} prepares"
+        )
+
+
+def _prompts(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[list[list[int]], list[Tensor]]:
+    """Every row's tokens without its padding, and the padding that stood before them.
+
+    Args:
+        input_ids: int64 `[batch, prompt]`.
+        mask: of padding, `[batch, prompt]`.
+        positions: `[1 or batch, prompt]`, or several of them for each row, `[any, 1 or batch, prompt]`.
+    """
+    if len(input_ids) == 0:
+        raise ValueError("input_ids: expected at least one prompt, got none")
+    for name, given in (("attention_mask", mask), ("position_ids", positions)):
+        if given is not None and (given.shape[-1] != input_ids.shape[1] or given.shape[-2] not in (1, len(input_ids))):
+            expected = f"[{len(input_ids)}, {input_ids.shape[1]}] as the tokens have"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(given.shape)}")
     prompts, prefixes = [], []
     for row, tokens in enumerate(input_ids):
         first, last = 0, len(tokens)
         if mask is not None:
-            kept = mask[row].nonzero()[:, 0].tolist()
+            kept = mask.expand(len(input_ids), -1)[row].nonzero()[:, 0].tolist()
             if not kept or kept[-1] - kept[0] + 1 != len(kept):
                 found = f"{len(kept)} in row {row}"
                 raise ValueError(f"attention_mask: expected one run of tokens in each row, got {found}")
             first, last = kept[0], kept[-1] + 1
+        if positions is not None:
+            found = positions[..., row % positions.shape[-2], first:last]
+            if bool((found != torch.arange(last - first, device=found.device)).any()):
+                raise ValueError(f"position_ids: expected 0, 1, .. for the tokens of each row, got others in row {row}")
         prompts.append(tokens[first:last].tolist())
         prefixes.append(tokens[:first])
     return prompts, prefixes
-
-
-def _is_done(criteria: StoppingCriteriaList, tokens: list[int], device: torch.device) -> bool:
-    return bool(criteria(torch.tensor([tokens], device=device), None).any())

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from ...cache import KVCache
+from ...ops.verify import SamplingParams
 from ...patterns import Pattern
 from .model import TransformersModel
 
@@ -45,7 +46,7 @@ def check_row_wise(processors: Sequence[Any]) -> None:
 
 
 def sampling_options(processors: Sequence[Any], padded: bool) -> dict[str, Any] | None:
-    """`processors` as arguments of `SamplingParams`, or None if they do more, or anything in another order.
+    """`processors` as arguments of `SamplingParams`, or None if they do more, or anything in another order or range.
 
     Args:
         processors: as `generate` prepares them.
@@ -77,7 +78,13 @@ def sampling_options(processors: Sequence[Any], padded: bool) -> dict[str, Any] 
                 order.append(5)
             case _:
                 return None
-    return options if order == sorted(set(order)) else None
+    if order != sorted(set(order)):
+        return None
+    try:
+        SamplingParams(**options)
+    except (TypeError, ValueError):  # beyond the device's ranges: a temperature of 1e-6, say
+        return None
+    return options
 
 
 class ProcessedModel:
