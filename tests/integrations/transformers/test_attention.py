@@ -446,7 +446,10 @@ class TestRefusals:
             (ValueError, {"tidar_pattern": pattern, "tidar_cache": cache}, r"layer_idx: expected an int in \[0, 1\)"),
             (ValueError, {"head_mask": x}, "head_mask: expected none"),
             (ValueError, {"position_bias": x}, "position_bias: expected none"),
+            (ValueError, {"indices": x.long()}, "indices: expected none under attn_implementation=.tidar., got Tensor"),
+            (ValueError, {"block_indices": x.long()}, "block_indices: expected none"),
             (TypeError, {"mask": "causal"}, "attention_mask: expected a tensor, got str"),
+            (TypeError, {"mask": x.int()}, "attention_mask: expected booleans, or floats to add, got torch.int32"),
             (ValueError, {"mask": x[0]}, "attention_mask: expected 4 dimensions"),
         ):
             with pytest.raises(error, match=f"^{message}"):

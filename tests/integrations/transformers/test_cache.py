@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tests.integrations.transformers.compatibility import MODELS, generated, padded_inputs, with_few_tokens
+from tests.integrations.transformers.every_model import KINDS, build, options, quiet
 from tidar_kernels import KVCache
 from tidar_kernels.integrations.transformers import TiDARCache
 from tidar_kernels.integrations.transformers.cache import TiDARCacheLayer
@@ -115,6 +116,36 @@ class TestLayer:
         layer.batch_select_indices(torch.tensor([3]))
         check_equal(layer.keys[0, :, :5], before[1, :, :5], "keys")
 
+    @pytest.mark.parametrize("sequences", [[1], [1, 0, 0]])
+    def test_of_more_or_fewer_sequences(self, layer: TiDARCacheLayer, sequences: list[int]) -> None:
+        before, new = layer.keys[:, :, :5].clone(), torch.randn(len(sequences), 3, 1, 4)
+        layer.reorder_cache(torch.tensor(sequences))
+        keys, _ = layer.update(new, new)
+        check_equal(keys, torch.cat([before[sequences], new], dim=2), "keys")
+        assert layer.lengths.tolist() == [6] * len(sequences)
+
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (3, 3, 5, 4), (2, 1, 5, 8)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_an_empty_one_takes_anything(self, layer: TiDARCacheLayer, shape: Any, dtype: torch.dtype) -> None:
+        address = layer.keys.data_ptr()
+        layer.reset()
+        k = torch.randn(*shape, dtype=dtype)
+        keys, values = layer.update(k, k)
+        assert keys.dtype == values.dtype == dtype
+        check_equal(keys, k, "keys")
+        assert layer.lengths.tolist() == [5] * shape[0]
+        assert (layer.keys.data_ptr() == address) == (shape == (2, 3, 5, 4) and dtype == torch.float32)
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_a_wider_dtype_is_kept(self, gradients: bool) -> None:
+        """As in a `DynamicLayer`: what came in half precision under autocast, before what comes without."""
+        layer, expected = TiDARCacheLayer(6), DynamicLayer()
+        for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+            k = torch.randn(1, 2, 2, 4, requires_grad=gradients).to(dtype)
+            for got, wanted in zip(layer.update(k, k), expected.update(k, k), strict=True):
+                assert got.dtype == wanted.dtype
+                assert torch.equal(got, wanted)
+
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
     def test_a_copy_made_in_inference_mode_is_written_outside(self, layer: TiDARCacheLayer, copied: Any) -> None:
         before, new = layer.keys.clone(), torch.randn(2, 3, 1, 4)
@@ -139,6 +170,30 @@ class TestLayer:
         for count in (1, -6):
             with pytest.raises(ValueError, match=rf"^tokens_to_remove: expected between -5 and 0, got {count}"):
                 layer.crop(count)
+
+
+@pytest.mark.skipif(
+    "tokens_to_remove" not in signature(DynamicLayer.crop).parameters,
+    reason="this transformers crops to absolute lengths",
+)
+def test_layers_that_use_the_keys_of_another_are_rolled_back() -> None:
+    with quiet():
+        model = build("gemma4_text")
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7]])
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    drafted = {"past_key_values": TiDARCache(model.config, 64), "prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **drafted), expected)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "deepseek_v32", "lfm2"])
+def test_of_a_model_whose_layers_keep_more(kind: str) -> None:
+    if kind not in KINDS:
+        pytest.skip("not in this transformers")
+    config = AutoConfig.for_model(kind, **options(kind))
+    with pytest.raises(
+        ValueError, match=rf"^config: expected layers that keep keys and values alone, got {kind} with "
+    ):
+        TiDARCache(config, 64)
 
 
 def test_a_model_under_autocast_and_with_gradients() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
@@ -126,6 +127,92 @@ def test_adapters_of_peft_stay_in_the_model() -> None:
     after = decoded(adapted, mode="autoregressive").tokens
     assert after != before
     assert decoded(adapted).tokens == after
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+@pytest.mark.parametrize("wrapped", ["twice", "mixed", "compiled"])
+def test_wrappers_of_peft_and_compile(wrapped: str) -> None:
+    peft, model = pytest.importorskip("peft"), tiny()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    if wrapped == "mixed":
+        outer = peft.PeftMixedModel(model, lora)
+    else:
+        outer = peft.get_peft_model(model, lora)
+        others = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+        outer = peft.get_peft_model(outer, others) if wrapped == "twice" else torch.compile(outer, backend="eager")
+    outer = outer.eval()
+    with torch.no_grad():
+        own = getattr(outer, "_orig_mod", outer)(input_ids=torch.tensor([[5, 6, 7]])).logits
+        adapter = TransformersModel(outer)
+        logits = adapter.logits(adapter(torch.tensor([[5, 6, 7]]), patterns.causal(3)))
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_from_an_invocation_on_are_refused() -> None:
+    """PEFT's aLoRA: which rows they change depends on the prompt, and a decoder's rows are not those of a prompt."""
+    peft, message = pytest.importorskip("peft"), r"^model: expected PEFT adapters for all tokens, got one from an invo"
+    alora = {"alora_invocation_tokens": [7, 8], "init_lora_weights": False}
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"]), "first").eval()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **alora))
+    decoder = Decoder.from_transformers(model, block_size=4, mask_token_id=1)
+    decoder.generate([[5, 7, 8, 9]], 4)
+    model.set_adapter("second")
+    for call in (
+        lambda: decoder.generate([[5, 7, 8, 9]], 4),
+        lambda: Decoder.from_transformers(model, block_size=4, mask_token_id=1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    options = {"custom_generate": tidar_generation, "block_size": 4, "mask_token_id": 1, "max_new_tokens": 4}
+    model = peft.get_peft_model(
+        tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **alora)
+    ).eval()
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids=torch.tensor([[5, 7, 8, 9]]), **options)
+
+
+class Around(nn.Module):
+    """A module around another that does not say how many tokens it has, as those that cast logits are."""
+
+    def __init__(self, inner: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out * self.scale
+
+
+def test_modules_around_the_embedding_and_the_head() -> None:
+    model = tiny()
+    expected = decoded(model).tokens
+    model.model.embed_tokens, model.lm_head = Around(model.model.embed_tokens), Around(model.lm_head)
+    assert decoded(model.eval()).tokens == expected
+
+
+def test_layers_that_were_copied() -> None:
+    """A deeper model from its own layers: the copies have configurations of their own."""
+    model = tiny()
+    model.set_attn_implementation("sdpa")
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.model.layers[2].self_attn.layer_idx = model.config.num_hidden_layers = 2
+    model.config.num_hidden_layers = 3
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 4:].tolist()
+    assert Decoder.from_transformers(model, block_size=4, mask_token_id=1).generate([[5, 6, 7, 8]], 8).tokens == [
+        expected
+    ]
+
+
+@pytest.mark.parametrize("by", [0.01, 0.04])
+def test_a_small_change_of_the_logits_is_noticed_in_float32(by: float) -> None:
+    model = tiny()
+    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits * (1 + by)))
+    with pytest.raises(ValueError, match=r"^model: expected logits as LlamaForCausalLM computes them, got 0\.0"):
+        TransformersModel(model)
 
 
 def test_gated_adapters_run_on_mask_rows_alone() -> None:

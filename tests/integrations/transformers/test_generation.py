@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import tokenizers
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
@@ -204,6 +205,16 @@ def test_a_row_that_ends_without_an_end_token_goes_on(model: Any) -> None:
     assert torch.equal(run(model, **options, **OURS), run(model, **options))
 
 
+def test_text_alone_of_a_model_of_images_and_text(model: Any) -> None:
+    """transformers hands on what its encoder gave, nothing, as an argument of its own."""
+    ids, config = torch.tensor([[5, 6, 7, 8]]), GenerationConfig(max_length=12, pad_token_id=0)
+    options = {"block_size": BLOCK_SIZE, "mask_token_id": MASK_TOKEN_ID}
+    tokens = tidar_generation(model, ids, [], [], config, mm_encoder_outputs={}, **options)
+    assert torch.equal(tokens, run(model, {"input_ids": ids}, max_new_tokens=8))
+    with pytest.raises(ValueError, match=r"^mm_encoder_outputs: expected tokens as the only input, got dict"):
+        tidar_generation(model, ids, [], [], config, mm_encoder_outputs={"image": ids}, **options)
+
+
 @pytest.mark.parametrize("token", [-1, [-1, 1000], 1000])
 def test_end_tokens_that_no_row_can_choose(model: Any, token: Any) -> None:
     assert torch.equal(run(model, eos_token_id=token, **OURS), run(model, eos_token_id=token))
@@ -261,6 +272,8 @@ def test_stop_strings(model: Any) -> None:
     options = {"block_size": 4, "mask_token_id": MASK_TOKEN_ID, "max_new_tokens": 32, "do_sample": False}
     tokens = generate(model, inputs["input_ids"], stop_strings=[stop], tokenizer=letters(), **options)
     assert tokens[0, 21:].tolist() == plain[: text.index(stop) + 2]
+    with pytest.raises(ValueError, match=r"^Stop string preprocessing was unable"):  # transformers', as in `generate`
+        generate(model, inputs["input_ids"], stop_strings=[], tokenizer=letters(), **options)
     with pytest.raises(ValueError, match=r"^tokenizer: expected one beside stop_strings, got None"):
         generate(model, inputs["input_ids"], stop_strings=stop, **options)
 

@@ -61,6 +61,12 @@ __all__ = [
 
 NAME = "tidar"
 
+# Arguments of attention functions that change what a layer computes: the last two are keys that sparse layers choose,
+# which they put into the mask of "eager" and "sdpa" alone.
+_NOT_HONOURED = (
+    "output_attentions", "head_mask", "layer_head_mask", "position_bias", "cache", "indices", "block_indices",
+)  # fmt: skip
+
 
 class StructureMask:
     """The mask that a model's own structure asks for, nobody having given another: causal, packed, windowed.
@@ -235,8 +241,9 @@ def tidar_attention_forward(
         `([batch, rows, heads, head_dim of value], None)`, contiguous.
 
     Raises:
-        TypeError, ValueError: dropout, attention weights, head masks and position biases, which this cannot do; a mask
-            or a transformers cache beside a pattern; masks of a wrong shape.
+        TypeError, ValueError: dropout, attention weights, head masks, position biases and layers that choose their keys
+            (DeepSeek-V3.2), which this cannot do; a mask or a transformers cache beside a pattern; masks of a wrong
+            shape.
     """
     if isinstance(kwargs.get("cache"), continuous.PagedAttentionCache):
         numbers: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
@@ -244,7 +251,7 @@ def tidar_attention_forward(
         return continuous.attend(module, query, key, value, **numbers, **kwargs), None
     if dropout > 0.0:
         raise ValueError(f'dropout: expected 0 under attn_implementation="tidar", got {dropout}')
-    for name in ("output_attentions", "head_mask", "layer_head_mask", "position_bias", "cache"):
+    for name in _NOT_HONOURED:
         given = kwargs.pop(name, None)
         if given is not None and given is not False:
             raise ValueError(f'{name}: expected none under attn_implementation="tidar", got {type(given).__name__}')
@@ -406,6 +413,8 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
     expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attention_mask: expected booleans, or floats to add, got {mask.dtype}")
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 4 dimensions, got shape {list(mask.shape)}")
     if any(size not in (1, full) for size, full in zip(mask.shape, expected, strict=True)):

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ...cache import KVCache
 from ...patterns.arguments import check_int
 from ...patterns.rows import ordinary
 
 __all__ = ["TiDARCache", "TiDARCacheLayer"]
+
+# Layers of a `DynamicCache` that hold keys and values; the last holds nothing, for layers that use those of another.
+_PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class TiDARCacheLayer(CacheLayerMixin):
@@ -74,12 +77,17 @@ class TiDARCacheLayer(CacheLayerMixin):
         if end > self.max_len:
             held = f"{start} of {self.max_len} taken"
             raise ValueError(f"max_len: expected room for {key_states.shape[2]} more tokens, got {held}")
-        if not self.is_initialized:
+        if not self._takes(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
         for name, new, buffer in (("k", key_states, self.keys), ("v", value_states, self.values)):
             expected = [*buffer.shape[:2], end - start, buffer.shape[3]]
             if list(new.shape) != expected:
                 raise ValueError(f"{name}: expected shape {expected} like what is cached, got {list(new.shape)}")
+        with torch.inference_mode(False), torch.no_grad():
+            self.keys, self.values = (
+                buffer.to(torch.promote_types(buffer.dtype, new.dtype))
+                for buffer, new in ((self.keys, key_states), (self.values, value_states))
+            )
         with torch.no_grad():
             self.keys[:, :, start:end] = key_states
             self.values[:, :, start:end] = value_states
@@ -91,16 +99,31 @@ class TiDARCacheLayer(CacheLayerMixin):
                 return self.keys[:, :, :end], self.values[:, :, :end]
             before = self.keys[:, :, :start].clone(), self.values[:, :, :start].clone()
         keys, values = before
-        keys, values = torch.cat([keys, key_states.to(keys)], 2), torch.cat([values, value_states.to(values)], 2)
+        keys = torch.cat([keys, key_states.to(keys.device)], 2)
+        values = torch.cat([values, value_states.to(values.device)], 2)
         self._tracked = keys, values
         return keys, values
+
+    def _takes(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the buffers are to be kept: while they hold tokens, or if they suit these."""
+        if not self.is_initialized:
+            return False
+        return self._length > 0 or all(
+            (*buffer.shape[:2], buffer.shape[3]) == (*new.shape[:2], new.shape[3])
+            and (buffer.dtype, buffer.device) == (new.dtype, new.device)
+            for buffer, new in ((self.keys, key_states), (self.values, value_states))
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens: a write to the lengths, nothing moves.
 
+        A layer that was never written into (it uses the keys of another) stays as it is.
+
         Raises:
             ValueError: a positive number, or more tokens than are held.
         """
+        if not self.is_initialized and tokens_to_remove <= 0:
+            return
         if not -self._length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove: expected between {-self._length} and 0, got {tokens_to_remove}")
         self._length += tokens_to_remove
@@ -132,8 +155,10 @@ class TiDARCacheLayer(CacheLayerMixin):
         return self._length + rows, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence b becomes what `beam_idx[b]` was; the buffers stay where they are."""
-        if self._length:
+        """Sequence b becomes what `beam_idx[b]` was; the buffers stay where they are, if as many sequences stay."""
+        if self._length and len(beam_idx) != self.batch_size:
+            self._select(beam_idx.to(self.device))
+        elif self._length:
             for buffer in (self.keys, self.values):
                 held = buffer[:, :, : self._length]
                 held.copy_(held.index_select(0, beam_idx.to(held.device)))
@@ -161,13 +186,19 @@ class TiDARCache(Cache):
         max_len: tokens per sequence.
 
     Raises:
-        TypeError, ValueError: `max_len` is not an int >= 1.
+        TypeError, ValueError: `max_len` is not an int >= 1; a model whose layers keep more than keys and values.
     """
 
     def __init__(self, config: Any, max_len: int) -> None:
         check_int("max_len", max_len, 1)
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config: expected that of a model of transformers, got {type(config).__name__}")
+        others = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - _PLAIN_LAYERS)
+        if others:
+            raise ValueError(
+                f"config: expected layers that keep keys and values alone, got {config.model_type} with "
+                f"{', '.join(others)}"
+            )
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[TiDARCacheLayer(max_len) for _ in range(layers)])
 

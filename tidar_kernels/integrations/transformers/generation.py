@@ -57,8 +57,9 @@ def generate(
     """
     config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
     criteria = StoppingCriteriaList(stopping_criteria or [])
-    stops = kwargs.pop("stop_strings", None) or config.stop_strings
-    if stops:
+    stops = kwargs.pop("stop_strings", None)
+    stops = config.stop_strings if stops is None else stops
+    if stops is not None:
         if tokenizer is None:
             raise ValueError("tokenizer: expected one beside stop_strings, got None")
         config.stop_strings = None
@@ -263,7 +264,7 @@ def _check_inputs(input_ids: Tensor, streamer: Any, model_kwargs: dict[str, Any]
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(f"past_key_values: expected none, or an empty cache, got a filled {type(cache).__name__}")
     for name, value in model_kwargs.items():
-        if name not in _UNUSED and value is not None:
+        if name not in _UNUSED and value is not None and value != {}:  # a model of images and text, given no image
             raise ValueError(f"{name}: expected tokens as the only input, got {type(value).__name__}")
 
 
@@ -275,6 +276,10 @@ def _check_preparation(model: Any) -> None:
         raise ValueError(
             f"model: expected inputs that {type(model).__name__} prepares itself, got those that {whose} prepares"
         )
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "keywords", {}).get("alora_offsets") is not None:
+                raise ValueError("model: expected PEFT adapters for all tokens, got one from an invocation on (aLoRA)")
 
 
 def _prompts(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[list[list[int]], list[Tensor]]:

@@ -66,12 +66,16 @@ class TransformersModel:
     """
 
     def __init__(self, model: Any, block_size: int | None = None, mask_token_id: int | None = None) -> None:
-        self.model = _unwrapped(model)
+        self.model, self._given = _unwrapped(model), model
         before = [(config, config._attn_implementation) for config in _configs(self.model)]
         try:
             _check_kind(self.model)
             if any(implementation != NAME for _, implementation in before):
                 self.model.set_attn_implementation(NAME)
+                text = self.model.config.get_text_config(decoder=True)
+                for config in self._attending():  # layers that were copied have configurations of their own
+                    if type(config) is type(text):
+                        config._attn_implementation = text._attn_implementation
             self.config = replace(self._look(), block_size=block_size, mask_token_id=mask_token_id)
             self._check_by_running()
         except BaseException:
@@ -123,6 +127,7 @@ class TransformersModel:
                 K/V than the decoder was made for.
         """
         _check_no_autocast(next(self.model.parameters()).device)
+        _unwrapped(self._given)  # another adapter may be active
         state = list(_state(self.model))
         if len(state) == len(self._state) and all(map(eq, state, self._state)):
             return
@@ -149,10 +154,7 @@ class TransformersModel:
         self._decoder: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
         self._shape = LogitShape.of(text)
-        attending = [
-            vars(m)["config"] for m in self._decoder.modules() if "layer_idx" in vars(m) and "config" in vars(m)
-        ]
-        others = sorted({str(config._attn_implementation) for config in (text, *attending)} - {NAME})
+        others = sorted({str(config._attn_implementation) for config in (text, *self._attending())} - {NAME})
         if others:
             if not model._can_set_attn_implementation():
                 raise ValueError(f"model: expected a class with transformers' attention interface, got {_name(model)}")
@@ -170,6 +172,11 @@ class TransformersModel:
             max_positions=None if bound is None else bound.positions,
             bounded_by="" if bound is None else f" ({bound.reason})",
         )
+
+    def _attending(self) -> list[Any]:
+        """The configurations of the layers that attend."""
+        modules = self.model.get_decoder().modules()
+        return [vars(m)["config"] for m in modules if "layer_idx" in vars(m) and "config" in vars(m)]
 
     def _layer_shapes(self, num_layers: int) -> list[LayerShape]:
         """What each layer calls attention with: once, by the pattern it is given."""
@@ -223,18 +230,22 @@ class TransformersModel:
             cache.commit(3)
             second = self.logits(self(torch.cat([tokens[:, 3:], masks], dim=1), step, cache)[:, :2])
             own = self.model(input_ids=tokens, use_cache=False).logits.float()
+        if own.shape[-1] != self._text.vocab_size:
+            raise ValueError(f"vocab_size: expected {self._text.vocab_size} logits of {name}, got {own.shape[-1]}")
         logits = torch.cat([first, second], dim=1).float()
         if not bool(own.isfinite().all()):
             bad = [path for path, weight in self.model.named_parameters() if not bool(weight.isfinite().all())]
             where = bad[0] if bad else "its logits"
             raise ValueError(f"model: expected finite logits, got {name} with NaN or inf in {where}")
-        # Half precision stays far below, another formula far above.
+        # Rounding stays far below, half precision's too; what computes something else, far above.
+        is_precise = all(weight.dtype in (torch.float32, torch.float64) for weight in self.model.parameters())
+        most = 2e-3 if is_precise and torch.get_float32_matmul_precision() == "highest" else 0.05
         for rows, reason in (
             (slice(3), ": it is more than its decoder and lm_head"),
             (slice(3, None), " after cached tokens: it keeps positions or state of its own"),
         ):
             error = float((logits - own)[:, rows].norm() / own[:, rows].norm())
-            if not error <= 0.05:
+            if not error <= most:
                 raise ValueError(f"model: expected logits as {name} computes them, got {error:.3g} off{reason}")
 
 
@@ -358,13 +369,29 @@ def _name(model: Any) -> str:
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model itself; adapters that PEFT put into its layers stay there."""
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("model: expected PEFT adapters inside its layers, got prompt learning")
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers model, got {_name(model)}")
+    """The transformers model in wrappers of PEFT and `torch.compile`; adapters inside its layers stay there.
+
+    Raises:
+        TypeError: there is none. ValueError: a wrapper of PEFT gives the model more than tokens.
+    """
+    given = model
+    while not isinstance(model, PreTrainedModel):
+        adapters = getattr(model, "peft_config", None)
+        active = getattr(model, "active_adapters", [])
+        configs = [adapters.get(name) for name in active] if isinstance(adapters, dict) else []
+        for config in (getattr(model, "active_peft_config", None), *configs):
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError("model: expected PEFT adapters inside its layers, got prompt learning")
+            if getattr(config, "alora_invocation_tokens", None):
+                raise ValueError("model: expected PEFT adapters for all tokens, got one from an invocation on (aLoRA)")
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif inner is None and adapters is not None:  # a tuner, or a model of several kinds of them
+            inner = getattr(model, "model", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            raise TypeError(f"model: expected a transformers model, got {_name(given)}")
+        model = inner
     return model
 
 
@@ -390,8 +417,8 @@ def _check_kind(model: PreTrainedModel) -> None:
     if head is None:
         raise ValueError(f"model: expected one with a language modelling head, got {_name(model)}")
     for what, module in (("embedding", embedding), ("lm_head", head)):
-        rows = getattr(getattr(module, "weight", None), "shape", (None,))[0]
-        if rows != text.vocab_size:
+        rows = _rows(module)
+        if rows is not None and rows != text.vocab_size:
             expected = f"{text.vocab_size} rows as in the config"
             raise ValueError(f"vocab_size: expected {expected}, got {rows} in the {what} of {_name(model)}")
     other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
@@ -403,6 +430,15 @@ def _check_kind(model: PreTrainedModel) -> None:
     if len(devices) != 1 or devices[0] == "meta":
         raise ValueError(f"model: expected all parameters on one device, got {', '.join(devices)}")
     _check_no_autocast(devices[0])
+
+
+def _rows(module: nn.Module) -> int | None:
+    """How many tokens an embedding or a head has; None if it does not say, as a module around one may not."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.shape[0]
+    rows = getattr(module, "out_features", getattr(module, "num_embeddings", None))  # packed weights have no rows
+    return rows if isinstance(rows, int) else None
 
 
 def _check_no_autocast(device: torch.device | str) -> None:
