@@ -306,8 +306,8 @@ def _prompts(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -
                 raise ValueError(f"attention_mask: expected one run of tokens in each row, got {found}")
             first, last = kept[0], kept[-1] + 1
         if positions is not None:
-            found = positions[..., row % positions.shape[-2], first:last]
-            if bool((found != torch.arange(last - first, device=found.device)).any()):
+            own = positions[..., row % positions.shape[-2], first:last]
+            if bool((own != torch.arange(last - first, device=own.device)).any()):
                 raise ValueError(f"position_ids: expected 0, 1, .. for the tokens of each row, got others in row {row}")
         prompts.append(tokens[first:last].tolist())
         prefixes.append(tokens[:first])
