@@ -40,7 +40,10 @@ ROOMS = {
     ),
     "strategies": (
         ["tidar_kernels/decoding/strategies"],
-        [f"tests/decoding/test_{name}.py" for name in ("strategies", "noise", "levels", "trees")],
+        [
+            *(f"tests/decoding/test_{name}.py" for name in ("strategies", "noise", "levels", "trees")),
+            "tests/integrations/transformers/test_dflash.py",
+        ],
     ),
     "sampling": (
         [f"tidar_kernels/ops/verify/{name}.py" for name in ("reference", "params", "noise", "cpu")],

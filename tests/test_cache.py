@@ -202,6 +202,31 @@ def test_a_sequence_that_is_not_there(index: int) -> None:
         cache().sequence(index)
 
 
+@pytest.mark.parametrize("options", [{}, {"page_size": 4}, {"dtype": torch.float8_e4m3fn}], ids=str)
+def test_layers_from_one_on_are_a_cache_of_the_same_sequences(options: dict[str, Any]) -> None:
+    subject, whole = cache(num_layers=3, **options), cache(num_layers=3, **options)
+    part = subject.from_layer(1)
+    assert (part.num_layers, part.batch_size, part.max_len) == (2, 3, 12)
+    for accepted in ([1, 2, 3], [3, 0, 1]):
+        k, v = fresh(3)
+        part.append(1, k, v)
+        whole.append(2, k, v)
+        part.commit(torch.tensor(accepted), at_most=3)
+        whole.commit(torch.tensor(accepted), at_most=3)
+    assert subject.lengths.tolist() == [4, 2, 4]
+    assert subject.length_bounds.tolist() == whole.length_bounds.tolist() == [6, 6, 6]
+    for name in ("k", "v", "k_scale", "v_scale", "block_table"):
+        found, expected = getattr(subject, name), getattr(whole, name)
+        assert found is expected is None or torch.equal(found.float(), expected.float())
+    with subject.reading(subject.lengths * 0):
+        assert subject.from_layer(1).context_lengths.tolist() == [0, 0, 0]
+    one = subject.sequence(2).from_layer(2)
+    one.reset()
+    assert subject.lengths.tolist() == [4, 2, 0]
+    with pytest.raises(ValueError, match=r"^first: expected 0 <= first < num_layers = 3, got 3$"):
+        subject.from_layer(3)
+
+
 def test_reset_forgets_tokens() -> None:
     subject = cache()
     subject.append(0, *fresh(3))

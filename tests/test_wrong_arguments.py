@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -69,6 +70,27 @@ def adapted() -> Transformer:
     made = model()
     tk.add_gated_lora(made, 2, 4.0, ("q_proj",))
     return made
+
+
+class Handing(Transformer):
+    """A model that hands out hidden states of its layers."""
+
+    def with_layers(self, *arguments: Any) -> Any: ...
+
+
+class Beside:
+    """What drafts beside it, as far as it is asked before anything is decoded."""
+
+    config = SimpleNamespace(
+        num_layers=1, num_kv_heads=2, head_dim=16, target_layers=(0,), block_size=4, mask_token_id=0
+    )
+
+    def __call__(self, *arguments: Any) -> Any: ...
+    def logits(self, hidden: Any) -> Any: ...
+    def remember(self, features: Any, cache: Any) -> None: ...
+
+    def parameters(self) -> Any:
+        return iter([torch.zeros(1)])
 
 
 class Attentive(torch.nn.Module):
@@ -201,6 +223,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "KVCache.layer": lambda: (cache().layer, {"index": 0}),
     "KVCache.options": lambda: (cache(4).options, {"index": 0}),
     "KVCache.sequence": lambda: (cache().sequence, {"index": 0}),
+    "KVCache.from_layer": lambda: (cache().from_layer, {"first": 1}),
     "KVCache.check_room": lambda: (cache().check_room, {"num_tokens": 2}),
     "KVCache.pages_for": lambda: (cache(4).pages_for, {"num_tokens": 2}),
     "KVCache.reserve": lambda: (cache(4).reserve, {"sequence": 0, "num_tokens": 5}),
@@ -299,6 +322,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "save_adapter": lambda: (tk.save_adapter, {"model": adapted(), "path": tempfile.mkdtemp(), "base_model": "base"}),
     "strategies.BlockDiffusion": lambda: (strategies.BlockDiffusion, defaults(strategies.BlockDiffusion, length=4)),
+    "strategies.DFlash": lambda: (strategies.DFlash, {"length": 4}),
+    "strategies.DraftedModel": lambda: (strategies.DraftedModel, {"target": Handing(CONFIG), "drafter": Beside()}),
     "strategies.SelfSpeculation": lambda: (strategies.SelfSpeculation, defaults(strategies.SelfSpeculation, length=4)),
     "strategies.Tree": lambda: (strategies.Tree, {"paths": [[0], [0, 0]]}),
     "strategies.Adaptive": lambda: (strategies.Adaptive, {"profile": PROFILE, "max_block_size": 3}),
@@ -363,6 +388,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 }  # fmt: skip
 
 ALSO = {  # names of what the argument becomes, which users know
+    "strategies.DraftedModel": ("model",),
     "strategies.by_name": ("strategy", "stride"),
     "strategies.class_of": ("strategy",),
     "strategies.tree": ("paths",),
@@ -377,11 +403,12 @@ ELSEWHERE = {
     *("Pattern.to", "patterns.PatternBatch.to"),
     # What a session calls of a strategy, and a strategy of what it is given.
     "strategies.Strategy",
-    "strategies.DecoderModel.logits",
+    *("strategies.DecoderModel.logits", *(f"strategies.Drafter{name}" for name in ("", ".logits", ".remember"))),
+    *("strategies.DraftedModel.draft", "strategies.DraftedModel.logits"),
     *(f"strategies.Batch.{name}" for name in ("draft", "forward", "logits", "narrowed", "sequence")),
     *(
         f"strategies.{name}.{method}"
-        for name in ("Adaptive", "BlockDiffusion", "Drafting", "SelfSpeculation", "Strategy", "Tree")
+        for name in ("Adaptive", "BlockDiffusion", "DFlash", "Drafting", "SelfSpeculation", "Strategy", "Tree")
         for method in ("context", "first", "kept", "step")
     ),
     # What `Decoder` has of it has lines above.

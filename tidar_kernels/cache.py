@@ -266,6 +266,22 @@ class KVCache:
                 view.k_scale, view.v_scale = self.k_scale[:, at], self.v_scale[:, at]
         return view
 
+    def from_layer(self, first: int) -> KVCache:
+        """Layers `first`, `first + 1`, .. alone, as a cache of the same sequences on the same memory.
+
+        What is committed, reserved or reset is so of both: a drafter's layers stand after those of its target.
+
+        Raises:
+            ValueError: `first` is not in `[0, num_layers)`.
+        """
+        self._check_index("first", first, "num_layers")
+        view = object.__new__(KVCache)
+        view.__dict__.update(self.__dict__)
+        view.k, view.v = self.k[first:], self.v[first:]
+        if self.k_scale is not None and self.v_scale is not None:
+            view.k_scale, view.v_scale = self.k_scale[first:], self.v_scale[first:]
+        return view
+
     def _check_index(self, name: str, index: int, of: str = "batch_size") -> None:
         """`index` counts sequences, or layers."""
         if not isinstance(index, (int, np.integer)) or isinstance(index, bool) or not 0 <= index < getattr(self, of):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from sections import Section
 
 _HERE = "tests/integrations/transformers/test_checkpoints.py"
+_DFLASH = "tests/integrations/transformers/test_dflash.py"
 _FAMILIES = "tests/patterns/test_families.py"
 
 COLUMNS = ("masks equal", "positions equal", "loader", "decode", "train")
@@ -66,6 +67,17 @@ ROWS = (
     _row("R-ISD adapters", "", "test_risd_adapter_on_an_ordinary_model", Cell("yes", _DISTILLED)),
     _row("SDAR", "sdar", "test_sdar", _BLOCKS),
     _row("Fast-dLLM v2", "fast-dllm-v2", "test_fast_dllm", _BLOCKS),
+    Row(
+        "DFlash drafters beside their target",
+        "",
+        (
+            Cell("yes", f"{_DFLASH}::test_logits_are_those_of_the_public_rule"),
+            Cell("yes", f"{_DFLASH}::test_logits_are_those_of_the_public_rule"),
+            Cell("yes", f"{_DFLASH}::test_half_a_drafter_is_an_error_of_one_line"),
+            Cell("yes", f"{_DFLASH}::test_steps_accept_what_the_public_loop_accepts"),
+            Cell("mask", f"{_FAMILIES}::test_dflash"),
+        ),
+    ),
     _row("LLaDA 2.x", "llada-2", "test_llada2", _BLOCKS, loader="test_logits_of_llada2_are_those_of_its_own_layers"),
 )
 
@@ -74,7 +86,8 @@ _REFUSED = f"{_HERE}::test_what_cannot_be_had_is_refused_by_name"
 # By the names of the package; the reason is the package's own.
 NOT_DECODED = {
     "diffusion-gemma": ("DiffusionGemma", Cell("no")),
-    "dflash": ("DFlash, DFlash2, DSpark, JetSpec drafters", Cell("mask", f"{_FAMILIES}::test_dflash")),
+    "dflash": ("DFlash drafters without their target", Cell("no")),
+    "dflash-like": ("DFlash2, DSpark, JetSpec drafters", Cell("no")),
     "llada": ("LLaDA, Dream", Cell("no")),
     "hybrid": ("Trida, FLARE on Qwen3.5 and other hybrids", Cell("no")),
 }

@@ -9,7 +9,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
+
 from tests.cli.shell import Run, refused
+from tests.integrations.transformers.dflash import BLOCK, CONFIG, random_tensors, write_drafter
 from tests.integrations.transformers.published import reference, write
 from tests.integrations.transformers.test_convert import letters, saved, tiny
 from tidar_kernels.cli import loading
@@ -74,6 +77,26 @@ def test_generate_takes_the_adapter_of_an_ordinary_model(
     )
     (base / "config.json").write_text(json.dumps({"architectures": ["LLaDAMoEModelLM"], "model_type": "llada_moe"}))
     assert refused(run(*asked)).startswith("--checkpoint: expected a checkpoint that can be decoded, got LLaDAMoE")
+
+
+def test_generate_with_a_drafter(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write("qwen3", saved(tmp_path / "target"), reference("qwen3", num_hidden_layers=4), num_hidden_layers=4)
+    drafter = write_drafter(tmp_path / "drafter", random_tensors(CONFIG))
+    capsys.readouterr()
+    asked = ("generate", "--checkpoint", folder, "--prompt", "hello world", "--max-new-tokens", 9, "--device", "cpu")
+    code, out, err = run(*asked, "--drafter", drafter, "--compare", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["identical"], found["drafts"]["strategy"], found["block_size"]) == (True, "dflash", BLOCK)
+    plain = json.loads(run(*asked, "--mode", "autoregressive", "--json")[1])
+    assert plain["tokens"] == found["tokens"]
+    assert refused(run(*asked, "--drafter", tmp_path / "none")).startswith("--drafter: expected a folder or a name")
+    assert refused(run(*asked, "--drafter", drafter, "--strategy", "isd")).startswith("--strategy: expected a strat")
+    assert refused(run(*asked, "--drafter", drafter, "--levels", "1,2")).startswith("--levels: expected a checkpoint")
+    assert refused(run(*asked[:1], *asked[3:], "--drafter", drafter)).startswith("--drafter: expected beside --check")
+    tensors = load_file(drafter / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, drafter / "model.safetensors")
+    assert refused(run(*asked, "--drafter", drafter)).startswith("--drafter: expected all weights of a DFlash drafter")
 
 
 def test_text_comes_when_a_character_is_whole() -> None:

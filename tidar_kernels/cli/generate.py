@@ -131,6 +131,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one for the shipped model",
     )
     model.add_argument(
+        "--drafter",
+        type=any_path,
+        metavar="FOLDER",
+        help="a DFlash drafter trained for --checkpoint FOLDER: it drafts, and the output stays the model's own",
+    )
+    model.add_argument(
         "--mask-token-id",
         type=whole_number(0, 2**31 - 1),
         metavar="ID",

@@ -40,7 +40,7 @@ def load_model(options: argparse.Namespace) -> Loaded:
     """The model to decode with, on its device."""
     if options.checkpoint is not None and options.checkpoint.is_dir():
         return _load_folder(options)
-    for option in ("dtype", "mask_token_id"):
+    for option in ("drafter", "dtype", "mask_token_id"):
         if getattr(options, option) is not None:
             name = f"--{option.replace('_', '-')}"
             raise UserError(f"{name}: expected beside --checkpoint FOLDER, got {getattr(options, option)}")
@@ -74,7 +74,7 @@ def _load_folder(options: argparse.Namespace) -> Loaded:
     device = resolve_device(options.device)
     rename = {
         "model": "--checkpoint", "model_path": "--checkpoint", "path": "--adapter", "block_size": "--block-size",
-        "strategy": "--strategy", "mask_token_id": "--mask-token-id",
+        "strategy": "--strategy", "mask_token_id": "--mask-token-id", "drafter": "--drafter", "adapter": "--adapter",
     }  # fmt: skip
     with (
         quiet(),
@@ -95,6 +95,7 @@ def _load_folder(options: argparse.Namespace) -> Loaded:
             mask_token_id=options.mask_token_id,
             autoregressive=options.mode == "autoregressive" and not options.compare,
             adapter=True if options.adapter is None else options.adapter,
+            drafter=options.drafter,
             dtype="auto" if options.dtype is None else getattr(torch, options.dtype),
             device=device,
         )

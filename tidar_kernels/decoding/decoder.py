@@ -21,6 +21,7 @@ from .prompts import as_prompts, as_stop_tokens
 from .session import DecoderModel, Event, FinishReason, Request, Session, StepConfig
 from .strategies import Adaptive, Profile, Strategy, StrategyName, autoregressive, by_name
 from .strategies.base import check_interface, check_positions, check_ready
+from .strategies.dflash import DraftedModel, check_drafter
 
 __all__ = ["DecoderModel", "GenerationResult", "ModelDecoder", "TokenStream"]
 
@@ -39,7 +40,7 @@ class GenerationResult:
         tokens: the new tokens of each sequence; a stop token, if one ended it, is the last.
         accepted: for each sequence, tokens accepted by each of its steps.
         finish_reasons: for each sequence "stop", "length" or "error"; None while it runs.
-        cache: the K/V of prompts and new tokens, committed.
+        cache: the K/V of prompts and new tokens, committed; a drafter's layers stand after the model's.
         passes: for each sequence, forward passes of each of its steps; one each but for strategies that take more.
         forwards: decode forward passes of the batch; prefill is counted apart.
         prefill_forwards: forward passes of prefill.
@@ -163,6 +164,8 @@ class ModelDecoder:
         }  # fmt: skip
         self._auto: dict[int, StepConfig] | None = None  # by the number of sequences, where the block size is "auto"
         if mode == "autoregressive":
+            if isinstance(model, DraftedModel):  # nothing is drafted
+                self.model = model.target
             self.block_size, self.mask_token_id = 1, 0
             self._step = StepConfig(autoregressive(), **common)
             return
@@ -184,6 +187,7 @@ class ModelDecoder:
             raise ValueError(f"block_size: expected that of the strategy, {strategy.drafts}, got {block_size}")
         if beta < 1.0 and not strategy.takes_beta:
             raise ValueError(f'beta: expected 1 for strategies but "tidar" with all its blocks, got {beta}')
+        check_drafter(strategy, model)
         self.block_size = strategy.drafts
         mask_token_id = getattr(model.config, "mask_token_id", None) if mask_token_id is None else mask_token_id
         self.mask_token_id = patterns.check_int("mask_token_id", mask_token_id, 0)

@@ -24,6 +24,7 @@ from ..ops.verify import Rule, SamplingParams, sample, sampling_tensors
 from .packed import PackedWeights, packed_linear
 from .strategies import Batch, DecoderModel, Strategy
 from .strategies.base import check_interface
+from .strategies.dflash import check_drafter
 
 __all__ = ["SlotResult", "StepConfig", "StepRunner"]
 
@@ -122,6 +123,7 @@ class StepRunner:
         check_interface(model)
         if not isinstance(config, StepConfig):
             raise TypeError(f"step: expected a StepConfig, got {type(config).__name__}")
+        check_drafter(config.strategy, model)
         weight, shape = next(iter(model.parameters())), model.config
         self.model, self.config = model, config
         self.device, self.vocab_size = weight.device, shape.vocab_size

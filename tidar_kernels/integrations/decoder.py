@@ -32,6 +32,7 @@ class Decoder(ModelDecoder):
         mode: Mode = "tidar",
         system: str | None = None,
         adapter: str | os.PathLike[str] | bool = True,
+        drafter: Any = None,
         dtype: Any = "auto",
         device: Any = None,
         **options: Any,
@@ -53,6 +54,9 @@ class Decoder(ModelDecoder):
             system: of a checkpoint whose configuration does not say which it is, "i-dlm" for example.
             adapter: a folder with a gated adapter for drafting (R-ISD), as PEFT saves it; True for the one that the
                 system keeps in its checkpoint, if it is there, False for none.
+            drafter: a DFlash drafter that was trained for this model: a folder or a name on the Hub, or a
+                `strategies.Drafter`. It drafts, its mask token and block size are the defaults, and the output is that
+                of the model without it.
             dtype, device: of the weights that are read; default those of the checkpoint, on the CPU.
 
         Raises:
@@ -73,6 +77,7 @@ class Decoder(ModelDecoder):
             autoregressive=mode == "autoregressive",
             system=system,
             adapter=adapter,
+            drafter=drafter,
             dtype=dtype,
             device=device,
         )

@@ -189,13 +189,14 @@ PUBLISHED = {
 _NOT_OF_LAYERS = ("architectures", "auto_map", "model_type", "attn_implementation", "torch_dtype")
 
 
-def reference(name: str, seed: int = 0) -> Any:
-    """The model itself, with plain attention."""
+def reference(name: str, seed: int = 0, **changed: Any) -> Any:
+    """The model itself, with plain attention; `changed` are keys of its configuration."""
     published = PUBLISHED[name]
     torch.manual_seed(seed)
     if not published.built_in:
         return _sharper(LLaDA2({**published.config, **_SMALL}))
-    settings = {key: value for key, value in {**published.config, **_SMALL}.items() if key not in _NOT_OF_LAYERS}
+    settings = {**published.config, **_SMALL, **changed}
+    settings = {key: value for key, value in settings.items() if key not in _NOT_OF_LAYERS}
     config = getattr(transformers, f"{published.built_in}Config")(**settings)
     config._attn_implementation = "eager"
     return _sharper(getattr(transformers, f"{published.built_in}ForCausalLM")(config))

@@ -499,6 +499,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"target_layer_ids": [1, 9]}},
         "got DFlashDraftModel, a drafter of the DFlash family: it drafts from the hidden states of its target's layers",
     ),
+    "DFlash2": (
+        {"architectures": ["DFlash2DraftModel"], "model_type": "qwen3", "dflash_config": {"target_layer_ids": [1, 9]}},
+        "got DFlash2DraftModel, a drafter of the DFlash family: it drafts by another rule than DFlash",
+    ),
     "DiffusionGemma": (
         {"architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma"},
         "got DiffusionGemmaForBlockDiffusion, DiffusionGemma: its canvas holds random tokens in the place of masks",

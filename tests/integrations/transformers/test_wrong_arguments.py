@@ -119,7 +119,7 @@ ELSEWHERE = {
         *("TiDARTrainer", "tidar_attention_forward", "tidar_mask"),
         *(f"TiDARTrainer.{name}" for name in ("compute_loss", "get_batch_samples", "train", "training_step")),
         # What a session calls of its model.
-        "TransformersModel.logits",
+        *(f"TransformersModel.{name}" for name in ("check_layers", "logits", "with_layers")),
         # `tidar_generation` by another name; its line is that one's.
         "generate",
         # Results; a part of `prepared`, which has checked; no arguments.
@@ -130,8 +130,10 @@ ELSEWHERE = {
 # A name is looked up on the Hub.
 NOT_TRIED = {
     ("Decoder.from_transformers", "model"),
+    ("Decoder.from_transformers", "drafter"),
     ("integrations.transformers.checkpoints.load_any", "source"),
     ("integrations.transformers.checkpoints.prepared", "model"),
+    ("integrations.transformers.checkpoints.prepared", "drafter"),
     ("integrations.transformers.convert", "model_path"),
 }
 

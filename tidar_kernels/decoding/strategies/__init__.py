@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from .adaptive import Adaptive, adaptive
 from .base import Batch, DecoderModel, Drafting, StepResult, Strategy
 from .block_diffusion import BlockDiffusion
+from .dflash import DFlash, DraftedModel, Drafter
 from .isd import FLARE, ISD, isd
 from .levels import Plan, Profile, auto, plan
 from .self_speculation import SelfSpeculation
@@ -19,7 +20,10 @@ __all__ = [
     "Adaptive",
     "Batch",
     "BlockDiffusion",
+    "DFlash",
     "DecoderModel",
+    "DraftedModel",
+    "Drafter",
     "Drafting",
     "Plan",
     "Profile",

@@ -52,7 +52,7 @@ class DecoderModel(Protocol):
     `[batch, pattern.q_len]` gives hidden states `[batch, q_len, hidden]` and writes the K/V of the pattern's causal
     rows after the cache's committed tokens; `logits` is the lm_head.
 
-    Two things are optional:
+    Three things are optional:
 
     `check_ready()` raises TypeError or ValueError if something that decoding relies on has changed since the model was
     given to the decoder (training mode, the attention implementation, ..). It is called once a run, not once a step:
@@ -62,6 +62,10 @@ class DecoderModel(Protocol):
     prompt and new tokens must fit. Rows look further ahead than that, so the model clamps the positions of its rows to
     the last one: such a row is a mask row, which only guesses, or a draft after the request's last token.
     `config.bounded_by`, a str, says in errors why.
+
+    `with_layers(tokens, pattern, cache, layers)` is the call, for a drafter that reads hidden states of the model: it
+    gives `(hidden, features)`, features `[batch, q_len, len(layers) * hidden]` what comes out of these layers, counted
+    from 0, side by side.
     """
 
     @property
@@ -156,11 +160,17 @@ class Batch:
         return replace(self, drafts=self.drafts[:, :drafts], draft_logits=logits)
 
     def forward(
-        self, tokens: Tensor, pattern: Pattern, is_mask: Tensor | Literal[False], gate: bool | None = None
+        self,
+        tokens: Tensor,
+        pattern: Pattern,
+        is_mask: Tensor | Literal[False],
+        gate: bool | None = None,
+        run: Callable[[Tensor, Pattern, KVCache], Tensor] | None = None,
     ) -> Tensor:
         """Hidden states of `tokens [batch, q_len]`; rows where `is_mask [batch, q_len]` get the mask token.
 
         Rows that are no masks run the base model where it has adapters, unless `gate` says otherwise for all rows.
+        `run` is called in the model's place, where another one drafts.
         """
         if is_mask is not False:
             tokens = tokens.masked_fill(is_mask, self.mask_token_id)
@@ -169,7 +179,7 @@ class Batch:
             exact_rows(pattern) if self.exact else nullcontext(),
             lora_gate(is_mask if gate is None else gate) if self.adapted else nullcontext(),
         ):
-            return self.model(tokens, pattern, self.cache)
+            return (self.model if run is None else run)(tokens, pattern, self.cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The lm_head on draft rows."""
@@ -246,6 +256,7 @@ class Strategy(ABC):
         can_be_exact: rows that verify can have the bits of single-token decoding (`tidar_kernels.decoding.exact`).
         graphable: the step reads nothing from the device, so that it can be one CUDA graph.
         seeded: the first draft of a step is the token after the committed ones; else it may be missing as others are.
+        has_drafter: another model drafts (`tidar_kernels.decoding.strategies.dflash`).
     """
 
     name: str
@@ -258,6 +269,7 @@ class Strategy(ABC):
     can_be_exact: bool = True
     graphable: bool = True
     seeded: bool = True
+    has_drafter: bool = False
 
     @property
     def label(self) -> str:

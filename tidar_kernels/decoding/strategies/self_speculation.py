@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ... import patterns
+from ...patterns import Pattern
 from ...patterns.arguments import check_bool
 from .base import Batch, StepResult, Strategy, judge
 
-__all__ = ["SelfSpeculation"]
+__all__ = ["SelfSpeculation", "then_verify"]
 
 
 class SelfSpeculation(Strategy):
@@ -39,10 +41,21 @@ class SelfSpeculation(Strategy):
         is_mask = torch.ones_like(batch.drafts, dtype=torch.bool)
         is_mask[:, 0] = False
         hidden = batch.forward(seed.expand_as(is_mask), self._draft, is_mask, self._gate)
-        logits = batch.model.logits(hidden[:, 1:])
-        drafts = torch.cat([seed, batch.draft(logits, batch.cache.lengths + 1)], dim=1)
-        if batch.draft_logits is not None:
-            batch.draft_logits[:, 1:] = logits
-        hidden = batch.forward(drafts.clamp(min=0), self._verify, False)
-        verified = judge(batch, batch.logits(hidden), drafts)
-        return StepResult(verified, drafts, torch.full_like(drafts[:, 1:], -1), forwards=2)
+        return then_verify(batch, batch.model.logits(hidden[:, 1:]), self._verify, forwards=2)
+
+
+def then_verify(batch: Batch, logits: Tensor, pattern: Pattern, forwards: int) -> StepResult:
+    """The second half of a step whose drafts come from a pass before: tokens of its logits, and a causal pass on them.
+
+    Args:
+        logits: `[batch, L - 1, vocab]`, of the drafts after the seed.
+        pattern: `causal(L)`.
+        forwards: forward passes of the whole step.
+    """
+    seed = batch.drafts[:, :1]
+    drafts = torch.cat([seed, batch.draft(logits, batch.cache.lengths + 1)], dim=1)
+    if batch.draft_logits is not None:
+        batch.draft_logits[:, 1:] = logits
+    hidden = batch.forward(drafts.clamp(min=0), pattern, False)
+    verified = judge(batch, batch.logits(hidden), drafts)
+    return StepResult(verified, drafts, torch.full_like(drafts[:, 1:], -1), forwards=forwards)

@@ -53,6 +53,7 @@ __all__ = [
     "LayerCalls",
     "LayerKeys",
     "StructureMask",
+    "append_kept",
     "masked_attention",
     "register",
     "tidar_attention_forward",
@@ -281,7 +282,7 @@ def tidar_attention_forward(
             out = ops.attention(query, key, value, pattern, **numbers)
         else:
             index = _layer_index(module, tidar_cache)
-            k_cache, v_cache, options = _append(tidar_cache, index, key, value, pattern.kept_len)
+            k_cache, v_cache, options = append_kept(tidar_cache, index, key, value, pattern.kept_len)
             lengths = tidar_cache.context_lengths
             out = ops.step_attention(query, key, value, k_cache, v_cache, lengths, pattern, **numbers, **options)
         return _as_rows(out[..., :width]), None
@@ -358,7 +359,9 @@ def _as_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return query, key, value
 
 
-def _append(cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def append_kept(
+    cache: KVCache, layer: int, key: Tensor, value: Tensor, keep: int
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Write the first `keep` keys and values after a layer's committed ones.
 
     Returns:

@@ -72,15 +72,17 @@ def read_tokenizer(source: str) -> Any:
     return None
 
 
-def check_name(model_path: str | os.PathLike[str]) -> str:
+def check_name(model_path: str | os.PathLike[str], name: str = "model_path") -> str:
     """`model_path` as a str, if it is a folder or looks like a name on the Hub; nothing is read.
+
+    `name` is that of the argument in errors.
 
     Raises:
         FileNotFoundError: it is neither. TypeError, ValueError: it is no path.
     """
-    source = os.fspath(check_path("model_path", model_path))
+    source = os.fspath(check_path(name, model_path))
     if not os.path.isdir(source) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"model_path: expected a folder or a name on the Hub, got {source}")
+        raise FileNotFoundError(f"{name}: expected a folder or a name on the Hub, got {source}")
     return source
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import eq
@@ -93,6 +93,42 @@ class TransformersModel:
         Raises:
             ValueError: the model was switched to another attention implementation, or to training mode.
         """
+        hidden: Tensor = self._run(tokens, pattern, cache).last_hidden_state
+        return hidden
+
+    def with_layers(
+        self,
+        tokens: Tensor,
+        pattern: Pattern,
+        cache: KVCache | LayerCalls | LayerKeys | None = None,
+        layers: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The call, and what comes out of some layers, side by side: `[batch, q_len, len(layers) * hidden]`.
+
+        They are transformers' `hidden_states[layer + 1]`: of the last layer, for most classes, after the final norm.
+
+        Raises:
+            ValueError: as the call, or the class does not hand these out (`check_layers`).
+        """
+        found = self._run(tokens, pattern, cache, output_hidden_states=[layer + 1 for layer in layers])
+        states = getattr(found, "hidden_states", None) or ()
+        if len(states) != self._text.num_hidden_layers + 1:
+            raise ValueError(
+                f"model: expected a class that hands out the hidden states of its layers, got {_name(self.model)}"
+            )
+        return found.last_hidden_state, torch.cat([states[layer + 1] for layer in layers], dim=-1)
+
+    def check_layers(self, layers: Sequence[int], width: int) -> None:
+        """Raise ValueError unless `with_layers` gives `width` features of each of these layers."""
+        with torch.no_grad(), lora_gate(False):
+            features = self.with_layers(self._few_tokens(), patterns.causal(_FEW), None, layers)[1]
+        if features.shape[-1] != len(layers) * width:
+            found = features.shape[-1] // len(layers)
+            raise ValueError(f"model: expected hidden states of width {width}, got {found} of {_name(self.model)}")
+        self._state = list(_state(self.model))  # transformers hooks the layers when it is first asked for these
+
+    def _run(self, tokens: Tensor, pattern: Pattern, cache: Any, **more: Any) -> Any:
+        """What the decoder under the lm_head gives."""
         if self._text._attn_implementation != NAME or self.model.training:
             self.check_ready()
         positions = pattern.on(tokens.device)[2].expand(len(tokens), -1)
@@ -100,10 +136,14 @@ class TransformersModel:
             positions = cache.lengths[:, None] + positions
         if self._last_position is not None:
             positions = positions.clamp(max=self._last_position)
-        hidden: Tensor = self._decoder(
-            input_ids=tokens, position_ids=positions.long(), use_cache=False, tidar_pattern=pattern, tidar_cache=cache
-        ).last_hidden_state
-        return hidden
+        return self._decoder(
+            input_ids=tokens,
+            position_ids=positions.long(),
+            use_cache=False,
+            tidar_pattern=pattern,
+            tidar_cache=cache,
+            **more,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The lm_head, and what the model does to its logits after it."""

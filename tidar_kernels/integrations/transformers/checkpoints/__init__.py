@@ -5,6 +5,7 @@ tidar_lm     TiDAR-LM
 sdar         SDAR; I-DLM, which has its class
 fast_dllm    Fast-dLLM v2
 llada2       LLaDA 2.x
+dflash       DFlash drafters, beside their target
 refused      what cannot be decoded here, and why
 reading      recognition, weights, tokenizers, adapters
 preparation  from a folder or a model to what a decoder takes

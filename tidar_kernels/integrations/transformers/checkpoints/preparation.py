@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....decoding.strategies import Strategy, StrategyName, by_name
+from ....decoding.strategies import DFlash, DraftedModel, Strategy, StrategyName, by_name
 from ....patterns.arguments import check_device, check_int, check_path
 from ..distillation import FIGURES
 from ..loading import check_name, load, read_tokenizer
 from ..model import TransformersModel, decoder_model
+from .dflash import read_drafter
 from .reading import add_adapter, by_system_name, config_of, read_checkpoint, recognised_system
 from .system import Config, System
 
@@ -39,6 +40,7 @@ class Recognised:
         mask_token_id: None without masks.
         adapter: the folder of its gated adapter, None if it has none.
         beta: below 1 where the diffusion logits have a say.
+        drafter: the folder or the class of the drafter beside it, None if it has none.
     """
 
     system: str
@@ -47,12 +49,14 @@ class Recognised:
     mask_token_id: int | None = None
     adapter: str | None = None
     beta: float = 1.0
+    drafter: str | None = None
 
     def __str__(self) -> str:
         said = [f"{self.system} as {self.model}", self.strategy]
         said += [] if self.mask_token_id is None else [f"mask token {self.mask_token_id}"]
         said += [] if self.adapter is None else [f"adapter {Path(self.adapter).name}"]
         said += [] if self.beta == 1.0 else [f"beta {self.beta:g}"]
+        said += [] if self.drafter is None else [f"drafter {Path(self.drafter).name}"]
         return ", ".join(said)
 
 
@@ -82,7 +86,7 @@ class Drafts:
 class Prepared:
     """The arguments of a `Decoder`; `recognised` is None for a model that was loaded by the caller."""
 
-    model: TransformersModel
+    model: TransformersModel | DraftedModel
     strategy: Strategy | StrategyName
     block_size: int | None
     mask_token_id: int | None
@@ -102,15 +106,22 @@ def prepared(
     autoregressive: bool = False,
     system: str | None = None,
     adapter: str | os.PathLike[str] | bool = True,
+    drafter: Any = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
 ) -> Prepared:
     """What `Decoder.from_transformers` makes a decoder of; its arguments and errors are described there."""
+    if drafter is not None:
+        _check_beside_drafter(strategy, stride, autoregressive, adapter)
+    is_plain = autoregressive or drafter is not None  # the model itself drafts nothing
+    given_mask = mask_token_id
     if not isinstance(model, (str, os.PathLike)):
         for name, value, default in (("system", system, None), ("adapter", adapter, True), ("device", device, None)):
             if value is not default:
                 raise ValueError(f"{name}: expected with a path alone, got {value!r} beside a model")
-        found = decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
+        found = decoder_model(model, tokenizer, block_size, mask_token_id, needs_mask=not is_plain)
+        if drafter is not None:
+            return _drafted(found, drafter, block_size, mask_token_id, strategy)
         return Prepared(found, "tidar" if strategy is None else strategy, block_size, mask_token_id)
 
     if not isinstance(adapter, bool):
@@ -127,9 +138,9 @@ def prepared(
         mask_token_id=mask_token_id,
         strategy=strategy,
         stride=stride,
-        autoregressive=autoregressive,
+        autoregressive=is_plain,
         system=system,
-        adapter=adapter,
+        adapter=adapter if drafter is None else False,
     )
     found_system, chosen, mask_token_id = drafts.system, drafts.strategy, drafts.mask_token_id
     if found_system is None:
@@ -137,12 +148,17 @@ def prepared(
     else:
         read, own_tokenizer = read_checkpoint(source, found_system, config, dtype), None
     tokenizer = tokenizer if tokenizer is not None else own_tokenizer
-    if not autoregressive:
+    if not is_plain:
         block_size = chosen.drafts if isinstance(chosen, Strategy) else block_size
     drafts.add_adapter(read)
     if device is not None:
         read = read.to(device)
-    found = decoder_model(read, tokenizer, block_size, mask_token_id, needs_mask=not autoregressive)
+    found = decoder_model(read, tokenizer, block_size, mask_token_id, needs_mask=not is_plain)
+    ready = Prepared(found, chosen, block_size, mask_token_id)
+    mask_token_id = found.config.mask_token_id
+    if drafter is not None:
+        ready = _drafted(found, drafter, block_size, given_mask, strategy)
+        chosen, mask_token_id = ready.strategy, ready.mask_token_id
     if beta is None and found_system is not None and isinstance(chosen, Strategy) and chosen.takes_beta:
         beta = found_system.beta(config)
     label = "autoregressive" if autoregressive else chosen.label if isinstance(chosen, Strategy) else str(chosen)
@@ -150,12 +166,42 @@ def prepared(
         system="transformers" if found_system is None else found_system.title,
         model=type(read).__name__,
         strategy=label,
-        mask_token_id=None if autoregressive else found.config.mask_token_id,
+        mask_token_id=None if autoregressive else mask_token_id,
         adapter=None if drafts.adapter is None else str(drafts.adapter),
         beta=1.0 if beta is None else beta,
+        drafter=None if drafter is None else _name(drafter),
     )
     _log.info("%s: %s", source, recognised)
-    return Prepared(found, chosen, block_size, mask_token_id, beta, recognised)
+    return replace(ready, beta=beta, recognised=recognised)
+
+
+def _check_beside_drafter(strategy: Any, stride: Any, autoregressive: bool, adapter: Any) -> None:
+    """Raise ValueError for what does not go with a drafter, which alone drafts."""
+    if autoregressive:
+        raise ValueError("drafter: expected none where nothing is drafted, got one")
+    if strategy is not None and not isinstance(strategy, DFlash):
+        raise ValueError(f"strategy: expected a strategies.DFlash, or none, beside a drafter, got {strategy!r}")
+    for name, value in (("stride", stride), ("adapter", None if isinstance(adapter, bool) else adapter)):
+        if value is not None:
+            raise ValueError(f"{name}: expected none beside a drafter, got {value}")
+
+
+def _drafted(
+    target: TransformersModel, drafter: Any, block_size: int | None, mask_token_id: int | None, strategy: DFlash | None
+) -> Prepared:
+    """A target and its drafter, which is read if it is a path."""
+    if isinstance(drafter, (str, os.PathLike)):
+        drafter = read_drafter(drafter, target, mask_token_id)
+    model = DraftedModel(target, drafter)
+    if strategy is None:
+        size = model.config.block_size if block_size is None else block_size
+        strategy = DFlash(check_int("block_size", size, 2))
+    mask_token_id = model.config.mask_token_id if mask_token_id is None else mask_token_id
+    return Prepared(model, strategy, strategy.drafts if block_size is None else block_size, mask_token_id)
+
+
+def _name(drafter: Any) -> str:
+    return str(drafter) if isinstance(drafter, (str, os.PathLike)) else type(drafter).__name__
 
 
 def drafts_of(

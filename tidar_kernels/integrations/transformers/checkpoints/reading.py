@@ -93,8 +93,12 @@ def _refusal(refused: Refused, config: Config) -> ValueError:
     )
 
 
-def read_checkpoint(source: str, system: System, config: Config, dtype: torch.dtype | str = "auto") -> Any:
+def read_checkpoint(
+    source: str, system: System, config: Config, dtype: torch.dtype | str = "auto", name: str = "model"
+) -> Any:
     """The model of a system's checkpoint, in evaluation mode, in the class of transformers whose layers are equal.
+
+    `name` is that of the argument in errors.
 
     Raises:
         ValueError: tensors are missing, left over or of other shapes than its configuration says, or the configuration
@@ -110,20 +114,22 @@ def read_checkpoint(source: str, system: System, config: Config, dtype: torch.dt
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"model: expected weights of the shapes that config.json of {system.title} says, got others"
+            f"{name}: expected weights of the shapes that config.json of {system.title} says, got others"
         ) from error
     model, loaded = read
-    return checked(model.eval(), loaded, system.title)
+    return checked(model.eval(), loaded, system.title, name)
 
 
-def checked(model: Any, loaded: dict[str, Any], title: str) -> Any:
+def checked(model: Any, loaded: dict[str, Any], title: str, name: str = "model") -> Any:
     """The model, if its checkpoint had all of its tensors and no others."""
     missing = sorted(loaded["missing_keys"])
     if missing:
-        raise ValueError(f"model: expected all weights of {title}, got none for {_few(missing)}")
-    beyond = sorted(name for name in loaded["unexpected_keys"] if not _COMPUTED.search(name))
+        raise ValueError(f"{name}: expected all weights of {title}, got none for {_few(missing)}")
+    beyond = sorted(key for key in loaded["unexpected_keys"] if not _COMPUTED.search(key))
     if beyond:
-        raise ValueError(f"model: expected the weights of {type(model).__name__} alone for {title}, got {_few(beyond)}")
+        raise ValueError(
+            f"{name}: expected the weights of {type(model).__name__} alone for {title}, got {_few(beyond)}"
+        )
     return model
 
 

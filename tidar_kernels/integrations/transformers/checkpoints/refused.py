@@ -40,8 +40,14 @@ REFUSED: tuple[Refused, ...] = (
     _Refused(
         "dflash",
         "a drafter of the DFlash family",
-        "it drafts from the hidden states of its target's layers, which no strategy here hands on",
-        names=("DFlashDraftModel", "DFlash2DraftModel", "Qwen3DSparkModel", "JetSpecDraftModel"),
+        "it drafts from the hidden states of its target's layers: read the target, with this as its drafter",
+        names=("DFlashDraftModel",),
+    ),
+    _Refused(
+        "dflash-like",
+        "a drafter of the DFlash family",
+        "it drafts by another rule than DFlash",
+        names=("DFlash2DraftModel", "Qwen3DSparkModel", "DFlashDSparkDraftModel", "JetSpecDraftModel"),
         key="dflash_config",
     ),
     _Refused(
