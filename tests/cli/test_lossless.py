@@ -14,6 +14,7 @@ from tests.cli.shell import Run, refused
 from tests.integrations.transformers.published import reference, write, write_adapter
 from tests.integrations.transformers.test_convert import saved, tiny
 from tests.integrations.transformers.test_lossless import plant_sampler
+from tidar_kernels.cli.checkpoints import read_prompts
 from tidar_kernels.integrations.transformers.distillation import AdapterTrainer, DistillationConfig
 
 
@@ -41,12 +42,30 @@ def test_the_command_reports_and_its_exit_code_says_whether_texts_are_equal(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n \n", b"\xff\xfe", b"[1]\n", b'{"text": "x"}\n', b"{"], ids=lambda content: repr(content)
+    "content",
+    [b"", b"\n \n", b"\xff\xfe", b"[1]\n", b'{"text": "x"}\n', b"{", b'{"prompt": "\\ud800"}\n'],
+    ids=lambda content: repr(content),
 )
 def test_files_without_prompts_are_refused(run: Run, folder: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
     assert refused(run("lossless", folder, "--prompts", path)).startswith("--prompts: expected ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "\ufeffone\x0ctwo\r\n\r\nthree\u2028four", ["one\x0ctwo", "three\u2028four"]),
+        ("a.jsonl", '\ufeff{"prompt": "one\u2028two\u0085"}\r\n{"prompt": "three"}\n', ["one\u2028two\u0085", "three"]),
+    ],
+)
+def test_lines_end_where_files_of_prompts_end_them(
+    tmp_path: Path, name: str, content: str, expected: list[str]
+) -> None:
+    """Not at other characters that separate lines in Unicode; and a byte-order mark belongs to none."""
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert read_prompts(path) == expected
 
 
 def test_other_bad_input_is_one_line(run: Run, folder: Path, tmp_path: Path) -> None:

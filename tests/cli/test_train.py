@@ -117,7 +117,7 @@ def test_every_setting_is_an_option(run: Run) -> None:
 def test_printed_settings_are_a_file_of_them(run: Run, tmp_path: Path) -> None:
     code, out, err = run("--print-config", "--block-sizes", "4,2", "--lr", "1e-5", "--optimizer", "adamw")
     assert (code, err) == (0, "")
-    (tmp_path / "run.toml").write_text(out)
+    (tmp_path / "run.toml").write_text(out, encoding="utf-8-sig")  # as editors on Windows save it
     expected = TrainConfig(block_sizes=(4, 2), lr=1e-5, optimizer="adamw")
     assert TrainConfig.from_dict(read_toml(tmp_path / "run.toml")) == expected
     assert run("--print-config", "--config", tmp_path / "run.toml") == (0, out, "")

@@ -268,3 +268,5 @@ def test_a_copy_decodes_and_has_no_requests(copied: Callable[[Any], Any]) -> Non
     assert len(decoder.session.requests) == 1
     with pytest.raises(TypeError, match=r"^session: expected to be used where it was made, got copy or pickle"):
         copied(decoder.session)
+    with pytest.raises(TypeError, match=r"^stream: expected to be used where it was made, got copy or pickle"):
+        copied(decoder.stream([PROMPTS[0]], 9))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -277,6 +279,39 @@ def test_a_timeout_around_each_step_loses_nothing() -> None:
 
     asyncio.run(serve())
     assert got == {0: alone(A, 30)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("under_way", [True, False])
+def test_a_forked_process_goes_on(under_way: bool) -> None:
+    """Without the worker that took steps before, and without the thread whose step was under way."""
+    model = GatedModel()
+    session = session_of(model)
+    requests = [session.requests[session.add(prompt, 12)] for prompt in PROMPTS]
+
+    async def one_step() -> None:
+        async for _ in session.steps():
+            break
+
+    async def serve() -> None:
+        async for _ in session.steps():
+            pass
+
+    asyncio.run(one_step())
+    expected = [alone(prompt, 12) for prompt in PROMPTS]
+    with step_under_way(model, session) if under_way else nullcontext():
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # one that waits for ever is ended
+            try:
+                asyncio.run(serve())
+                os._exit([request.tokens for request in requests] != expected)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asyncio.run(serve())
+    assert [request.tokens for request in requests] == expected
 
 
 def test_what_a_step_raises_reaches_the_iterator() -> None:

@@ -189,6 +189,10 @@ BAD_STEPS: list[Bad] = [
     ({}, {"softcap": "50"}, TypeError, "softcap", "a float or None", "str"),
     ({}, {"softcap": 0.0}, ValueError, "softcap", "a positive finite number", "0.0"),
     ({}, {"softcap": float("inf")}, ValueError, "softcap", "a positive finite number", "inf"),
+    ({}, {"scale": 10**400}, ValueError, "scale", "a number in [1e-30, 1e30]", "1"),
+    ({}, {"scale": 1e39}, ValueError, "scale", "a number in [1e-30, 1e30]", "1e+39"),  # inf in float32
+    ({}, {"softcap": 1e39}, ValueError, "softcap", "a number in [1e-30, 1e30]", "1e+39"),
+    ({}, {"softcap": 1e-46}, ValueError, "softcap", "a number in [1e-30, 1e30]", "1e-46"),  # 0 in float32
     ({}, {"sinks": [0.0] * 4}, TypeError, "sinks", "a torch.Tensor", "list"),
     ({}, {"sinks": torch.zeros(1, 4)}, ValueError, "sinks", "1 dimensions", "shape [1, 4]"),
     ({}, {"sinks": torch.zeros(2)}, ValueError, "sinks", "shape [4]", "[2]"),
@@ -230,8 +234,10 @@ BAD_STEPS += [
     ({}, {"out": WIDE.clone().requires_grad_()}, ValueError, "out", "no gradient through a write", "a tensor"),
     ({"q": WIDE.clone().requires_grad_()}, {"out": WIDE}, ValueError, "out", "no gradient through a write", "a tensor"),
 ]
+OVERLAPPING = torch.zeros(2, 2, 20 * 16).unfold(2, 16, 15)[:, :, :20]  # the last element of a slot is the next one's
 BAD_APPENDS: list[Bad] = [
     *BAD_OPERANDS,
+    ({"v_cache": OVERLAPPING}, {}, ValueError, "v_cache", "elements with a place each", "strides [640, 320, 15, 1]"),
     ({"lengths": torch.tensor([3, 15])}, {}, ValueError, "lengths", "max_len - 6 new tokens = 14", "15 in sequence 1"),
     ({"k": torch.randn(2, 2, 21, 16), "v": torch.randn(2, 2, 21, 16)}, {}, ValueError, "lengths", "= -1", "3"),
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.paths import DEVICES, KERNELS, on_every_path
 from tests.toys import chain_law, distance
 from tidar_kernels import eager, ops, testing
+from tidar_kernels.ops.declaration import Backend
 from tidar_kernels.ops.verify import RULES, SamplingParams, cpu, noise, sample, sampling_tensors, verify
 from tidar_kernels.ops.verify.api import verify_operator
 
@@ -492,6 +493,11 @@ def test_bad_params(change: dict[str, Any], error: type[Exception], message: str
         ({"beta": 0.5}, ValueError, r"^beta: expected a number in \[0, 1\], and 1 without mix, got 0.5$"),
         ({"mix": torch.zeros(2, 3, 4)}, ValueError, r"^mix: expected shape \[2, 3, 5\], got \[2, 3, 4\]$"),
         ({"seen": torch.zeros(2, 5)}, TypeError, r"^seen: expected dtype bool, got torch.float32$"),
+        (
+            {"seen": torch.zeros(2, 5, dtype=torch.bool, device="meta")},
+            ValueError,
+            r"^seen: expected device cpu like the logits, got meta$",
+        ),
         ({"backend": "triton"}, ValueError, r"^backend: expected CUDA tensors"),
     ],
 )
@@ -504,3 +510,31 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     }
     with pytest.raises(error, match=message):
         verify(**arguments | change)
+
+
+GOOD = sampling_tensors([GREEDY] * 2, "cpu")
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (GOOD._replace(knobs=GOOD.knobs.double()), TypeError, r"^params.knobs: expected dtype torch.float32, got .*64$"),
+        (GOOD._replace(knobs=GOOD.knobs[:1]), ValueError, r"^params.knobs: expected shape \[2, 5\], got \[1, 5\]$"),
+        (GOOD._replace(knobs=GOOD.knobs.tolist()), TypeError, r"^params.knobs: expected a torch.Tensor, got list$"),
+        (GOOD._replace(knobs=GOOD.knobs.to("meta")), ValueError, r"^params.knobs: expected device cpu .*, got meta$"),
+        (GOOD._replace(seeds=GOOD.seeds[:1]), ValueError, r"^params.seeds: expected shape \[2\], got \[1\]$"),
+        (GOOD._replace(seeds=GOOD.seeds[:, None]), ValueError, r"^params.seeds: expected 1 dimensions, got shape"),
+        (GOOD._replace(seeds=GOOD.seeds.float()), TypeError, r"^params.seeds: expected dtype torch.int64, got .*32$"),
+        (GOOD._replace(seeds=None), TypeError, r"^params.seeds: expected a torch.Tensor, got NoneType$"),
+        (GOOD._replace(seeds=GOOD.seeds.to("meta")), ValueError, r"^params.seeds: expected device cpu .*, got meta$"),
+    ],
+)
+def test_parameters_as_tensors_that_do_not_fit(
+    params: Any, error: type[Exception], message: str, backend: Backend | None
+) -> None:
+    positions = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        sample(torch.zeros(2, 3, 5), positions, params, backend=backend)
+    with pytest.raises(error, match=message):
+        verify(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), positions, params, backend=backend)

@@ -61,12 +61,14 @@ def read_prompts(path: Path | None) -> list[str]:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
             raise UserError(f"--prompts: expected at most {_MAX_FILE_BYTES} bytes, got more in {path}")
-        lines = [line for line in content.decode("utf-8").splitlines() if line.strip()]
+        # Not splitlines, which also ends lines at characters that JSON strings and prompts may hold (U+2028, U+0085).
+        lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n") if line.strip()]
         if ".jsonl" in path.suffixes:
             rows = [json.loads(line) for line in lines]
             if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
                 raise UserError(f"{expected}, got a line without one in {path}")
             lines = [row["prompt"] for row in rows]
+            "".join(lines).encode()  # a JSON escape may be half of a pair, which is no text: a ValueError
     if not lines:
         raise UserError(f"--prompts: expected at least one prompt, got none in {path}")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import sys
 from collections.abc import Callable
@@ -244,7 +245,7 @@ def _read_prompt(options: argparse.Namespace) -> tuple[str, str]:
             raise UserError(f"{option}: expected an open standard input, got none")
         try:
             with open(options.prompt_file, "rb") if from_file else nullcontext(sys.stdin.buffer) as file:
-                raw = file.read(_MAX_PROMPT_BYTES + 1)
+                raw = file.read(_MAX_PROMPT_BYTES + 1).removeprefix(codecs.BOM_UTF8)
         except OSError as error:
             raise UserError(
                 f"{option}: expected a readable file, got {source} ({error.strerror or one_line(error)})"

@@ -230,7 +230,7 @@ def _documents(
     from ..nn.files import replacing
 
     if files:
-        return [tokenizer(path.read_text(encoding="utf-8", errors="replace"))["input_ids"] for path in files]
+        return [tokenizer(path.read_text(encoding="utf-8-sig", errors="replace"))["input_ids"] for path in files]
     kept: Path = options.out / _DOCUMENTS
     known: list[list[int]] = []
     if options.resume:

@@ -81,6 +81,9 @@ class TokenStream(Iterator[tuple[int, list[int]]]):
     def __next__(self) -> tuple[int, list[int]]:
         return next(self._steps)
 
+    def __getstate__(self) -> Any:
+        raise TypeError("stream: expected to be used where it was made, got copy or pickle; make another one")
+
 
 class ModelDecoder:
     """Decoding of a `DecoderModel`, several tokens a forward pass.

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +50,8 @@ from .strategies import DecoderModel
 from .strategies.base import check_positions, check_ready
 
 __all__ = ["DecoderModel", "Event", "FinishReason", "Request", "Session", "StepConfig"]
+
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()  # of this process
 
 
 class Session:
@@ -110,6 +114,7 @@ class Session:
         self._undelivered: deque[list[Event]] = deque()  # of steps on the worker
         self._under_way: Future[None] | None = None  # the step on the worker
         self._worker: ThreadPoolExecutor | None = None
+        _SESSIONS.add(self)
 
     def __getstate__(self) -> Any:
         raise TypeError("session: expected to be used where it was made, got copy or pickle; make another one")
@@ -400,6 +405,18 @@ class Session:
         with self._mutex:
             return self._undelivered.popleft() if self._undelivered else None
 
+    def _after_fork(self) -> None:
+        """In a forked process: of all threads only the one that forked is there, and what another held stays held."""
+        self._worker, self._under_way, self._steps_waiting = None, None, 0
+        if not self._mutex.acquire(blocking=False):
+            self._mutex = threading.RLock()
+        else:
+            self._mutex.release()
+        if not self._turn.acquire(blocking=False):
+            self._turn, self._is_computing, self._is_torn = threading.RLock(), False, True
+        else:
+            self._turn.release()
+
     # What is done in a turn.
 
     def _step(self) -> list[Event]:
@@ -571,6 +588,15 @@ class Session:
                 if request is not None and request.finish_reason is not None:
                     self._runner.leave(slot)
                     self._slots[slot] = None
+
+
+def _after_fork() -> None:
+    for session in list(_SESSIONS):
+        session._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from typing import Any
 
 import torch
@@ -28,15 +27,34 @@ def strided(name: str, value: Any) -> None:
 def written(**values: Tensor) -> None:
     """Every tensor can be written in place, each element of it into memory of its own."""
     for name, value in values.items():
-        steps = value.stride()
-        if 0 in steps and any(step == 0 and size > 1 for step, size in zip(steps, value.shape, strict=True)):
-            raise ValueError(f"{name}: expected elements with a place each, got strides {list(steps)}")
+        if not value.is_contiguous() and _shares_places(value):
+            raise ValueError(
+                f"{name}: expected elements with a place each, got shape {list(value.shape)} with strides "
+                f"{list(value.stride())}"
+            )
         if torch.compiler.is_compiling():
             continue
         if value.is_neg():
             raise ValueError(f"{name}: expected a tensor that can be written, got a view with the negative bit")
         if value.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"{name}: expected an ordinary tensor outside of inference mode, got one made in it")
+
+
+def _shares_places(value: Tensor) -> bool:
+    """Whether elements may lie in one place: the step of a dimension is shorter than what all smaller steps span.
+
+    Interleaved dimensions whose elements miss each other (steps 2 and 3) count as sharing; nobody lays out a cache so.
+    """
+    dimensions = list(zip(value.stride(), value.shape, strict=True))
+    if torch.compiler.is_compiling():  # symbols cannot be sorted
+        return any(step == 0 and size > 1 for step, size in dimensions)
+    span = 1
+    for step, size in sorted(dimensions):
+        if size > 1:
+            if step < span:
+                return True
+            span += step * (size - 1)
+    return False
 
 
 def tensor(name: str, value: Any, rank: int) -> None:
@@ -119,23 +137,22 @@ def rotary(value: Any) -> tuple[Tensor, Tensor]:
 
 def scale(value: float | None, head_dim: int) -> float:
     """The softmax scale, 1/sqrt(head_dim) by default."""
-    if value is None:
-        return 1.0 / math.sqrt(head_dim)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"scale: expected a float, got {type(value).__name__}")
-    if not 0.0 < value <= sys.float_info.max:
-        raise ValueError(f"scale: expected a positive finite number, got {value}")
-    return float(value)
+    return 1.0 / math.sqrt(head_dim) if value is None else _positive("scale", value, "a float")
 
 
 def softcap(value: float | None) -> float | None:
     """The cap of the logits: None, or positive."""
-    if value is None:
-        return None
+    return None if value is None else _positive("softcap", value, "a float or None")
+
+
+def _positive(name: str, value: Any, expected: str) -> float:
+    """`value` as a float, if it is positive, and finite in float32 together with what kernels multiply it by."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"softcap: expected a float or None, got {type(value).__name__}")
-    if not 0.0 < value <= sys.float_info.max:
-        raise ValueError(f"softcap: expected a positive finite number, got {value}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}: expected a number in [1e-30, 1e30], got {value}")
     return float(value)
 
 

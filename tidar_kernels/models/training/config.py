@@ -154,7 +154,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(raw) > _MAX_FILE_BYTES:
         raise ValueError(f"path: expected TOML, got {path} (more than {_MAX_FILE_BYTES} bytes)")
     try:
-        return tomllib.loads(raw.decode("utf-8"))
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(f"path: expected TOML, got {path} (nested too deeply)") from None
     except ValueError as error:

@@ -42,6 +42,7 @@ def append_kv(
         k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`, any float dtype, any strides; written in place. With a
             block table `[num_pages, kv_heads, page_size, head_dim]`, any strides: K and V may be halves of one tensor.
         k, v: `[batch, kv_heads, n, head_dim]`, same dtype and device; v and v_cache may have a head_dim of their own.
+            They share no memory with other slots of the caches: what is written first could be read again.
         lengths: int32 or int64 `[batch]`, on the same device.
         block_table: int32 `[batch, max_pages]`: slot n of sequence b is slot `n % page_size` of page
             `block_table[b, n // page_size]`. Entries that no new token needs are not read.
@@ -165,7 +166,7 @@ def rotary_append(
 
     Args:
         q: `[batch, heads, rows, head_dim]`, any float dtype, any strides, as for all operands.
-        k, v: `[batch, kv_heads, rows, head_dim]`; v and v_cache may have a head_dim of their own.
+        k, v: `[batch, kv_heads, rows, head_dim]`, as in `append_kv`; v and v_cache may have a head_dim of their own.
         rotary: `(cos, sin)` from `RotaryEmbedding`: `[batch, rows, 1, head_dim]`, or without the batch.
         k_cache, v_cache: `[batch, kv_heads, max_len, head_dim]`; written in place. With a block table
             `[num_pages, kv_heads, page_size, head_dim]`.

@@ -66,7 +66,16 @@ def check_rows(
         if len(params) != batch:
             raise ValueError(f"params: expected one for each of {batch} sequences, got {len(params)}")
         params = sampling_tensors(params, logits.device)
-    checks.shape("params.knobs", params.knobs, (batch, len(Knob)))
+    for name, x, kind, expected in (
+        ("knobs", params.knobs, torch.float32, (batch, len(Knob))),
+        ("seeds", params.seeds, torch.int64, (batch,)),
+    ):
+        name = f"params.{name}"
+        checks.tensor(name, x, len(expected))
+        checks.shape(name, x, expected)
+        if x.dtype != kind:
+            raise TypeError(f"{name}: expected dtype {kind}, got {x.dtype}")
+        _check_device(name, x, logits)
     try:
         positions = torch.as_tensor(positions, device=logits.device)
     except (TypeError, ValueError, RuntimeError) as error:  # which of them depends on what it was
@@ -80,7 +89,13 @@ def check_rows(
         checks.shape("seen", seen, (batch, vocab_size))
         if seen.dtype != torch.bool:
             raise TypeError(f"seen: expected dtype bool, got {seen.dtype}")
+        _check_device("seen", seen, logits)
     return positions.contiguous(), SamplingTensors(params.knobs.contiguous(), params.seeds.contiguous())
+
+
+def _check_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected device {logits.device} like the logits, got {value.device}")
 
 
 def check_drafts(drafts: Any, logits: Tensor, rule: Any, draft_logits: Any, beta: Any, mix: Any) -> None:
