@@ -519,7 +519,11 @@ GOOD = sampling_tensors([GREEDY] * 2, "cpu")
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        (GOOD._replace(knobs=GOOD.knobs.double()), TypeError, r"^params.knobs: expected dtype torch.float32, got .*64$"),
+        (
+            GOOD._replace(knobs=GOOD.knobs.double()),
+            TypeError,
+            r"^params.knobs: expected dtype torch.float32, got .*64$",
+        ),
         (GOOD._replace(knobs=GOOD.knobs[:1]), ValueError, r"^params.knobs: expected shape \[2, 5\], got \[1, 5\]$"),
         (GOOD._replace(knobs=GOOD.knobs.tolist()), TypeError, r"^params.knobs: expected a torch.Tensor, got list$"),
         (GOOD._replace(knobs=GOOD.knobs.to("meta")), ValueError, r"^params.knobs: expected device cpu .*, got meta$"),
