@@ -387,6 +387,7 @@ def test_free_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) 
         RecursionError("maximum recursion depth exceeded"),
         UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"),
         OSError(28, "No space left on device"),
+        ModuleNotFoundError("No module named 'safetensors.torch'", name="safetensors.torch"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -400,14 +401,15 @@ def test_what_the_machine_refuses_is_one_line(
     assert isinstance(begins("doctor", "--json"), str)
 
 
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), ModuleNotFoundError("a bug", name="tidar_kernels.nowhere")])
 def test_a_bug_of_the_package_keeps_its_traceback(
-    begins: Callable[..., str | bool], monkeypatch: pytest.MonkeyPatch
+    bug: Exception, begins: Callable[..., str | bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
-        raise RuntimeError("a bug")
+        raise bug
 
     monkeypatch.setattr(doctor, "describe_machine", fails)
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(type(bug), match="a bug"):
         begins("doctor", "--json")
 
 

@@ -116,6 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _abandon_streams()
         return _BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in ("", __package__.partition(".")[0]):
+            raise
+        return _refused(f"{library}: expected it installed, got: {error}")
     except RecursionError:
         return _refused("expected input that is nested less deeply, got more than Python's limit on recursion")
     except (OSError, UnicodeError) as error:  # what a command opens itself is checked where it is opened
