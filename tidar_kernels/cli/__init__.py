@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if library in ("", __package__.partition(".")[0]):
+        if library in ("", __name__.partition(".")[0]):
             raise
         return _refused(f"{library}: expected it installed, got: {error}")
     except RecursionError:
