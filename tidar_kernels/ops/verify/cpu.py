@@ -28,7 +28,7 @@ from .params import Knob
 __all__ = ["SMALL", "is_greedy", "sample", "sample_greedy", "verify", "verify_greedy"]
 
 SMALL = 2**14  # tokens: up to here the twins are faster
-_COUNTERS = 2**12  # of noise at a time, so that their words stay in the cache
+_COUNTERS = 2**13  # of noise at a time: fewer calls for more, and their words still stay in the cache
 _COUPLED = RULES.index("coupled")
 _BLOCK = 128  # scores whose largest stands for them in the search for the top k
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
