@@ -70,7 +70,7 @@ def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['of_floor']:.0f}" if "of_floor" in row else "–"
 
 
-BREAKDOWNS = {"Now": "breakdown", "When it was first measured": "breakdown_before"}
+BREAKDOWNS = {"Now": "breakdown", "Before": "breakdown_before"}
 BREAKDOWN = ("attention", "append", "projections", "lm_head", "verify", "rest")
 
 
