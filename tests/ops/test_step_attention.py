@@ -56,6 +56,23 @@ def test_one_token_of_sequences_of_one_length(device: str, case: testing.StepCas
     testing.check_step_attention(replace(case, dtype=dtype), device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(0, 7, 33, 7, 60), (33, 33, 33)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bits_of_one_token_do_not_depend_on_other_sequences(
+    dtype: torch.dtype, lengths: tuple[int, ...], sinks: bool
+) -> None:
+    """On the CPU, in all ways that it has for one token. For several rows that is what `exact=True` is for."""
+    batch, pattern = len(lengths), patterns.causal(1)
+    q, k, v = (torch.randn(batch, heads, 1, 32).to(dtype) for heads in (4, 2, 2))
+    k_cache, v_cache = torch.randn(2, batch, 2, 64, 32).to(dtype)
+    context, more = torch.tensor(lengths, dtype=torch.int32), {"sinks": torch.randn(4)} if sinks else {}
+    out = ops.step_attention(q, k, v, k_cache, v_cache, context, pattern, **more)
+    for b in range(batch):
+        alone = [x[b : b + 1] for x in (q, k, v, k_cache, v_cache, context)]
+        assert torch.equal(ops.step_attention(*alone, pattern, **more), out[b : b + 1])
+
+
 class Calls(TorchDispatchMode):
     """The calls of PyTorch inside, by name."""
 

@@ -137,7 +137,19 @@ def step_attention(rows: Rows, keys: Keys, cached: Cached, scores: Scores) -> tu
         out, lse = step_attention(rows, keys, cached, scores)
         return out[..., :head_dim_v].contiguous(), lse
     counts = cached.lengths.tolist() if rows.q.numel() else []
-    if rows.q.shape[2] == keys.k.shape[2] == 1 and len(set(counts)) == 1:
+    if rows.q.shape[2] == keys.k.shape[2] == 1 and counts:
+        if len(set(counts)) > 1:  # which way a sequence takes must not depend on the lengths of others
+            parts = [
+                step_attention(
+                    rows._replace(q=rows.q[b : b + 1], into=None),
+                    Keys(keys.k[b : b + 1], keys.v[b : b + 1]),
+                    of_sequence(cached, b),
+                    scores,
+                )
+                for b in range(len(counts))
+            ]
+            out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+            return out, lse
         found = _one_token(rows, keys, cached, scores, counts[0])
         if found is not None:
             return found
